@@ -1,0 +1,206 @@
+//! Shim and VMM: requests and events as JSON over one `SOCK_SEQPACKET` pair, file descriptors beside them.
+//!
+//! The VMM opens nothing itself: whatever it works with arrives here. One packet is one message.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::cmsg_space;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// The descriptor number at which the VMM finds its end of the socket pair.
+pub const CONTROL_FD: RawFd = 3;
+/// Longest message, bytes. Console tails are cut to fit.
+pub const MAX_MESSAGE: usize = 64 * 1024;
+/// Most descriptors beside one message.
+pub const MAX_FDS: usize = 8;
+
+/// The machine to boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Number of vCPUs, at least 1.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// The whole kernel command line but for what the VMM itself must add (console, root device).
+    pub kernel_params: String,
+    /// Number of virtio-net slots, link down until [`Request::AttachNet`].
+    pub net_slots: u8,
+    /// Number of virtio-blk slots, of capacity 0 until [`Request::AttachDisk`].
+    pub disk_slots: u8,
+    /// Pass every console line on to standard error as well, and boot the guest's kernel verbosely.
+    pub debug: bool,
+}
+
+/// What the shim asks of the VMM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// The first message. Descriptors, in this order: /dev/kvm, the kernel (ELF), the guest image (erofs), the
+    /// pod's shared directory. The VMM jails itself, boots, and answers [`Event::Running`] or [`Event::Failed`].
+    Boot(Machine),
+    /// Connect to a vsock port in the guest. Descriptor: one end of a Unix stream pair that becomes the
+    /// connection; it is closed when the guest refuses.
+    Connect {
+        /// Port in the guest.
+        port: u32,
+    },
+    /// Gives a disk to a slot. Descriptor: the disk or image file. Answered by [`Event::Done`].
+    AttachDisk {
+        /// Slot number from 0.
+        slot: u8,
+        /// Refuse writes.
+        read_only: bool,
+    },
+    /// Gives a tap device to a network slot and raises its link. Descriptor: the tap. Answered by [`Event::Done`].
+    AttachNet {
+        /// Slot number from 0.
+        slot: u8,
+        /// The card's address.
+        mac: [u8; 6],
+        /// Largest packet, bytes.
+        mtu: u16,
+    },
+}
+
+/// What the VMM tells the shim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The vCPUs run.
+    Running,
+    /// The VM cannot be started; the VMM ends. One line that names what failed, on what, and why.
+    Failed(String),
+    /// The guest connected to a port of the host. Descriptor: the connection. To refuse it, close it.
+    Connection {
+        /// Port on the host.
+        port: u32,
+    },
+    /// The answer to an attach request: an error text if it failed.
+    Done(Option<String>),
+    /// The VM ended; the VMM ends as well.
+    Exit {
+        /// Why.
+        reason: ExitReason,
+        /// The last lines of the guest's console.
+        console: String,
+    },
+}
+
+/// How a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitReason {
+    /// The guest reset or powered off its machine.
+    Shutdown,
+    /// The guest's kernel panicked; the line that says so.
+    Panic(String),
+    /// A triple fault.
+    TripleFault,
+    /// The VMM itself could not go on.
+    Internal(String),
+}
+
+impl std::fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Shutdown => f.write_str("the guest shut down"),
+            Self::Panic(line) => write!(f, "the guest's kernel panicked: {line}"),
+            Self::TripleFault => f.write_str("the guest's CPU met a triple fault"),
+            Self::Internal(why) => write!(f, "the VMM failed: {why}"),
+        }
+    }
+}
+
+/// Why a message could not be passed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The socket failed.
+    #[error("control socket: {0}")]
+    Socket(#[from] io::Error),
+    /// The other end is gone.
+    #[error("control socket: closed by the other end")]
+    Closed,
+    /// The message does not parse or does not fit.
+    #[error("control message: {0}")]
+    Message(#[from] serde_json::Error),
+    /// Longer than [`MAX_MESSAGE`] or more than [`MAX_FDS`] descriptors.
+    #[error("control message too long")]
+    TooLong,
+}
+
+/// Sends one message with its descriptors.
+///
+/// # Errors
+/// [`Error::TooLong`], or what the socket says; `WouldBlock` on a full non-blocking socket.
+pub fn send<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), Error> {
+    let bytes = serde_json::to_vec(message)?;
+    if bytes.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
+        return Err(Error::TooLong);
+    }
+    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let rights = if raw.is_empty() { &rights[..0] } else { &rights[..] };
+    let iov = [IoSlice::new(&bytes)];
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    sendmsg::<()>(socket.as_fd().as_raw_fd(), &iov, rights, flags, None).map_err(io::Error::from)?;
+    Ok(())
+}
+
+/// Receives one message with its descriptors.
+///
+/// # Errors
+/// [`Error::Closed`] at the end, [`Error::TooLong`] for a message that was cut, or what the socket says.
+pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<(T, Vec<OwnedFd>), Error> {
+    let mut bytes = vec![0; MAX_MESSAGE];
+    let mut space = cmsg_space!([RawFd; MAX_FDS]);
+    let mut iov = [IoSliceMut::new(&mut bytes)];
+    let fd = socket.as_fd().as_raw_fd();
+    let message = recvmsg::<()>(fd, &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).map_err(io::Error::from)?;
+    let mut fds = Vec::new();
+    for control in message.cmsgs().map_err(io::Error::from)? {
+        if let ControlMessageOwned::ScmRights(raw) = control {
+            // SAFETY: the kernel has just put these descriptors into this process for us; nobody else knows them.
+            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    let (length, flags) = (message.bytes, message.flags);
+    if length == 0 {
+        return Err(Error::Closed);
+    }
+    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+        return Err(Error::TooLong);
+    }
+    Ok((serde_json::from_slice(&bytes[..length])?, fds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+    use std::fs::File;
+    use std::io::Read;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn message_and_descriptors_arrive_together() {
+        let (a, b) = pair();
+        let file = File::open("/proc/self/comm").unwrap();
+        send(&a, &Request::Connect { port: 7 }, &[file.as_fd()]).unwrap();
+        let (request, mut fds): (Request, _) = receive(&b).unwrap();
+        assert_eq!(request, Request::Connect { port: 7 });
+        let mut text = String::new();
+        File::from(fds.remove(0)).read_to_string(&mut text).unwrap();
+        assert!(!text.is_empty() && fds.is_empty());
+    }
+
+    #[test]
+    fn a_closed_peer_and_garbage_are_told_apart() {
+        let (a, b) = pair();
+        nix::sys::socket::send(a.as_raw_fd(), b"{", MsgFlags::empty()).unwrap();
+        assert!(matches!(receive::<Request>(&b), Err(Error::Message(_))));
+        drop(a);
+        assert!(matches!(receive::<Request>(&b), Err(Error::Closed)));
+    }
+}

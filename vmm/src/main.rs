@@ -1,0 +1,6 @@
+//! kata-vmm: one virtual machine, one process.
+
+mod memory;
+mod virtio;
+
+fn main() {}

@@ -1,0 +1,80 @@
+//! virtio devices, virtio 1.2. A device knows its queues, its features and its configuration space; how the
+//! guest reaches them is the business of the transport (`crate::pci`).
+
+use std::io;
+use std::sync::Arc;
+
+use event_manager::MutEventSubscriber;
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestMemory;
+
+/// A virtio device as the transport sees it.
+///
+/// Its queues are served on the device thread: the device is a subscriber of that thread's event manager and
+/// is locked while it handles an event or a call of the transport. The file server is the exception; it has
+/// threads of its own.
+pub trait VirtioDevice: MutEventSubscriber + Send {
+    /// Device type, virtio 1.2, section 5.
+    fn device_type(&self) -> u32;
+
+    /// Offered features, without those of the transport (VERSION_1, ring features), which the transport adds.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue; its length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Reads the device configuration at `offset`; bytes beyond its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device configuration; ignored by most devices.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// The driver has set DRIVER_OK. An error sets DEVICE_NEEDS_RESET and is logged.
+    fn activate(&mut self, activation: Activation) -> io::Result<()>;
+
+    /// The driver reset the device: forget the queues.
+    fn reset(&mut self);
+}
+
+/// What a device is given when its driver is ready.
+pub struct Activation {
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// The features that both sides have accepted.
+    pub features: u64,
+    /// The queues, checked by the transport: ready, of a valid size, wholly inside guest memory.
+    pub queues: Vec<VirtQueue>,
+    /// Raised when the configuration changed.
+    pub config_interrupt: Interrupt,
+}
+
+/// One queue of an active device.
+pub struct VirtQueue {
+    /// The rings.
+    pub queue: Queue,
+    /// Readable when the driver has made buffers available (an ioeventfd).
+    pub kick: Arc<EventFd>,
+    /// Raised when buffers were used.
+    pub interrupt: Interrupt,
+}
+
+/// An MSI-X vector of a device, as the driver has set it up.
+#[derive(Clone)]
+pub struct Interrupt {
+    pub(crate) vector: Arc<dyn Trigger>,
+}
+
+/// The transport's side of an [`Interrupt`].
+pub(crate) trait Trigger: Send + Sync {
+    /// Delivers the interrupt, or remembers it while the vector is masked.
+    fn trigger(&self);
+}
+
+impl Interrupt {
+    /// Interrupts the driver.
+    pub fn trigger(&self) {
+        self.vector.trigger();
+    }
+}
