@@ -1,2 +1,59 @@
-//! placeholder
-fn main() {}
+//! `kata-agent`: PID 1 of the guest. It makes the containers of one pod and serves the shim.
+//!
+//! Started again as `container-init` it is a container's first process up to the execve ([`init`]).
+
+mod boot;
+mod cgroup;
+mod console;
+mod container;
+mod device_filter;
+mod hooks;
+mod init;
+mod launch;
+mod process;
+mod reaper;
+mod sandbox;
+mod seccomp;
+mod service;
+mod streams;
+mod syscalls;
+mod transport;
+
+use std::process::ExitCode;
+
+use nix::unistd::getpid;
+use transport::Transport;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        ["container-init"] => init::main(),
+        // On a host, with Unix sockets `DIRECTORY/<port>.sock` in place of vsock: how the agent is tested without
+        // a virtual machine.
+        ["serve", directory] => {
+            let served = console::start(log::LevelFilter::Info)
+                .and_then(|()| service::serve(&Transport::Unix(directory.into())));
+            served.map_or_else(|error| report(&error), |never| match never {})
+        }
+        ["--version"] => {
+            println!("kata-agent {}", env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+        _ if getpid().as_raw() == 1 => {
+            let Err(error) = boot::boot().and_then(|()| service::serve(&Transport::Vsock));
+            boot::power_off(&error)
+        }
+        _ => {
+            eprintln!(
+                "usage: kata-agent (as PID 1 of a guest) | kata-agent serve DIRECTORY | kata-agent --version"
+            );
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn report(error: &boot::StartError) -> ExitCode {
+    eprintln!("kata-agent: {error}");
+    ExitCode::FAILURE
+}

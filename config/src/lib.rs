@@ -1,1 +1,255 @@
-//! The effective configuration.
+//! The effective configuration: one TOML file with the section and key names of Kata Containers, plus the
+//! drop-ins beside it.
+//!
+//! Nothing is ignored: an unknown section or key, a wrong type and a value out of range are errors that name
+//! file, line and key.
+
+mod file;
+mod keys;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+use std::{env, fs, io};
+
+/// Environment variable that names the configuration file, as in Kata Containers.
+pub const ENVIRONMENT: &str = "KATA_CONF_FILE";
+/// The administrator's file.
+pub const ADMINISTRATOR: &str = "/etc/kata-containers/configuration.toml";
+/// Where the programs and the guest's files are installed by default.
+pub const PREFIX: &str = "/opt/kata";
+/// The file that an installation brings with it, below its prefix.
+const SHIPPED: &str = "share/defaults/kata-containers/configuration.toml";
+/// Folder of drop-ins, beside the configuration file.
+const DROP_INS: &str = "config.d";
+
+/// What a pod's machine and its programs are set up from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// The file it was read from.
+    pub path: PathBuf,
+    /// `[hypervisor.katana]`
+    pub hypervisor: Hypervisor,
+    /// `[agent.kata]`
+    pub agent: Agent,
+    /// `[runtime]`
+    pub runtime: Runtime,
+}
+
+/// The pod's machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hypervisor {
+    /// The VMM's program.
+    pub path: PathBuf,
+    /// The guest's kernel, an uncompressed ELF file.
+    pub kernel: PathBuf,
+    /// The guest's root file system, an erofs image.
+    pub image: PathBuf,
+    /// Further kernel parameters, last on the command line.
+    pub kernel_params: String,
+    /// vCPUs of a pod without a CPU limit; at least 1, at most `default_maxvcpus`.
+    pub default_vcpus: u32,
+    /// The most vCPUs a pod can have, at most the host's CPUs.
+    pub default_maxvcpus: u32,
+    /// MiB of memory of a pod, to which its container's memory limit is added.
+    pub default_memory: u32,
+    /// Log the guest's console and boot its kernel verbosely.
+    pub enable_debug: bool,
+}
+
+/// The guest's agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Agent {
+    /// Offer a shell in the guest over vsock; always false, see `keys`.
+    pub debug_console_enabled: bool,
+    /// Debug messages of the agent.
+    pub enable_debug: bool,
+    /// Seconds until an agent that has not connected counts as failed.
+    pub dial_timeout: u32,
+}
+
+/// The shim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Runtime {
+    /// Debug messages of the shim.
+    pub enable_debug: bool,
+    /// The pod's machine runs in the cgroup that the caller made for the pod; always true.
+    pub sandbox_cgroup_only: bool,
+}
+
+impl Default for Hypervisor {
+    fn default() -> Self {
+        let prefix = Path::new(PREFIX);
+        Self {
+            path: prefix.join("bin/kata-vmm"),
+            kernel: prefix.join("share/kata-containers/vmlinux.container"),
+            image: prefix.join("share/kata-containers/kata-containers.img"),
+            kernel_params: String::new(),
+            default_vcpus: 1,
+            default_maxvcpus: keys::host_cpus(),
+            default_memory: 512,
+            enable_debug: false,
+        }
+    }
+}
+
+impl Default for Agent {
+    fn default() -> Self {
+        Self { debug_console_enabled: false, enable_debug: false, dial_timeout: 60 }
+    }
+}
+
+impl Default for Runtime {
+    fn default() -> Self {
+        Self { enable_debug: false, sandbox_cgroup_only: true }
+    }
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// None of the files exists.
+    #[error("no configuration file: {} do not exist", join(.0))]
+    None(Vec<PathBuf>),
+    /// A file or the folder of drop-ins cannot be read.
+    #[error("{}: cannot read the configuration: {source}", path.display())]
+    Read {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Not TOML.
+    #[error("{place}: not valid TOML: {why}")]
+    Syntax {
+        /// Where.
+        place: Place,
+        /// What the parser says.
+        why: String,
+    },
+    /// A section that does not exist.
+    #[error("{place}: unknown section [{section}]")]
+    UnknownSection {
+        /// Where.
+        place: Place,
+        /// Its name.
+        section: String,
+    },
+    /// A key that does not exist.
+    #[error("{place}: unknown key \"{key}\" in {}", described(section))]
+    UnknownKey {
+        /// Where.
+        place: Place,
+        /// The section it stands in.
+        section: String,
+        /// Its name.
+        key: String,
+    },
+    /// A value of the wrong type or out of range.
+    #[error("{place}: key \"{key}\" in {}: {why}", described(section))]
+    Value {
+        /// Where.
+        place: Place,
+        /// The section it stands in.
+        section: String,
+        /// Its name.
+        key: String,
+        /// What is wrong with the value.
+        why: String,
+    },
+}
+
+/// A line of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The file.
+    pub path: PathBuf,
+    /// The line, from 1.
+    pub line: usize,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.path.display(), self.line)
+    }
+}
+
+fn join(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+fn described(section: &str) -> String {
+    if section.is_empty() { "the top level".to_owned() } else { format!("[{section}]") }
+}
+
+/// Loads the configuration. The file is the explicit one if there is one, else that of [`ENVIRONMENT`], else
+/// the first of [`search_path`] that exists; then its drop-ins override it.
+///
+/// # Errors
+/// See [`Error`]; a file that was asked for by name must exist.
+pub fn load(explicit: Option<&Path>) -> Result<Config, Error> {
+    let named = explicit.map(Path::to_owned).or_else(|| {
+        let value = env::var_os(ENVIRONMENT)?;
+        (!value.is_empty()).then(|| PathBuf::from(value))
+    });
+    match named {
+        Some(path) => load_file(&path),
+        None => load_first(&search_path()),
+    }
+}
+
+/// The files that are tried when none was asked for: the administrator's, then the one that was installed
+/// with the running program, then the one of the default prefix.
+#[must_use]
+pub fn search_path() -> Vec<PathBuf> {
+    let mut paths = vec![PathBuf::from(ADMINISTRATOR)];
+    let program = env::current_exe().ok();
+    let prefix = program.as_deref().and_then(Path::parent).and_then(Path::parent);
+    paths.extend(prefix.map(|prefix| prefix.join(SHIPPED)));
+    let default = Path::new(PREFIX).join(SHIPPED);
+    if !paths.contains(&default) {
+        paths.push(default);
+    }
+    paths
+}
+
+fn load_first(paths: &[PathBuf]) -> Result<Config, Error> {
+    for path in paths {
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Whatever else is wrong with it is said when it is read: a file that is there is never skipped.
+            _ => return load_file(path),
+        }
+    }
+    Err(Error::None(paths.to_vec()))
+}
+
+fn load_file(path: &Path) -> Result<Config, Error> {
+    let mut loader = file::Loader::new(path);
+    loader.apply(path)?;
+    for drop_in in drop_ins(path)? {
+        loader.apply(&drop_in)?;
+    }
+    loader.finish()
+}
+
+/// The drop-ins beside a configuration file, in the order of their names.
+fn drop_ins(path: &Path) -> Result<Vec<PathBuf>, Error> {
+    // Beside the name that was asked for: a link in /etc has its drop-ins in /etc, wherever it leads.
+    let folder = path.parent().unwrap_or(Path::new("")).join(DROP_INS);
+    let failed = |source| Error::Read { path: folder.clone(), source };
+    let entries = match fs::read_dir(&folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(failed)?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(failed)?.path();
+        if entry.extension().is_some_and(|extension| extension == "toml") {
+            found.push(entry);
+        }
+    }
+    found.sort();
+    Ok(found)
+}

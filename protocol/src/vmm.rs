@@ -66,6 +66,12 @@ pub enum Request {
 /// What the VMM tells the shim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
+    /// The jailed process, by its pid in the shim's pid namespace; a child of the shim. The process that the
+    /// shim spawned has done its part and ends.
+    Jailed {
+        /// Process id.
+        pid: i32,
+    },
     /// The vCPUs run.
     Running,
     /// The VM cannot be started; the VMM ends. One line that names what failed, on what, and why.

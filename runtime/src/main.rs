@@ -1,2 +1,151 @@
-//! placeholder
-fn main() {}
+//! kata-runtime: the host's tool. Its commands, options and output are those of Kata Containers' tool, as far
+//! as what they speak of exists here.
+
+mod check;
+mod env;
+mod version;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+/// The host's tool of a container runtime that runs every pod in a virtual machine of its own.
+#[derive(Parser)]
+#[command(name = "kata-runtime", disable_version_flag = true)]
+struct Cli {
+    /// Configuration file, instead of the first one that is found
+    #[arg(long, alias = "kata-config", global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Show the configuration files that are tried, in this order
+    #[arg(long, alias = "kata-show-default-config-paths")]
+    show_default_config_paths: bool,
+    /// Show the version
+    #[arg(short, long)]
+    version: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Test whether this system can run containers in virtual machines; exit code 0 if so
+    #[command(alias = "kata-check")]
+    Check(CheckArgs),
+    /// Show the effective settings, as TOML
+    #[command(alias = "kata-env")]
+    Env {
+        /// Show them as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the version
+    Version,
+}
+
+#[derive(Args)]
+struct CheckArgs {
+    /// Show each check
+    #[arg(short, long)]
+    verbose: bool,
+    /// Accepted for compatibility: no check uses the network
+    #[arg(short, long)]
+    no_network_checks: bool,
+    /// Accepted for compatibility: every check is strict
+    #[arg(short, long)]
+    strict: bool,
+    // The following are options of Kata Containers' tool that ask a server for its releases.
+    #[arg(long, hide = true)]
+    check_version_only: bool,
+    #[arg(long, hide = true)]
+    only_list_releases: bool,
+    #[arg(long, hide = true)]
+    include_all_releases: bool,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Why a command failed, each with its whole message.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("kata-runtime check: {0} is not available: there are no releases to ask a server for")]
+    Releases(&'static str),
+    #[error(transparent)]
+    Check(#[from] check::Error),
+    #[error(transparent)]
+    Env(#[from] env::Error),
+    #[error("cannot write the output: {0}")]
+    Output(#[from] io::Error),
+}
+
+fn run(cli: Cli) -> Result<(), Error> {
+    let mut out = io::stdout().lock();
+    match cli.command {
+        _ if cli.version => writeln!(out, "{}", version::text())?,
+        _ if cli.show_default_config_paths => {
+            for path in katana_config::search_path() {
+                writeln!(out, "{}", path.display())?;
+            }
+        }
+        Some(Command::Version) => writeln!(out, "{}", version::text())?,
+        Some(Command::Env { json }) => writeln!(out, "{}", env::text(cli.config.as_deref(), json)?)?,
+        Some(Command::Check(args)) => {
+            args.refuse_releases()?;
+            check::run(cli.config.as_deref(), args.verbose, &mut out)?;
+        }
+        None => write!(out, "{}", Cli::command().render_help())?,
+    }
+    Ok(())
+}
+
+impl CheckArgs {
+    fn refuse_releases(&self) -> Result<(), Error> {
+        let asked = [
+            (self.check_version_only, "--check-version-only"),
+            (self.only_list_releases, "--only-list-releases"),
+            (self.include_all_releases, "--include-all-releases"),
+        ];
+        match asked.iter().find(|(asked, _)| *asked) {
+            Some((_, option)) => Err(Error::Releases(option)),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_lines_of_kata_are_understood() {
+        for line in [
+            "kata-runtime kata-check --verbose --no-network-checks",
+            "kata-runtime check -n -v --strict",
+            "kata-runtime --config /a check",
+            "kata-runtime kata-env --json",
+            "kata-runtime --kata-config /a env",
+            "kata-runtime --kata-show-default-config-paths",
+            "kata-runtime --version",
+            "kata-runtime -v",
+        ] {
+            assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
+        }
+        assert!(Cli::try_parse_from(["kata-runtime", "factory"]).is_err());
+    }
+
+    #[test]
+    fn asking_for_releases_is_refused() {
+        let cli = Cli::parse_from(["kata-runtime", "check", "--check-version-only"]);
+        let error = run(cli).unwrap_err().to_string();
+        assert!(error.starts_with("kata-runtime check: --check-version-only is not available"), "{error}");
+    }
+}

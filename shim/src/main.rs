@@ -1,2 +1,88 @@
-//! placeholder
-fn main() {}
+//! `containerd-shim-kata-v2`: what containerd talks to. One per pod; it starts the pod's virtual machine and
+//! passes containerd's requests on to the agent in it.
+//!
+//! Start reading at [`service`]: each request is one function there.
+
+mod agent;
+mod args;
+mod bootstrap;
+mod cgroup;
+mod cleanup;
+mod container;
+mod error;
+mod events;
+mod fds;
+mod hooks;
+mod layout;
+mod logger;
+mod logger_binary;
+mod machine;
+mod mounts;
+mod pidfd;
+mod pod;
+mod ports;
+mod process;
+mod rootfs;
+mod sandbox;
+mod server;
+mod service;
+mod share;
+mod spec;
+mod stats;
+mod stdio;
+mod vmm;
+
+use std::process::ExitCode;
+
+use args::Args;
+use error::{Error, Result, one_line};
+
+/// The name under which containerd knows this runtime.
+pub const RUNTIME: &str = "io.containerd.kata.v2";
+
+fn main() -> ExitCode {
+    let args = match Args::parse(std::env::args().skip(1)) {
+        Ok(args) => args,
+        Err(why) => {
+            eprintln!("{RUNTIME}: {why}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // containerd shows this as the reason, so it is one line.
+            eprintln!("{RUNTIME}: {}", one_line(&e.to_string()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    if args.version {
+        println!(
+            "containerd-shim-kata-v2:\n  Version:  {}\n  Runtime:  {RUNTIME}",
+            env!("CARGO_PKG_VERSION")
+        );
+        return Ok(());
+    }
+    if args.info {
+        return bootstrap::info();
+    }
+    match args.action.as_str() {
+        "start" => bootstrap::start(args),
+        "delete" => cleanup::delete(args),
+        "serve" => server::serve(args),
+        "" => Err(Error::InvalidArgument("an action is missing: start or delete".into())),
+        other => Err(Error::InvalidArgument(format!("unknown action {other:?}: want start or delete"))),
+    }
+}
+
+/// Runs what blocks on a thread beside the one that serves.
+async fn blocking<T, F>(work: F) -> Result<T>
+where
+    F: FnOnce() -> Result<T> + Send + 'static,
+    T: Send + 'static,
+{
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::Host(e.to_string()))?
+}

@@ -1,6 +1,107 @@
-//! kata-vmm: one virtual machine, one process.
+//! kata-vmm: one virtual machine, one process. Started by containerd-shim-kata-v2, which hands over all that it
+//! works with; see `katana_protocol::vmm`.
 
+mod boot;
+mod bus;
+mod console_ring;
+mod control;
+mod cpu;
+mod end;
+mod i8042;
+mod jail;
+mod kvm;
+mod logger;
+mod machine;
 mod memory;
+mod mptable;
+mod pci;
+mod seccomp;
+mod serial;
+mod sync;
+mod vcpu;
 mod virtio;
 
-fn main() {}
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+
+use katana_protocol::vmm::{Event, Machine as Shape, Request};
+
+use control::{Control, ControlService};
+use jail::Side;
+use machine::{Files, Machine};
+
+/// Why the VM does not start.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    /// Not a request to boot, with its four descriptors.
+    #[error("the first message is not a request to boot with /dev/kvm, kernel, image and shared directory")]
+    FirstMessage,
+    #[error(transparent)]
+    Control(#[from] katana_protocol::vmm::Error),
+    #[error(transparent)]
+    Jail(#[from] jail::Error),
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+}
+
+fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some("--version") {
+        println!("kata-vmm {}", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
+    let control = match Control::inherited() {
+        Ok(control) => control,
+        Err(error) => {
+            eprintln!(
+                "kata-vmm: control socket: {error}: this program is started by containerd-shim-kata-v2"
+            );
+            return ExitCode::FAILURE;
+        }
+    };
+    match run(&control) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let error = error.to_string();
+            log::error!("{error}");
+            // If the shim is gone, nobody needs to know.
+            let _ = control.tell(&Event::Failed(error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The life of a VMM, outside and inside of its jail.
+fn run(control: &Control) -> Result<(), Error> {
+    close_strangers();
+    let (shape, files, share) = receive_machine(control)?;
+    logger::start(shape.debug);
+    let announce = |pid| control.tell(&Event::Jailed { pid }).map_err(io::Error::other);
+    let Side::Inside(room) = jail::enter(&share, announce)? else { return Ok(()) };
+    drop(share);
+
+    let streams = control.clone();
+    let incoming = Box::new(move |port, stream: OwnedFd| {
+        streams.hand_over(port, stream.as_fd()).map_err(io::Error::other)
+    });
+    let (mut machine, slots) = Machine::build(&shape, files, room, incoming)?;
+    machine.subscribe(ControlService::new(control.clone(), slots));
+    machine.start()?;
+    control.tell(&Event::Running)?;
+    let (reason, console) = machine.run();
+    Ok(control.tell(&Event::Exit { reason, console })?)
+}
+
+/// Descriptors that the shim leaked would be there in the jail as well.
+fn close_strangers() {
+    let first = (katana_protocol::vmm::CONTROL_FD + 1) as libc::c_uint;
+    // SAFETY: nothing in this process has opened a descriptor yet.
+    unsafe { libc::close_range(first, libc::c_uint::MAX, 0) };
+}
+
+fn receive_machine(control: &Control) -> Result<(Shape, Files, OwnedFd), Error> {
+    let (request, fds) = control.next()?;
+    let Request::Boot(shape) = request else { return Err(Error::FirstMessage) };
+    let [kvm, kernel, image, share] = <[OwnedFd; 4]>::try_from(fds).map_err(|_| Error::FirstMessage)?;
+    Ok((shape, Files { kvm, kernel: kernel.into(), image: image.into() }, share))
+}

@@ -1,5 +1,194 @@
-//! The guest's memory: one type for all of the VMM.
+//! The guest's memory: what lies where, and the mappings behind it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::ptr;
+
+use vm_memory::GuestAddress;
 
 /// Guest memory as every device sees it. The bitmap type is the one that virtiofsd's readers and writers ask
 /// for; nothing is tracked with it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<vhost_user_backend::bitmap::BitmapMmapRegion>;
+
+/// Where low memory ends at the latest: the last GiB below 4 GiB belongs to devices and interrupt controllers.
+pub const HOLE: u64 = 0xc000_0000;
+/// Where memory goes on behind the hole.
+pub const HIGH: u64 = 1 << 32;
+/// The virtio devices' BARs.
+pub const BARS: u64 = 0xe000_0000;
+/// The I/O APIC.
+pub const IOAPIC: u32 = 0xfec0_0000;
+/// The local APICs.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// The end of conventional memory; what follows belongs to the PC's BIOS.
+pub const LOW_END: u64 = 0xa_0000;
+/// The BIOS, of which only the MP table is there.
+pub const BIOS: u64 = 0xf_0000;
+/// Where memory goes on behind the BIOS.
+pub const ONE_MIB: u64 = 0x10_0000;
+
+/// Granularity at which Linux takes persistent memory (sub-sections, mm/sparse.c) and KVM can use large pages.
+const IMAGE_ALIGNMENT: u64 = 2 << 20;
+/// Linux's memory sections: the image shares none with RAM.
+const SECTION: u64 = 128 << 20;
+/// Enough to boot at all.
+const SMALLEST_MIB: u64 = 32;
+/// 1 TiB: below what 40 address bits of the oldest CPUs with KVM reach.
+const LARGEST_MIB: u64 = 1 << 20;
+/// An image larger than this is a mistake.
+const LARGEST_IMAGE: u64 = 64 << 30;
+
+/// Where an erofs superblock is, and its first bytes (fs/erofs/erofs_fs.h).
+const EROFS_SUPERBLOCK: u64 = 1024;
+const EROFS_MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
+
+/// Why there is no memory.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not an amount that makes sense.
+    #[error("guest memory: {0} MiB is not between {SMALLEST_MIB} MiB and 1 TiB")]
+    Size(u64),
+    /// The host refused.
+    #[error("guest memory: {0}")]
+    Ram(#[from] vm_memory::mmap::FromRangesError),
+    /// The image's file cannot be used.
+    #[error("guest image: {0}")]
+    Image(io::Error),
+    /// The image is empty or enormous.
+    #[error("guest image: {0} bytes is not a plausible size")]
+    ImageSize(u64),
+    /// Something else than an image.
+    #[error("guest image: not an erofs file system")]
+    NotErofs,
+}
+
+/// Maps `mib` MiB of memory; pages come when they are touched.
+///
+/// # Errors
+/// When the amount makes no sense or the host refuses.
+pub fn create(mib: u64) -> Result<GuestMemory, Error> {
+    if !(SMALLEST_MIB..=LARGEST_MIB).contains(&mib) {
+        return Err(Error::Size(mib));
+    }
+    let ranges: Vec<_> =
+        ranges(mib << 20).map(|(start, size)| (GuestAddress(start), size as usize)).collect();
+    Ok(GuestMemory::from_ranges(&ranges)?)
+}
+
+/// Start and size of each range of memory.
+pub fn ranges(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
+    let low = bytes.min(HOLE);
+    [(0, low), (HIGH, bytes - low)].into_iter().filter(|(_, size)| *size > 0)
+}
+
+/// Where the guest image goes: above all memory.
+pub fn image_address(mib: u64) -> u64 {
+    let end = ranges(mib << 20).map(|(start, size)| start + size).max().unwrap_or(0);
+    end.max(HIGH).next_multiple_of(SECTION)
+}
+
+/// A file in this process's memory, for good: mappings are never undone, since the guest runs on them.
+pub struct Mapping {
+    address: *mut u8,
+    size: u64,
+}
+
+// SAFETY: a Mapping is only an address and a size; nothing in this process reads or writes through it.
+unsafe impl Send for Mapping {}
+
+impl Mapping {
+    /// Where it is.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.address
+    }
+
+    /// Bytes, a multiple of 2 MiB.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// Maps the guest image, read-only and private, so that all VMs share the host's page cache of it.
+///
+/// # Errors
+/// When it is no image or the host refuses.
+pub fn map_image(image: &File) -> Result<Mapping, Error> {
+    let length = image.metadata().map_err(Error::Image)?.len();
+    let mut magic = [0; 4];
+    match image.read_exact_at(&mut magic, EROFS_SUPERBLOCK) {
+        Ok(()) if magic == EROFS_MAGIC => {}
+        Ok(()) => return Err(Error::NotErofs),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(Error::ImageSize(length)),
+        Err(error) => return Err(Error::Image(error)),
+    }
+    if length > LARGEST_IMAGE {
+        return Err(Error::ImageSize(length));
+    }
+    map_padded(image, length).map_err(Error::Image)
+}
+
+/// Maps a file at a 2 MiB boundary, followed by zeros up to the next one.
+fn map_padded(file: &File, length: u64) -> io::Result<Mapping> {
+    let size = length.next_multiple_of(IMAGE_ALIGNMENT);
+    let reserve = (size + IMAGE_ALIGNMENT) as usize;
+    let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
+    let base = unsafe { libc::mmap(ptr::null_mut(), reserve, libc::PROT_READ, anonymous, -1, 0) };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let address = base.wrapping_byte_add(base.align_offset(IMAGE_ALIGNMENT as usize));
+    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    let fd = file.as_fd().as_raw_fd();
+    // SAFETY: the range lies inside the mapping just made, which nothing else uses yet.
+    let mapped = unsafe { libc::mmap(address, length as usize, libc::PROT_READ, flags, fd, 0) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Mapping { address: address.cast(), size })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn memory_leaves_the_hole_free() {
+        let at = |mib: u64| ranges(mib << 20).collect::<Vec<_>>();
+        assert_eq!(at(512), [(0, 512 << 20)]);
+        assert_eq!(at(3072), [(0, HOLE)]);
+        assert_eq!(at(3073), [(0, HOLE), (HIGH, 1 << 20)]);
+        assert_eq!(image_address(512), HIGH);
+        assert_eq!(image_address(3073), HIGH + SECTION);
+        assert!(matches!(create(0), Err(Error::Size(0))));
+        assert!(matches!(create(u64::MAX), Err(Error::Size(_))));
+    }
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn an_image_is_mapped_with_its_end_padded() {
+        let mut bytes = vec![7; 10_000];
+        bytes[1024..1028].copy_from_slice(&EROFS_MAGIC);
+        let mapping = map_image(&file(&bytes)).unwrap();
+        assert_eq!(mapping.size(), IMAGE_ALIGNMENT);
+        assert_eq!(mapping.as_ptr() as u64 % IMAGE_ALIGNMENT, 0);
+        // SAFETY: the mapping is there for good and only read.
+        let mapped = unsafe { std::slice::from_raw_parts(mapping.as_ptr(), mapping.size() as usize) };
+        assert_eq!(&mapped[..10_000], bytes);
+        assert!(mapped[10_000..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn what_is_no_image_is_named() {
+        assert!(matches!(map_image(&file(&[])), Err(Error::ImageSize(0))));
+        assert!(matches!(map_image(&file(&[0; 4096])), Err(Error::NotErofs)));
+    }
+}

@@ -1,6 +1,19 @@
 //! virtio devices, virtio 1.2. A device knows its queues, its features and its configuration space; how the
 //! guest reaches them is the business of the transport (`crate::pci`).
 
+mod base;
+pub mod blk;
+mod chain;
+pub mod console;
+pub mod fs;
+pub mod net;
+pub mod pmem;
+mod queue;
+pub mod rng;
+#[cfg(test)]
+mod testing;
+pub mod vsock;
+
 use std::io;
 use std::sync::Arc;
 
@@ -32,6 +45,10 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// The driver has set DRIVER_OK. An error sets DEVICE_NEEDS_RESET and is logged.
+    ///
+    /// Called on a vCPU's thread, whose seccomp filter lets it do little more than use locks, eventfds and memory:
+    /// a device with threads of its own starts them in its constructor (each of them then calls
+    /// `crate::seccomp::install` for its kind) and hands them the activation.
     fn activate(&mut self, activation: Activation) -> io::Result<()>;
 
     /// The driver reset the device: forget the queues.
@@ -44,7 +61,8 @@ pub struct Activation {
     pub memory: GuestMemory,
     /// The features that both sides have accepted.
     pub features: u64,
-    /// The queues, checked by the transport: ready, of a valid size, wholly inside guest memory.
+    /// The queues, checked by the transport: ready, of a valid size, wholly inside guest memory. A driver may
+    /// leave out queues at the end, so there may be fewer than the device has, but at least one.
     pub queues: Vec<VirtQueue>,
     /// Raised when the configuration changed.
     pub config_interrupt: Interrupt,

@@ -1,0 +1,47 @@
+# `make help` shows what there is. The work is done by the scripts that are named here.
+SHELL := /bin/bash
+PREFIX ?= /opt/kata
+DESTDIR ?=
+VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml | head -n 1)
+
+.DEFAULT_GOAL := help
+.PHONY: demo test build install dist bench soak lint unit clean help
+
+demo: build ## run real containers in virtual machines and show it
+	tests/run demo
+
+test: ## check and test everything; e2e tests run in the test machine where this host's KVM does not do
+	tests/all
+
+build: ## build programs, guest kernel and image, laid out below target/katana/
+	scripts/build
+
+install: ## install what was built to $(DESTDIR)$(PREFIX)
+	scripts/install "$(DESTDIR)" "$(PREFIX)"
+
+dist: build ## pack target/kata-static-VERSION-x86_64.tar.xz
+	scripts/dist $(VERSION)
+
+bench: build ## measure start time and memory: target/bench/start.json
+	tests/run bench
+
+soak: build ## the long versions of the end-to-end tests
+	tests/run soak
+
+lint: ## formatting, clippy, licences of dependencies
+	scripts/install-build-deps
+	cargo fmt --all --check
+	scripts/check-licences
+	scripts/check-docs
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+unit: ## unit tests
+	scripts/install-build-deps
+	cargo test --locked --no-fail-fast --workspace --exclude katana-tests
+	cargo test --locked -p katana-tests --lib
+
+clean: ## remove target/; what is cached in ~/.cache/katana stays
+	rm -rf target
+
+help: ## show this
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16

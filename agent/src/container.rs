@@ -1,0 +1,439 @@
+//! A container: its cgroup, its first process, its execs, from create to remove.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::sched::CloneFlags;
+use nix::unistd::Pid;
+use oci_spec::runtime::{
+    LinuxDeviceCgroup, LinuxPersonalityDomain, LinuxResources, Process as ProcessSpec, Spec,
+};
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::task::JoinHandle;
+
+use crate::cgroup::{self, Cgroup};
+use crate::device_filter::{self, DeviceFilter};
+use crate::hooks::{self, Stage};
+use crate::init::control::{Task, Work};
+use crate::launch::{Gate, IdMaps};
+use crate::process::{self, Process, Surroundings};
+use crate::reaper::Reaper;
+use crate::seccomp::{self, Filter};
+use crate::streams::Ports;
+use crate::transport::Transport;
+
+/// What a container cannot do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The specification does not parse.
+    #[error("specification: {0}")]
+    Parse(#[from] serde_json::Error),
+    /// The specification lacks something.
+    #[error("specification: {0}")]
+    Invalid(&'static str),
+    /// Its cgroup fails.
+    #[error(transparent)]
+    Cgroup(#[from] cgroup::Error),
+    /// Its device rules fail.
+    #[error(transparent)]
+    Devices(#[from] device_filter::Error),
+    /// Its seccomp profile fails.
+    #[error(transparent)]
+    Seccomp(#[from] seccomp::Error),
+    /// One of its processes fails.
+    #[error(transparent)]
+    Process(#[from] process::Error),
+    /// There is no such exec.
+    #[error("process {0:?} does not exist")]
+    NoProcess(String),
+    /// There is such an exec already.
+    #[error("process {0:?} already exists")]
+    ProcessExists(String),
+    /// It is not in the right state.
+    #[error("{0}")]
+    State(&'static str),
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// What containers share.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    /// Where streams go.
+    pub transport: Transport,
+    /// Who tells of ends.
+    pub reaper: Reaper,
+    /// Takes the id of a container at each out-of-memory kill in it.
+    pub ooms: UnboundedSender<String>,
+}
+
+/// What a container's first process is doing.
+#[derive(Debug)]
+enum Phase {
+    /// It waits for its start.
+    Created(Gate),
+    /// It was told to start; it runs or has ended.
+    Started,
+}
+
+/// An entry in the table of execs.
+#[derive(Debug)]
+enum Exec {
+    Starting,
+    Started(Arc<Process>),
+}
+
+/// A container.
+#[derive(Debug)]
+pub struct Container {
+    id: String,
+    pod: Pod,
+    cgroup: Arc<Cgroup>,
+    devices: Mutex<DeviceFilter>,
+    seccomp: Option<Filter>,
+    spec: Spec,
+    init: Arc<Process>,
+    phase: tokio::sync::Mutex<Phase>,
+    execs: Mutex<HashMap<String, Exec>>,
+    oom_watch: JoinHandle<()>,
+}
+
+impl Container {
+    /// Makes a container up to where its process waits for the start.
+    pub async fn create(pod: &Pod, id: &str, spec: &[u8], ports: Ports) -> Result<Self> {
+        let mut spec: Spec = serde_json::from_slice(spec)?;
+        let process = spec.process_mut().take().ok_or(Error::Invalid("process is missing"))?;
+        let linux = spec.linux_mut().as_mut().ok_or(Error::Invalid("linux is missing"))?;
+        let seccomp = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
+        linux.set_seccomp(None);
+        if linux.memory_policy().is_some() {
+            return Err(Error::Invalid("linux.memoryPolicy is not supported"));
+        }
+
+        let cgroup = Arc::new(Cgroup::create(linux.cgroups_path().as_deref(), id)?);
+        let built = Self::build(pod, id, spec, process, seccomp, &cgroup, ports).await;
+        if built.is_err()
+            && let Err(error) = cgroup.remove().await
+        {
+            log::warn!("container {id}: {error}");
+        }
+        built
+    }
+
+    async fn build(
+        pod: &Pod,
+        id: &str,
+        spec: Spec,
+        process: ProcessSpec,
+        seccomp: Option<Filter>,
+        cgroup: &Arc<Cgroup>,
+        ports: Ports,
+    ) -> Result<Self> {
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        resources.map_or(Ok(()), |resources| cgroup.apply(resources))?;
+        let devices = DeviceFilter::attach(device_rules(resources), cgroup.path(), None)?;
+
+        let oom = Arc::new(OomCounter::new(id, cgroup, &pod.ooms));
+        let personality = personality(&spec);
+        let work = Work::Container { id: id.to_owned(), spec: Box::new(spec) };
+        let mut task = Task { cgroups: vec![cgroup.path().to_owned()], process, seccomp, personality, work };
+        let surroundings =
+            Surroundings { transport: &pod.transport, reaper: &pod.reaper, ports, maps: id_maps(&task.work) };
+        let at_end = {
+            let (cgroup, oom) = (cgroup.clone(), oom.clone());
+            move || end_of_init(&cgroup, &oom)
+        };
+        let (init, gate) = Process::start(&task, None, surroundings, at_end).await?;
+        let gate = gate.ok_or(Error::State("the container's process ran off"))?;
+        let Work::Container { spec, .. } = task.work else { return Err(Error::Invalid("not a container")) };
+        Ok(Self {
+            id: id.to_owned(),
+            pod: pod.clone(),
+            cgroup: cgroup.clone(),
+            devices: Mutex::new(devices),
+            seccomp: task.seccomp.take(),
+            spec: *spec,
+            init: Arc::new(init),
+            phase: tokio::sync::Mutex::new(Phase::Created(gate)),
+            execs: Mutex::default(),
+            oom_watch: tokio::spawn(oom.watch(cgroup.clone())),
+        })
+    }
+
+    /// Lets the first process run its program.
+    pub async fn start(&self) -> Result<()> {
+        let mut phase = self.phase.lock().await;
+        let gate = match std::mem::replace(&mut *phase, Phase::Started) {
+            Phase::Created(gate) => gate,
+            Phase::Started if self.init.exit().is_some() => {
+                return Err(Error::State("cannot start a container that has stopped"));
+            }
+            Phase::Started => return Err(Error::State("cannot start an already running container")),
+        };
+        gate.open().await.map_err(process::Error::from)?;
+        self.run_hooks(Stage::Poststart).await;
+        Ok(())
+    }
+
+    /// The process with this exec id; the empty id is the container's first process.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>> {
+        if exec_id.is_empty() {
+            return Ok(self.init.clone());
+        }
+        match self.execs().get(exec_id) {
+            Some(Exec::Started(process)) => Ok(process.clone()),
+            Some(Exec::Starting) | None => Err(Error::NoProcess(exec_id.to_owned())),
+        }
+    }
+
+    /// Runs one more process in the container.
+    pub async fn exec(&self, exec_id: &str, process: &[u8], ports: Ports) -> Result<Pid> {
+        if exec_id.is_empty() {
+            return Err(Error::Invalid("an exec needs an id"));
+        }
+        let process: ProcessSpec = serde_json::from_slice(process)?;
+        if self.init.exit().is_some() {
+            return Err(Error::State("cannot exec in a stopped container"));
+        }
+        if self.is_frozen() {
+            return Err(Error::State("cannot exec in a paused container"));
+        }
+        {
+            let mut execs = self.execs();
+            if execs.contains_key(exec_id) {
+                return Err(Error::ProcessExists(exec_id.to_owned()));
+            }
+            execs.insert(exec_id.to_owned(), Exec::Starting);
+        }
+        let started = self.start_exec(process, ports).await;
+        let mut execs = self.execs();
+        match started {
+            Ok(process) => {
+                let pid = process.pid();
+                execs.insert(exec_id.to_owned(), Exec::Started(Arc::new(process)));
+                Ok(pid)
+            }
+            Err(error) => {
+                execs.remove(exec_id);
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_exec(&self, process: ProcessSpec, ports: Ports) -> Result<Process> {
+        let mut cgroups = vec![self.cgroup.path().to_owned()];
+        cgroups.extend(current_cgroup(self.init.pid()));
+        let namespaces = private_namespaces(self.init.pid()).bits();
+        let (seccomp, personality) = (self.seccomp.clone(), personality(&self.spec));
+        let task = Task { cgroups, process, seccomp, personality, work: Work::Exec { namespaces } };
+        let (transport, reaper) = (&self.pod.transport, &self.pod.reaper);
+        let surroundings = Surroundings { transport, reaper, ports, maps: IdMaps::default() };
+        Ok(Process::start(&task, Some(&self.init), surroundings, || ()).await?.0)
+    }
+
+    /// Forgets an exec that has ended.
+    pub fn remove_process(&self, exec_id: &str) -> Result<()> {
+        if self.process(exec_id)?.exit().is_none() {
+            return Err(Error::State("cannot remove a running process"));
+        }
+        self.execs().remove(exec_id).map(drop).ok_or_else(|| Error::NoProcess(exec_id.to_owned()))
+    }
+
+    /// Sends a signal to every process of the container.
+    pub fn signal_all(&self, signal: u32) -> Result<()> {
+        if self.init.exit().is_some() {
+            return Err(process::Error::Finished.into());
+        }
+        if signal == libc::SIGKILL.cast_unsigned() {
+            return Ok(self.cgroup.kill()?);
+        }
+        let number = i32::try_from(signal).ok().filter(|number| (1..=libc::SIGRTMAX()).contains(number));
+        let number = number.ok_or(process::Error::Signal(signal, io::ErrorKind::InvalidInput.into()))?;
+        for pid in self.cgroup.members()? {
+            // SAFETY: numbers only. A process that is gone meanwhile needs no signal.
+            unsafe { libc::kill(pid.as_raw(), number) };
+        }
+        Ok(())
+    }
+
+    /// Freezes the container.
+    pub async fn pause(&self) -> Result<()> {
+        if self.init.exit().is_some() {
+            return Err(Error::State("container not running"));
+        }
+        Ok(self.cgroup.freeze(true).await?)
+    }
+
+    /// Lets it go on.
+    pub async fn resume(&self) -> Result<()> {
+        if !self.is_frozen() {
+            return Err(Error::State("container not paused"));
+        }
+        Ok(self.cgroup.freeze(false).await?)
+    }
+
+    /// Sets new limits.
+    pub fn update(&self, resources: &[u8]) -> Result<()> {
+        let resources: LinuxResources = serde_json::from_slice(resources)?;
+        self.cgroup.apply(&resources)?;
+        let rules = device_rules(Some(&resources));
+        if !rules.is_empty() {
+            let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+            *devices = DeviceFilter::attach(rules, self.cgroup.path(), Some(&devices))?;
+        }
+        Ok(())
+    }
+
+    /// The text of the cgroup's files.
+    pub fn statistics(&self) -> HashMap<String, String> {
+        self.cgroup.statistics()
+    }
+
+    /// The processes in the container, with the id of those that are an exec's first.
+    pub fn processes(&self) -> Result<Vec<(Pid, String)>> {
+        let members = self.cgroup.members()?;
+        let execs = self.execs();
+        let exec_id = |pid: Pid| {
+            let is_it =
+                |exec: &Exec| matches!(exec, Exec::Started(p) if p.pid() == pid && p.exit().is_none());
+            execs.iter().find(|(_, exec)| is_it(exec)).map(|(id, _)| id.clone()).unwrap_or_default()
+        };
+        Ok(members.into_iter().map(|pid| (pid, exec_id(pid))).collect())
+    }
+
+    /// Kills what is left and removes the cgroup. Its mounts went with its last process.
+    pub async fn remove(&self) -> Result<()> {
+        self.cgroup.remove().await?;
+        self.oom_watch.abort();
+        self.run_hooks(Stage::Poststop).await;
+        Ok(())
+    }
+
+    /// Hooks after the fact: a failure changes nothing (runtime-spec, runtime.md, "Lifecycle").
+    async fn run_hooks(&self, stage: Stage) {
+        for (number, hook) in stage.of(self.spec.hooks().as_ref()).iter().enumerate() {
+            let state = hooks::state(stage, &self.id, &self.spec, Some(self.init.pid().as_raw()));
+            let launch = self.pod.reaper.launch();
+            let ended = match hooks::start(hook, &state) {
+                Ok(child) => launch.watch(Pid::from_raw(child.id().cast_signed())),
+                Err(error) => {
+                    log::warn!("container {}: {}", self.id, stage.error(number, hook, error));
+                    continue;
+                }
+            };
+            let waited = match hooks::timeout(hook) {
+                Some(timeout) => {
+                    tokio::time::timeout(timeout, ended).await.ok().and_then(std::result::Result::ok)
+                }
+                None => ended.await.ok(),
+            };
+            if waited != Some(0) {
+                log::warn!(
+                    "container {}: hook {} failed or did not end in time",
+                    self.id,
+                    hook.path().display()
+                );
+            }
+        }
+    }
+
+    fn is_frozen(&self) -> bool {
+        fs::read_to_string(self.cgroup.path().join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A pid namespace dies with its first process; a container without one of its own has to be cleared.
+fn end_of_init(cgroup: &Cgroup, oom: &OomCounter) {
+    // The shim tells of the kill before it tells of the end.
+    oom.check();
+    if let Err(error) = cgroup.kill() {
+        log::debug!("{error}");
+    }
+}
+
+fn device_rules(resources: Option<&LinuxResources>) -> &[LinuxDeviceCgroup] {
+    resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default()
+}
+
+fn personality(spec: &Spec) -> Option<LinuxPersonalityDomain> {
+    Some(spec.linux().as_ref()?.personality().as_ref()?.domain())
+}
+
+fn id_maps(work: &Work) -> IdMaps {
+    let Work::Container { spec, .. } = work else { return IdMaps::default() };
+    let Some(linux) = spec.linux() else { return IdMaps::default() };
+    IdMaps {
+        users: linux.uid_mappings().clone().unwrap_or_default(),
+        groups: linux.gid_mappings().clone().unwrap_or_default(),
+    }
+}
+
+/// The cgroup that a process is in now.
+fn current_cgroup(pid: Pid) -> Option<std::path::PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("0::/")).map(|path| Path::new(cgroup::ROOT).join(path))
+}
+
+/// The namespaces in which a process is apart from the agent.
+fn private_namespaces(pid: Pid) -> CloneFlags {
+    let all = [
+        ("cgroup", CloneFlags::CLONE_NEWCGROUP),
+        ("ipc", CloneFlags::CLONE_NEWIPC),
+        ("mnt", CloneFlags::CLONE_NEWNS),
+        ("pid", CloneFlags::CLONE_NEWPID),
+        ("time", crate::init::CLONE_NEWTIME),
+        ("user", CloneFlags::CLONE_NEWUSER),
+        ("uts", CloneFlags::CLONE_NEWUTS),
+    ];
+    let identity = |process: &str, name: &str| {
+        fs::metadata(format!("/proc/{process}/ns/{name}")).map(|m| (m.dev(), m.ino()))
+    };
+    let apart = |name: &str| matches!((identity(&pid.to_string(), name), identity("self", name)), (Ok(a), Ok(b)) if a != b);
+    all.into_iter().filter(|(name, _)| apart(name)).fold(CloneFlags::empty(), |flags, (_, flag)| flags | flag)
+}
+
+/// Counts the out-of-memory kills in a cgroup and tells of new ones.
+#[derive(Debug)]
+struct OomCounter {
+    id: String,
+    file: std::path::PathBuf,
+    told: AtomicU64,
+    ooms: UnboundedSender<String>,
+}
+
+impl OomCounter {
+    fn new(id: &str, cgroup: &Cgroup, ooms: &UnboundedSender<String>) -> Self {
+        let file = cgroup.path().join("memory.events");
+        Self { id: id.to_owned(), file, told: AtomicU64::new(0), ooms: ooms.clone() }
+    }
+
+    /// Tells if there were kills since the last check.
+    fn check(&self) {
+        let kills = fs::read_to_string(&self.file)
+            .ok()
+            .and_then(|text| cgroup::parse_events(&text).get("oom_kill").copied());
+        if kills.is_some_and(|kills| self.told.fetch_max(kills, Ordering::Relaxed) < kills) {
+            let _ = self.ooms.send(self.id.clone());
+        }
+    }
+
+    /// Checks at each change, for as long as the cgroup is there.
+    async fn watch(self: Arc<Self>, cgroup: Arc<Cgroup>) {
+        let Ok(events) = cgroup.watch("memory.events") else { return };
+        while events.read("oom_kill").is_ok() {
+            self.check();
+            if events.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}

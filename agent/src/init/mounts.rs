@@ -1,0 +1,228 @@
+//! The mounts of a container (runtime-spec, config.md, "Mounts").
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{OFlag, open};
+use nix::sched::CloneFlags;
+use nix::sys::stat::{Mode, SFlag, fstat};
+use oci_spec::runtime::{Mount, Spec};
+
+use super::confined::{Make, Root, is};
+use super::control::{Failure, Result, reason};
+use super::mount_options::{Bind, Options, parse};
+use super::namespaces::Wanted;
+use super::rootfs::Rootfs;
+use crate::syscalls::{MOUNT_ATTR_RDONLY, MountAttributes, attach_mount, clone_mount, new_mount, set_mount};
+
+/// File systems that are not on a device: read-only is the mount's business alone.
+const VIRTUAL: &[&str] =
+    &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2", "overlay", "bpf"];
+
+/// What the mounts of one container need to know.
+pub struct Mounter<'a> {
+    /// The container's root.
+    pub rootfs: &'a Rootfs,
+    /// Its namespaces.
+    pub namespaces: &'a Wanted,
+    /// Its cgroup, a path in the guest.
+    pub cgroup: &'a Path,
+}
+
+impl Mounter<'_> {
+    /// Mounts everything that the specification lists, in its order.
+    pub fn mount_all(&self, spec: &Spec) -> Result<()> {
+        for mount in spec.mounts().iter().flatten() {
+            let source = mount.source().as_deref().unwrap_or(Path::new("")).display().to_string();
+            let destination = mount.destination();
+            let options = parse(mount.options().as_deref().unwrap_or_default())?;
+            if has_mappings(mount) {
+                return Err(Failure::invalid(format!(
+                    "id-mapped mount {} is not supported",
+                    destination.display()
+                )));
+            }
+            self.mount(mount, &options).map_err(|error| {
+                let (destination, why) = (destination.display(), reason(&error));
+                Failure::internal(format!("error mounting {source:?} to rootfs at \"{destination}\": {why}"))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn mount(&self, mount: &Mount, options: &Options) -> io::Result<()> {
+        let root = &self.rootfs.root;
+        let kind = mount.typ().as_deref().unwrap_or_default();
+        let source = mount.source().as_deref().unwrap_or(Path::new(""));
+        let destination = mount.destination();
+        let bind = options.bind.or(if kind == "bind" { Some(Bind::Single) } else { None });
+        match (kind, bind) {
+            (_, Some(bind)) => bind_mount(root, source, destination, bind, options),
+            ("cgroup" | "cgroup2", None) => self.mount_cgroup(destination, options),
+            ("proc" | "sysfs", None) => mount_kernel_files(root, kind, destination, options),
+            ("tmpfs", None) => mount_tmpfs(root, destination, options),
+            _ => {
+                let mut data = options.data.clone();
+                if options.attributes.set & MOUNT_ATTR_RDONLY != 0 && !VIRTUAL.contains(&kind) {
+                    data.push("ro".to_owned());
+                }
+                let target = root.ensure(destination, Make::Directory)?;
+                finish(&new_mount(kind, &source.to_string_lossy(), &data)?, &target, options)
+            }
+        }
+    }
+
+    /// With a cgroup namespace of its own the container sees its own cgroup as the root of the hierarchy; without
+    /// one it gets that cgroup bound.
+    fn mount_cgroup(&self, destination: &Path, options: &Options) -> io::Result<()> {
+        let root = &self.rootfs.root;
+        if self.namespaces.private(CloneFlags::CLONE_NEWCGROUP) {
+            let made = new_mount("cgroup2", "cgroup2", &[]);
+            if !is_denied(&made) {
+                return finish(&made?, &root.ensure(destination, Make::Directory)?, options);
+            }
+        }
+        bind_mount(root, self.cgroup, destination, Bind::Recursive, options)
+    }
+}
+
+fn has_mappings(mount: &Mount) -> bool {
+    [mount.uid_mappings(), mount.gid_mappings()]
+        .iter()
+        .any(|maps| maps.as_ref().is_some_and(|maps| !maps.is_empty()))
+}
+
+fn is_denied(result: &io::Result<OwnedFd>) -> bool {
+    result.as_ref().is_err_and(|error| matches!(error.raw_os_error(), Some(libc::EPERM | libc::EBUSY)))
+}
+
+/// Sets the attributes of a detached mount, attaches it, and sets its propagation.
+fn finish(mount: &OwnedFd, target: &OwnedFd, options: &Options) -> io::Result<()> {
+    for (attributes, recursive) in [(options.recursive, true), (options.attributes, false)] {
+        if attributes != MountAttributes::default() {
+            set_mount(mount, &attributes, recursive)?;
+        }
+    }
+    attach_mount(mount, target)?;
+    for (propagation, recursive) in &options.propagation {
+        set_mount(mount, &MountAttributes { propagation: *propagation, ..Default::default() }, *recursive)?;
+    }
+    Ok(())
+}
+
+/// Mounts a proc or sysfs. No link may lead there: it would let an image choose which files stand for the kernel's
+/// (CVE-2019-19921).
+fn mount_kernel_files(root: &Root, kind: &str, destination: &Path, options: &Options) -> io::Result<()> {
+    root.ensure(destination, Make::Directory)?;
+    let target = root.open_without_links(destination)?;
+    let made = new_mount(kind, kind, &options.data);
+    // sysfs belongs to the network namespace, which is the guest's: a user namespace has no right to mount it, but
+    // may show the guest's.
+    if kind == "sysfs" && is_denied(&made) {
+        return bind_mount(root, Path::new("/sys"), destination, Bind::Recursive, options);
+    }
+    finish(&made?, &target, options)
+}
+
+fn bind_mount(
+    root: &Root,
+    source: &Path,
+    destination: &Path,
+    bind: Bind,
+    options: &Options,
+) -> io::Result<()> {
+    let source = open(source, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+    let make = if is(&fstat(&source)?, SFlag::S_IFDIR) { Make::Directory } else { Make::File };
+    let target = root.ensure(destination, make)?;
+    check_proc(root, &target, destination)?;
+    finish(&clone_mount(&source, bind == Bind::Recursive)?, &target, options)
+}
+
+/// Over the container's /proc nothing is bound but files that cannot grant anything (CVE-2019-16884): the rest is
+/// trusted by whatever sets labels and limits.
+fn check_proc(root: &Root, target: &OwnedFd, destination: &Path) -> io::Result<()> {
+    const FILES: &[&str] = &[
+        "cpuinfo",
+        "diskstats",
+        "loadavg",
+        "meminfo",
+        "net/dev",
+        "slabinfo",
+        "stat",
+        "swaps",
+        "uptime",
+        "sys/kernel/ns_last_pid",
+        "sys/crypto/fips_enabled",
+    ];
+    let is_proc = |fd: &OwnedFd| {
+        nix::sys::statfs::fstatfs(fd)
+            .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC)
+    };
+    let allowed = FILES.iter().any(|file| destination == Path::new("/proc").join(file));
+    // The mount point of a proc mount itself may be bound over: that hides all of it.
+    let whole = root.open(Path::new("/proc")).and_then(|proc| Ok(same(&fstat(&proc)?, &fstat(target)?)));
+    if is_proc(target) && !allowed && !whole.unwrap_or(false) {
+        return Err(io::Error::other("inside /proc"));
+    }
+    Ok(())
+}
+
+fn same(a: &nix::sys::stat::FileStat, b: &nix::sys::stat::FileStat) -> bool {
+    (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+}
+
+/// A tmpfs takes the mode of the directory that it covers, unless it is told another, and its contents if asked.
+fn mount_tmpfs(root: &Root, destination: &Path, options: &Options) -> io::Result<()> {
+    let existing = root.open(destination).ok();
+    let target = root.ensure(destination, Make::Directory)?;
+    let mut data = options.data.clone();
+    if existing.is_some() && !data.iter().any(|option| option.starts_with("mode=")) {
+        data.push(format!("mode={:o}", fstat(&target)?.st_mode & 0o7777));
+    }
+    let mount = new_mount("tmpfs", "tmpfs", &data)?;
+    if options.copy_up && existing.is_some() {
+        copy_tree(&proc_path(&target), &proc_path(&mount))?;
+    }
+    finish(&mount, &target, options)
+}
+
+/// A path to what a descriptor stands for, through the guest's own /proc.
+fn proc_path(fd: &impl AsFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/.", fd.as_fd().as_raw_fd()))
+}
+
+/// Copies what a directory holds: directories, files, links, with owners and modes. Links are not followed.
+fn copy_tree(from: &Path, to: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        let status = entry.metadata()?;
+        if status.is_dir() {
+            fs::create_dir(&target)?;
+            copy_tree(&source, &target)?;
+        } else if status.is_symlink() {
+            symlink(fs::read_link(&source)?, &target)?;
+        } else if status.is_file() {
+            fs::copy(&source, &target)?;
+        } else {
+            continue;
+        }
+        lchown(&target, Some(status.uid()), Some(status.gid()))?;
+        if !status.is_symlink() {
+            fs::set_permissions(&target, fs::Permissions::from_mode(status.mode() & 0o7777))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the specification binds something over the whole of /dev, so that its devices are there already.
+pub fn binds_dev(spec: &Spec) -> bool {
+    let dev = |mount: &&Mount| mount.destination().components().eq(Path::new("/dev").components());
+    spec.mounts().iter().flatten().filter(dev).any(|mount| {
+        let bind = |option: &String| option == "bind" || option == "rbind";
+        mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(bind)
+    })
+}

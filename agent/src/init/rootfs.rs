@@ -1,0 +1,152 @@
+//! A container's root file system: attached, made the root, its kernel files hidden.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use nix::fcntl::{OFlag, open};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::unistd::{chdir, fchdir, pivot_root};
+use oci_spec::runtime::Spec;
+
+use super::confined::{Root, is};
+use super::control::{Failure, Result};
+use super::mount_options;
+use crate::syscalls::{
+    MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, MountAttributes, attach_mount,
+    clone_mount, new_mount, set_mount, set_mount_path,
+};
+
+/// Where the agent keeps a directory over which each container, in its own mount namespace, mounts its root.
+pub const MOUNT_POINT: &str = "/run/kata-containers/rootfs";
+
+/// The root file system of the container that this process becomes.
+#[derive(Debug)]
+pub struct Rootfs {
+    /// Paths in it.
+    pub root: Root,
+    /// The guest's own /dev/null, which no image can replace.
+    null: OwnedFd,
+}
+
+impl Rootfs {
+    /// Mounts `root.path` as a mount of its own in this new mount namespace, which keeps what happens here from the
+    /// guest.
+    pub fn attach(spec: &Spec) -> Result<Self> {
+        let path = spec
+            .root()
+            .as_ref()
+            .map(|root| root.path().as_path())
+            .ok_or_else(|| Failure::invalid("no root"))?;
+        let propagation = root_propagation(spec)?.unwrap_or((libc::MS_SLAVE, true));
+        set_propagation(Path::new("/"), propagation)?;
+        let place = Path::new(MOUNT_POINT);
+        make_parent_private(place)?;
+
+        let failed = |what| Failure::during(format!("{what} the root file system {}", path.display()));
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let source = open(path, flags, Mode::empty()).map_err(|error| failed("open")(error.into()))?;
+        let tree = clone_mount(&source, true).map_err(failed("copy the mount of"))?;
+        let target =
+            open(place, flags, Mode::empty()).map_err(Failure::during(format!("open {MOUNT_POINT}")))?;
+        attach_mount(&tree, target).map_err(failed("attach"))?;
+        let private = MountAttributes { propagation: libc::MS_PRIVATE, ..MountAttributes::default() };
+        set_mount(&tree, &private, false).map_err(failed("make private"))?;
+        let null = open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
+        Ok(Self { root: Root::new(tree), null: null.map_err(Failure::during("open /dev/null"))? })
+    }
+
+    /// Applies `maskedPaths` and `readonlyPaths`. What does not exist needs no hiding.
+    pub fn hide_paths(&self, spec: &Spec) -> Result<()> {
+        let Some(linux) = spec.linux() else { return Ok(()) };
+        for path in linux.readonly_paths().iter().flatten() {
+            self.make_read_only(Path::new(path))
+                .map_err(Failure::during(format!("make {path} read-only")))?;
+        }
+        for path in linux.masked_paths().iter().flatten() {
+            self.mask(Path::new(path)).map_err(Failure::during(format!("mask {path}")))?;
+        }
+        Ok(())
+    }
+
+    fn make_read_only(&self, path: &Path) -> std::io::Result<()> {
+        let Some(place) = existing(self.root.open(path))? else { return Ok(()) };
+        let copy = clone_mount(&place, true)?;
+        set_mount(&copy, &MountAttributes { set: MOUNT_ATTR_RDONLY, ..MountAttributes::default() }, false)?;
+        attach_mount(copy, place)
+    }
+
+    fn mask(&self, path: &Path) -> std::io::Result<()> {
+        let Some(place) = existing(self.root.open(path))? else { return Ok(()) };
+        let cover = if is(&fstat(&place)?, SFlag::S_IFDIR) {
+            let cover = new_mount("tmpfs", "tmpfs", &["nr_blocks=1".to_owned(), "nr_inodes=1".to_owned()])?;
+            let set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
+            set_mount(&cover, &MountAttributes { set, ..MountAttributes::default() }, false)?;
+            cover
+        } else {
+            clone_mount(&self.null, false)?
+        };
+        attach_mount(cover, place)
+    }
+
+    /// Makes it the root of this process, and lets go of the guest's.
+    pub fn enter(&self, spec: &Spec) -> Result<()> {
+        if spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly) == Some(true) {
+            let read_only = MountAttributes { set: MOUNT_ATTR_RDONLY, ..MountAttributes::default() };
+            set_mount(&self.root, &read_only, false).map_err(Failure::during("make the root read-only"))?;
+        }
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let old = open("/", flags, Mode::empty()).map_err(Failure::during("open the old root"))?;
+        fchdir(&self.root).map_err(Failure::during("enter the root"))?;
+        // pivot_root(2), NOTES: the old root ends up over the new one, and is unmounted from there.
+        pivot_root(".", ".").map_err(Failure::during("pivot_root"))?;
+        fchdir(&old).map_err(Failure::during("enter the old root"))?;
+        // Unmounting must not spread to the guest.
+        let slave = MsFlags::MS_SLAVE | MsFlags::MS_REC;
+        mount(None::<&str>, ".", None::<&str>, slave, None::<&str>)
+            .map_err(Failure::during("detach the old root"))?;
+        umount2(".", MntFlags::MNT_DETACH).map_err(Failure::during("unmount the old root"))?;
+        chdir("/").map_err(Failure::during("enter /"))?;
+        // The root alone: what is mounted below has been told how to spread.
+        root_propagation(spec)?
+            .map_or(Ok(()), |(propagation, _)| set_propagation(Path::new("/"), (propagation, false)))
+    }
+}
+
+/// `None` for what is not there.
+fn existing(place: std::io::Result<OwnedFd>) -> std::io::Result<Option<OwnedFd>> {
+    match place {
+        Ok(place) => Ok(Some(place)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn root_propagation(spec: &Spec) -> Result<Option<(u64, bool)>> {
+    let name = spec.linux().as_ref().and_then(|linux| linux.rootfs_propagation().as_deref());
+    name.filter(|name| !name.is_empty()).map(mount_options::propagation).transpose()
+}
+
+fn set_propagation(path: &Path, (propagation, recursive): (u64, bool)) -> Result<()> {
+    let attributes = MountAttributes { propagation, ..MountAttributes::default() };
+    set_mount_path(path, &attributes, recursive)
+        .map_err(Failure::during(format!("set the propagation of {}", path.display())))
+}
+
+/// pivot_root(2) wants the mount that the new root lies on to be private; it is the nearest one above.
+fn make_parent_private(place: &Path) -> Result<()> {
+    let private = MountAttributes { propagation: libc::MS_PRIVATE, ..MountAttributes::default() };
+    for path in place.ancestors() {
+        match set_mount_path(path, &private, false) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => (),
+            other => return other.map_err(Failure::during(format!("make {} private", path.display()))),
+        }
+    }
+    Ok(())
+}
+
+/// Makes the directory over which roots are mounted.
+pub fn prepare() -> std::io::Result<()> {
+    fs::create_dir_all(MOUNT_POINT)
+}

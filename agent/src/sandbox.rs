@@ -1,0 +1,207 @@
+//! The pod: what is set once for the guest, and the table of containers.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use katana_protocol::GUEST_SHARE;
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+use nix::unistd::sethostname;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use crate::container::{self, Container, Pod};
+use crate::reaper::Reaper;
+use crate::streams::Ports;
+use crate::transport::Transport;
+
+/// What the sandbox cannot do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The guest does not take a setting.
+    #[error("{0}: {1}")]
+    Guest(String, io::Error),
+    /// There is no such container.
+    #[error("container {0:?} does not exist")]
+    NoContainer(String),
+    /// There is such a container already.
+    #[error("container {0:?} already exists")]
+    ContainerExists(String),
+    /// An id that is not one.
+    #[error("container id {0:?} is not valid")]
+    BadId(String),
+    /// One container fails.
+    #[error(transparent)]
+    Container(#[from] container::Error),
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// What the host says of the guest at its start. What is empty is left as it is.
+#[derive(Debug, Default)]
+pub struct Settings {
+    /// Host name of the guest.
+    pub hostname: String,
+    /// Nanoseconds since 1970.
+    pub clock_ns: u64,
+    /// Random bytes.
+    pub entropy: Vec<u8>,
+    /// virtio-fs tag of the shared directory.
+    pub share_tag: String,
+}
+
+/// An entry in the table of containers.
+#[derive(Debug)]
+enum Entry {
+    Creating,
+    Created(Arc<Container>),
+}
+
+/// The pod that this guest is for.
+#[derive(Debug)]
+pub struct Sandbox {
+    pod: Pod,
+    containers: Mutex<HashMap<String, Entry>>,
+    ooms: tokio::sync::Mutex<UnboundedReceiver<String>>,
+}
+
+impl Sandbox {
+    /// A pod without containers.
+    pub fn new(transport: Transport, reaper: Reaper) -> Self {
+        let (sender, receiver) = unbounded_channel();
+        let pod = Pod { transport, reaper, ooms: sender };
+        Self { pod, containers: Mutex::default(), ooms: tokio::sync::Mutex::new(receiver) }
+    }
+
+    /// Creates a container.
+    pub async fn create(&self, id: &str, spec: &[u8], ports: Ports) -> Result<Arc<Container>> {
+        let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        if id.is_empty() || id.starts_with('.') || !id.bytes().all(good) {
+            return Err(Error::BadId(id.to_owned()));
+        }
+        {
+            let mut containers = self.containers();
+            if containers.contains_key(id) {
+                return Err(Error::ContainerExists(id.to_owned()));
+            }
+            containers.insert(id.to_owned(), Entry::Creating);
+        }
+        let created = Container::create(&self.pod, id, spec, ports).await;
+        let mut containers = self.containers();
+        match created {
+            Ok(container) => {
+                let container = Arc::new(container);
+                containers.insert(id.to_owned(), Entry::Created(container.clone()));
+                Ok(container)
+            }
+            Err(error) => {
+                containers.remove(id);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// The container with this id.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
+        match self.containers().get(id) {
+            Some(Entry::Created(container)) => Ok(container.clone()),
+            Some(Entry::Creating) | None => Err(Error::NoContainer(id.to_owned())),
+        }
+    }
+
+    /// Removes a container, whatever it still does.
+    pub async fn remove(&self, id: &str) -> Result<()> {
+        self.container(id)?.remove().await?;
+        self.containers().remove(id);
+        Ok(())
+    }
+
+    /// The id of the next container that met an out-of-memory kill.
+    pub async fn next_oom(&self) -> Result<String> {
+        // The sender lives in this struct: there is always a next one.
+        self.ooms.lock().await.recv().await.ok_or_else(|| Error::NoContainer(String::new()))
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sets the guest up for its pod. A guest that was restored from a template has old time and old entropy.
+pub fn configure(settings: &Settings) -> Result<()> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |error: io::Error| Error::Guest(what, error)
+    };
+    if settings.clock_ns != 0 {
+        set_clock(settings.clock_ns).map_err(failed("set the clock"))?;
+    }
+    if !settings.entropy.is_empty() {
+        add_entropy(&settings.entropy).map_err(failed("add entropy"))?;
+    }
+    if !settings.hostname.is_empty() {
+        sethostname(&settings.hostname).map_err(|e| failed("set the host name")(e.into()))?;
+    }
+    if !settings.share_tag.is_empty() {
+        let what = format!("mount virtio-fs {:?} on {GUEST_SHARE}", settings.share_tag);
+        mount_share(&settings.share_tag).map_err(failed(&what))?;
+    }
+    Ok(())
+}
+
+fn set_clock(nanoseconds: u64) -> io::Result<()> {
+    const SECOND: u64 = 1_000_000_000;
+    let seconds = i64::try_from(nanoseconds / SECOND).unwrap_or(i64::MAX);
+    let rest = i64::try_from(nanoseconds % SECOND).unwrap_or(0);
+    Ok(clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(seconds, rest))?)
+}
+
+/// random(4): RNDADDENTROPY credits the bytes, RNDRESEEDCRNG puts them to use at once.
+fn add_entropy(bytes: &[u8]) -> io::Result<()> {
+    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+    const MOST: usize = 512;
+    /// `struct rand_pool_info` with room.
+    #[repr(C)]
+    struct Pool {
+        entropy_bits: libc::c_int,
+        size: libc::c_int,
+        bytes: [u8; MOST],
+    }
+    let mut pool = Pool { entropy_bits: 0, size: 0, bytes: [0; MOST] };
+    for (to, from) in pool.bytes.iter_mut().zip(bytes) {
+        *to = *from;
+        pool.size += 1;
+    }
+    pool.entropy_bits = pool.size * 8;
+    let device = File::open("/dev/urandom")?;
+    // SAFETY: the pool lives through the call and has `size` bytes.
+    Errno::result(unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, &raw const pool) })?;
+    // SAFETY: takes no argument.
+    Errno::result(unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) })?;
+    Ok(())
+}
+
+/// Mounts the pod's shared directory. Shared in the sense of propagation too: a mount that one container makes in a
+/// volume with `rshared` shows in the others.
+fn mount_share(tag: &str) -> io::Result<()> {
+    let none = None::<&str>;
+    fs::create_dir_all(GUEST_SHARE)?;
+    if is_mount_point(Path::new(GUEST_SHARE))? {
+        // The shim called twice.
+        return Ok(());
+    }
+    mount(Some(tag), GUEST_SHARE, Some("virtiofs"), MsFlags::empty(), none)?;
+    Ok(mount(none, GUEST_SHARE, none, MsFlags::MS_SHARED, none)?)
+}
+
+fn is_mount_point(path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let parent = path.parent().unwrap_or(path);
+    Ok(fs::metadata(path)?.dev() != fs::metadata(parent)?.dev())
+}

@@ -1,0 +1,10 @@
+//! Containers made by the agent on this machine, without a virtual machine.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
+
+mod confinement;
+mod file_systems;
+mod harness;
+mod lifecycle;
+mod resources;
+mod streams;

@@ -1,0 +1,172 @@
+//! The keys: which there are, what values they take, where they go.
+
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use toml::de::DeValue;
+
+use crate::Config;
+
+/// MiB of memory below which the guest's kernel does not come up.
+const LEAST_MEMORY: i64 = 64;
+/// More memory than any host has: 16 TiB.
+const MOST_MEMORY: i64 = 16 << 20;
+/// An hour.
+const LONGEST_TIMEOUT: i64 = 3600;
+/// An x86 kernel takes 2047 characters in all (COMMAND_LINE_SIZE); the VMM's own parameters need some of them.
+const LONGEST_PARAMETERS: usize = 1536;
+/// The local APICs of the guest are addressed with 8 bits, of which 255 is the broadcast and one value goes to
+/// the I/O APIC (Intel MultiProcessor Specification 1.4, 4.3).
+const MOST_VCPUS: u32 = 254;
+
+/// A key and what setting it does.
+pub(crate) struct Key {
+    pub(crate) section: &'static str,
+    pub(crate) name: &'static str,
+    /// Sets it, or tells what is wrong with the value.
+    pub(crate) set: fn(&mut Config, &DeValue<'_>) -> Result<(), String>,
+}
+
+const HYPERVISOR: &str = "hypervisor.katana";
+const AGENT: &str = "agent.kata";
+const RUNTIME: &str = "runtime";
+
+/// Every key there is.
+pub(crate) const KEYS: &[Key] = &[
+    Key { section: HYPERVISOR, name: "path", set: |c, v| path(v, &mut c.hypervisor.path) },
+    Key { section: HYPERVISOR, name: "kernel", set: |c, v| path(v, &mut c.hypervisor.kernel) },
+    Key { section: HYPERVISOR, name: "image", set: |c, v| path(v, &mut c.hypervisor.image) },
+    Key {
+        section: HYPERVISOR,
+        name: "kernel_params",
+        set: |c, v| parameters(v, &mut c.hypervisor.kernel_params),
+    },
+    Key { section: HYPERVISOR, name: "default_vcpus", set: |c, v| vcpus(v, &mut c.hypervisor.default_vcpus) },
+    Key {
+        section: HYPERVISOR,
+        name: "default_maxvcpus",
+        set: |c, v| most_vcpus(v, &mut c.hypervisor.default_maxvcpus),
+    },
+    Key {
+        section: HYPERVISOR,
+        name: "default_memory",
+        set: |c, v| number(v, LEAST_MEMORY, MOST_MEMORY, &mut c.hypervisor.default_memory),
+    },
+    Key { section: HYPERVISOR, name: "enable_debug", set: |c, v| boolean(v, &mut c.hypervisor.enable_debug) },
+    Key {
+        section: AGENT,
+        name: "debug_console_enabled",
+        set: |c, v| console(v, &mut c.agent.debug_console_enabled),
+    },
+    Key { section: AGENT, name: "enable_debug", set: |c, v| boolean(v, &mut c.agent.enable_debug) },
+    Key {
+        section: AGENT,
+        name: "dial_timeout",
+        set: |c, v| number(v, 1, LONGEST_TIMEOUT, &mut c.agent.dial_timeout),
+    },
+    Key { section: RUNTIME, name: "enable_debug", set: |c, v| boolean(v, &mut c.runtime.enable_debug) },
+    Key {
+        section: RUNTIME,
+        name: "sandbox_cgroup_only",
+        set: |c, v| only_true(v, &mut c.runtime.sandbox_cgroup_only),
+    },
+];
+
+/// The CPUs that a machine on this host can have.
+pub(crate) fn host_cpus() -> u32 {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    u32::try_from(cpus).unwrap_or(MOST_VCPUS).min(MOST_VCPUS)
+}
+
+fn mistyped(wanted: &str, value: &DeValue<'_>) -> String {
+    format!("must be {wanted}, not {} {}", article(value.type_str()), value.type_str())
+}
+
+fn article(noun: &str) -> &'static str {
+    if noun.starts_with(['a', 'i']) { "an" } else { "a" }
+}
+
+fn boolean(value: &DeValue<'_>, to: &mut bool) -> Result<(), String> {
+    *to = value.as_bool().ok_or_else(|| mistyped("true or false", value))?;
+    Ok(())
+}
+
+/// Refused while nothing on the host can reach the console that the agent would offer.
+fn console(value: &DeValue<'_>, to: &mut bool) -> Result<(), String> {
+    boolean(value, to)?;
+    if *to {
+        Err("must be false: there is no way yet to reach the console from the host".to_owned())
+    } else {
+        Ok(())
+    }
+}
+
+/// What can be said, because files for Kata Containers say it, and not be changed.
+fn only_true(value: &DeValue<'_>, to: &mut bool) -> Result<(), String> {
+    boolean(value, to)?;
+    if *to {
+        Ok(())
+    } else {
+        Err("must be true: a pod's machine always runs in the pod's own cgroup".to_owned())
+    }
+}
+
+fn integer(value: &DeValue<'_>) -> Result<i64, String> {
+    let digits = value.as_integer().ok_or_else(|| mistyped("an integer", value))?;
+    i64::from_str_radix(digits.as_str(), digits.radix()).map_err(|_| "is too large".to_owned())
+}
+
+fn number(value: &DeValue<'_>, least: i64, most: i64, to: &mut u32) -> Result<(), String> {
+    let number = integer(value)?;
+    let refusal = || format!("must be from {least} to {most}, not {number}");
+    if !(least..=most).contains(&number) {
+        return Err(refusal());
+    }
+    *to = u32::try_from(number).map_err(|_| refusal())?;
+    Ok(())
+}
+
+/// As in Kata Containers: 0 is the default of 1, less than 0 and more than the host has are all of the host's.
+fn vcpus(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
+    *to = match integer(value)? {
+        0 => 1,
+        number => u32::try_from(number).map_or(host_cpus(), |number| number.min(host_cpus())),
+    };
+    Ok(())
+}
+
+/// As in Kata Containers: 0 and more than the host has are all of the host's.
+fn most_vcpus(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
+    *to = match integer(value)? {
+        0 => host_cpus(),
+        number if number < 0 => return Err(format!("must be 0 or more, not {number}")),
+        number => u32::try_from(number).map_or(host_cpus(), |number| number.min(host_cpus())),
+    };
+    Ok(())
+}
+
+fn string<'v>(value: &'v DeValue<'_>) -> Result<&'v str, String> {
+    value.as_str().ok_or_else(|| mistyped("a string", value))
+}
+
+fn path(value: &DeValue<'_>, to: &mut PathBuf) -> Result<(), String> {
+    let text = string(value)?;
+    if !Path::new(text).is_absolute() || text.contains('\0') {
+        return Err(format!("must be an absolute path, not {text:?}"));
+    }
+    *to = PathBuf::from(text);
+    Ok(())
+}
+
+fn parameters(value: &DeValue<'_>, to: &mut String) -> Result<(), String> {
+    let text = string(value)?;
+    if text.len() > LONGEST_PARAMETERS {
+        return Err(format!("must not be longer than {LONGEST_PARAMETERS} characters, not {}", text.len()));
+    }
+    // The kernel's command line ends at the first NUL; a line break would end a line of the log.
+    if let Some(bad) = text.chars().find(|character| !matches!(character, ' '..='~')) {
+        return Err(format!("must be printable ASCII characters; {bad:?} is not one"));
+    }
+    *to = text.to_owned();
+    Ok(())
+}

@@ -1,0 +1,200 @@
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::file::Loader;
+use crate::keys::{KEYS, host_cpus};
+use crate::{Agent, Config, Error, Hypervisor, Runtime, load, load_first};
+
+const FILE: &str = "/etc/kata-containers/configuration.toml";
+const SHIPPED: &str = include_str!("../configuration.toml");
+
+fn parse(text: &str) -> Result<Config, Error> {
+    let mut loader = Loader::new(Path::new(FILE));
+    loader.apply_text(Path::new(FILE), text)?;
+    loader.finish()
+}
+
+fn defaults() -> Config {
+    Config {
+        path: PathBuf::from(FILE),
+        hypervisor: Hypervisor::default(),
+        agent: Agent::default(),
+        runtime: Runtime::default(),
+    }
+}
+
+/// A folder of its own for a test, removed with it.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("katana-config-{}-{name}", std::process::id()));
+        fs::create_dir_all(path.join("config.d")).unwrap();
+        Self(path)
+    }
+
+    fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.0.join(name);
+        fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn errors_name_file_line_and_key() {
+    let cases = [
+        ("[hypervisor.katana]\n\nfoo = 1", "3: unknown key \"foo\" in [hypervisor.katana]"),
+        ("# a\n[hypervisor.qemu]\npath = \"/q\"", "2: unknown section [hypervisor.qemu]"),
+        ("\n[factory]\nenable_template = true", "2: unknown section [factory]"),
+        ("[runtime.x]\na = 1", "1: unknown key \"x\" in [runtime]"),
+        ("debug = true", "1: unknown key \"debug\" in the top level"),
+        ("hypervisor = 3", "1: unknown key \"hypervisor\" in the top level"),
+        ("[[runtime]]\nenable_debug = true", "1: unknown key \"runtime\" in the top level"),
+        (
+            "[runtime]\nenable_debug = 1",
+            "2: key \"enable_debug\" in [runtime]: must be true or false, not an integer",
+        ),
+        (
+            "[hypervisor.katana]\ndefault_vcpus = \"2\"",
+            "2: key \"default_vcpus\" in [hypervisor.katana]: must be an integer, not a string",
+        ),
+        (
+            "[hypervisor.katana]\ndefault_memory = 32",
+            "2: key \"default_memory\" in [hypervisor.katana]: must be from 64 to 16777216, not 32",
+        ),
+        (
+            "[hypervisor.katana]\ndefault_memory = 99999999999999999999",
+            "2: key \"default_memory\" in [hypervisor.katana]: is too large",
+        ),
+        (
+            "[hypervisor.katana]\ndefault_maxvcpus = -1",
+            "2: key \"default_maxvcpus\" in [hypervisor.katana]: must be 0 or more, not -1",
+        ),
+        (
+            "[hypervisor.katana]\nkernel = \"vmlinux\"",
+            "2: key \"kernel\" in [hypervisor.katana]: must be an absolute path, not \"vmlinux\"",
+        ),
+        (
+            "[hypervisor.katana]\nkernel_params = \"a\\nb\"",
+            "2: key \"kernel_params\" in [hypervisor.katana]: must be printable ASCII characters; '\\n' is not one",
+        ),
+        (
+            "[runtime]\nsandbox_cgroup_only = false",
+            "2: key \"sandbox_cgroup_only\" in [runtime]: must be true: a pod's machine always runs in the pod's own cgroup",
+        ),
+        (
+            "[agent.kata]\ndebug_console_enabled = true",
+            "2: key \"debug_console_enabled\" in [agent.kata]: must be false: there is no way yet to reach the console from the host",
+        ),
+        (
+            "[agent.kata]\ndial_timeout = 0",
+            "2: key \"dial_timeout\" in [agent.kata]: must be from 1 to 3600, not 0",
+        ),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(parse(text).unwrap_err().to_string(), format!("{FILE}:{expected}"), "{text}");
+    }
+}
+
+#[test]
+fn syntax_errors_name_the_line() {
+    for (text, line) in [("[runtime]\nenable_debug =\n", 2), ("\n\n[runtime\n", 3), ("a = 1\na = 2\n", 2)] {
+        let error = parse(text).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{FILE}:{line}: not valid TOML: ")), "{error}");
+    }
+}
+
+#[test]
+fn vcpus_mean_what_they_mean_in_kata() {
+    let vcpus = |value: &str| {
+        let hypervisor = parse(&format!("[hypervisor.katana]\ndefault_vcpus = {value}")).unwrap().hypervisor;
+        hypervisor.default_vcpus
+    };
+    assert_eq!((vcpus("0"), vcpus("1")), (1, 1));
+    assert_eq!(
+        (vcpus("-1"), vcpus("4000000000"), vcpus("0xFFFFFFFFFFF")),
+        (host_cpus(), host_cpus(), host_cpus())
+    );
+    let most = |value: &str| parse(&format!("hypervisor.katana.default_maxvcpus = {value}"));
+    assert_eq!(most("0").unwrap().hypervisor.default_maxvcpus, host_cpus());
+    assert_eq!(most("1").unwrap().hypervisor.default_maxvcpus, 1);
+}
+
+#[test]
+fn more_vcpus_than_the_most_is_an_error() {
+    if host_cpus() < 2 {
+        return;
+    }
+    let error =
+        parse("[hypervisor.katana]\ndefault_maxvcpus = 1\ndefault_vcpus = 2\n").unwrap_err().to_string();
+    let why = "3: key \"default_vcpus\" in [hypervisor.katana]: 2 is more than default_maxvcpus, which is 1";
+    assert_eq!(error, format!("{FILE}:{why}"));
+}
+
+#[test]
+fn drop_ins_override_in_the_order_of_their_names() {
+    let folder = Folder::new("drop-ins");
+    let file = folder.write("configuration.toml", "[agent.kata]\ndial_timeout = 1\nenable_debug = true\n");
+    folder.write("config.d/20-second.toml", "[agent.kata]\ndial_timeout = 3\n");
+    folder
+        .write("config.d/10-first.toml", "[agent.kata]\ndial_timeout = 2\n[runtime]\nenable_debug = true\n");
+    folder.write("config.d/30-other.txt", "not toml");
+    let config = load(Some(&file)).unwrap();
+    assert_eq!(
+        (config.agent.dial_timeout, config.agent.enable_debug, config.runtime.enable_debug),
+        (3, true, true)
+    );
+    assert_eq!(config.path, file);
+
+    let bad = folder.write("config.d/40-bad.toml", "\n[agent.kata]\nfoo = 2\n");
+    let error = load(Some(&file)).unwrap_err().to_string();
+    assert_eq!(error, format!("{}:3: unknown key \"foo\" in [agent.kata]", bad.display()));
+}
+
+#[test]
+fn the_first_file_that_exists_is_used_even_if_it_is_bad() {
+    let folder = Folder::new("search");
+    let good = folder.write("good.toml", "[agent.kata]\ndial_timeout = 9\n");
+    let bad = folder.write("bad.toml", "[agent.kata]\ndial_timeout = 0\n");
+    let missing = folder.0.join("missing.toml");
+    assert_eq!(load_first(&[missing.clone(), good.clone()]).unwrap().agent.dial_timeout, 9);
+    assert!(matches!(load_first(&[bad, good]), Err(Error::Value { .. })));
+    let error = load_first(std::slice::from_ref(&missing)).unwrap_err().to_string();
+    assert_eq!(error, format!("no configuration file: {} do not exist", missing.display()));
+}
+
+#[test]
+fn what_is_no_file_is_refused() {
+    for path in ["/dev/zero", "/nonexistent/configuration.toml", "/etc"] {
+        let error = load(Some(Path::new(path))).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{path}: cannot read the configuration: ")), "{error}");
+    }
+}
+
+#[test]
+fn the_shipped_file_sets_the_defaults() {
+    assert_eq!(parse(SHIPPED).unwrap(), defaults());
+}
+
+#[test]
+fn the_shipped_file_shows_each_key() {
+    // What is commented out is a key as well: "#enable_debug = true".
+    let uncommented: String = SHIPPED
+        .lines()
+        .map(|line| match line.strip_prefix('#') {
+            Some(rest) if !rest.starts_with(' ') => format!("{rest}\n"),
+            _ => format!("{line}\n"),
+        })
+        .collect();
+    let mut loader = Loader::new(Path::new(FILE));
+    loader.apply_text(Path::new(FILE), &uncommented).unwrap();
+    let mut expected: Vec<_> = KEYS.iter().map(|key| (key.section, key.name)).collect();
+    expected.sort_unstable();
+    assert_eq!(loader.set_keys(), expected);
+}

@@ -1,0 +1,130 @@
+//! The installation: that the configured files are there and are what they should be, and that the host lets
+//! the VMM lock itself in.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use katana_config::Config;
+use nix::sched::{CloneFlags, unshare};
+
+/// ELF, System V ABI, "ELF Identification": magic, 64 bits, little-endian.
+const ELF: Magic = Magic { offset: 0, bytes: b"\x7FELF\x02\x01", what: "an uncompressed 64-bit ELF kernel" };
+/// The superblock of erofs, Linux fs/erofs/erofs_fs.h.
+const EROFS: Magic = Magic { offset: 1024, bytes: &0xE0F5_E1E2_u32.to_le_bytes(), what: "an erofs image" };
+
+/// Why containers cannot be created with what is installed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{key} in [hypervisor.katana]: {}: {source}", path.display())]
+    File { key: &'static str, path: PathBuf, source: io::Error },
+    #[error("{key} in [hypervisor.katana]: {} is not {what}", path.display())]
+    Kind { key: &'static str, path: PathBuf, what: &'static str },
+    #[error(
+        "the VMM cannot lock itself in: no new user, mount, network, IPC, UTS and pid namespaces: {0}: see /proc/sys/user/max_*_namespaces"
+    )]
+    Namespaces(io::Error),
+}
+
+struct Magic {
+    offset: u64,
+    bytes: &'static [u8],
+    what: &'static str,
+}
+
+/// Checks it.
+pub(crate) fn check(config: &Config, note: &dyn Fn(String)) -> Result<(), Error> {
+    let hypervisor = &config.hypervisor;
+    check_program("path", &hypervisor.path)?;
+    note(format!("VMM: {}", hypervisor.path.display()));
+    check_magic("kernel", &hypervisor.kernel, &ELF)?;
+    note(format!("kernel: {}", hypervisor.kernel.display()));
+    check_magic("image", &hypervisor.image, &EROFS)?;
+    note(format!("image: {}", hypervisor.image.display()));
+    check_namespaces().map_err(Error::Namespaces)?;
+    note("namespaces of the VMM's jail: available".to_owned());
+    Ok(())
+}
+
+fn check_program(key: &'static str, path: &Path) -> Result<(), Error> {
+    let metadata = path.metadata().map_err(|source| Error::File { key, path: path.to_owned(), source })?;
+    if metadata.is_file() && metadata.permissions().mode() & 0o111 != 0 {
+        return Ok(());
+    }
+    Err(Error::Kind { key, path: path.to_owned(), what: "an executable file" })
+}
+
+fn check_magic(key: &'static str, path: &Path, magic: &Magic) -> Result<(), Error> {
+    match has_magic(path, magic) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Error::Kind { key, path: path.to_owned(), what: magic.what }),
+        Err(source) => Err(Error::File { key, path: path.to_owned(), source }),
+    }
+}
+
+fn has_magic(path: &Path, magic: &Magic) -> io::Result<bool> {
+    let mut file = File::open(path)?;
+    if !file.metadata()?.is_file() {
+        return Ok(false);
+    }
+    file.seek(SeekFrom::Start(magic.offset))?;
+    let mut start = Vec::new();
+    file.take(magic.bytes.len() as u64).read_to_end(&mut start)?;
+    Ok(start == magic.bytes)
+}
+
+/// Makes, in a child, the namespaces of the jail.
+fn check_namespaces() -> io::Result<()> {
+    let flags = CloneFlags::CLONE_NEWUSER
+        | CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWPID;
+    let mut child = Command::new("/proc/self/exe");
+    child.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // SAFETY: between fork and exec the child makes one system call and allocates nothing.
+    unsafe { child.pre_exec(move || unshare(flags).map_err(io::Error::from)) };
+    // The child's failure before exec, with its error number, is that of `spawn`.
+    child.spawn()?.wait()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn configured(path: &str) -> Config {
+        let text = format!(
+            "[hypervisor.katana]\npath = \"{0}/vmm\"\nkernel = \"{0}/kernel\"\nimage = \"{0}/image\"\n",
+            path
+        );
+        let file = Path::new(path).join("configuration.toml");
+        std::fs::write(&file, text).unwrap();
+        katana_config::load(Some(&file)).unwrap()
+    }
+
+    #[test]
+    fn each_file_is_looked_at() {
+        let folder = std::env::temp_dir().join(format!("katana-check-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let path = folder.display().to_string();
+        let config = configured(&path);
+        let error = || check(&config, &|_| {}).unwrap_err().to_string();
+
+        let missing = "No such file or directory (os error 2)";
+        assert_eq!(error(), format!("path in [hypervisor.katana]: {path}/vmm: {missing}"));
+        std::fs::copy("/bin/true", folder.join("vmm")).unwrap();
+        assert_eq!(error(), format!("kernel in [hypervisor.katana]: {path}/kernel: {missing}"));
+        std::fs::write(folder.join("kernel"), b"MZ").unwrap();
+        let what = "is not an uncompressed 64-bit ELF kernel";
+        assert_eq!(error(), format!("kernel in [hypervisor.katana]: {path}/kernel {what}"));
+        std::fs::copy("/bin/true", folder.join("kernel")).unwrap();
+        std::fs::write(folder.join("image"), vec![0; 1026]).unwrap();
+        assert_eq!(error(), format!("image in [hypervisor.katana]: {path}/image is not an erofs image"));
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}

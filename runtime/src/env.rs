@@ -1,0 +1,262 @@
+//! `kata-runtime env`: the effective settings, by the names that Kata Containers' tool gives them. What that
+//! tool shows and does not exist here is left out, what it does not show and matters here is added.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use katana_config::Config;
+use serde::Serialize;
+
+use crate::{check, version};
+
+/// The version of this output, as in `Meta`; it counts from the one of Kata Containers that it comes from.
+const FORMAT: &str = "1.0.27";
+
+/// Why there is nothing to show.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Configuration(#[from] katana_config::Error),
+    #[error("cannot write the settings as TOML: {0}")]
+    Toml(#[from] toml::ser::Error),
+    #[error("cannot write the settings as JSON: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Env {
+    kernel: Kernel,
+    meta: Meta,
+    image: Image,
+    hypervisor: Hypervisor,
+    runtime: Runtime,
+    host: Host,
+    agent: Agent,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Kernel {
+    path: PathBuf,
+    parameters: String,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Meta {
+    version: &'static str,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Image {
+    path: PathBuf,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Hypervisor {
+    path: PathBuf,
+    #[serde(rename = "SharedFS")]
+    shared_fs: &'static str,
+    #[serde(rename = "DefaultVCPUs")]
+    default_vcpus: u32,
+    #[serde(rename = "DefaultMaxVCPUs")]
+    default_maxvcpus: u32,
+    /// MiB.
+    default_memory: u32,
+    debug: bool,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Runtime {
+    path: PathBuf,
+    debug: bool,
+    sandbox_cgroup_only: bool,
+    config: ConfigFile,
+    version: RuntimeVersion,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct ConfigFile {
+    path: PathBuf,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct RuntimeVersion {
+    #[serde(rename = "OCI")]
+    oci: &'static str,
+    version: Semver,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Semver {
+    semver: &'static str,
+    commit: &'static str,
+    major: u64,
+    minor: u64,
+    patch: u64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Host {
+    kernel: String,
+    architecture: &'static str,
+    #[serde(rename = "VMContainerCapable")]
+    vm_container_capable: bool,
+    distro: Distro,
+    #[serde(rename = "CPU")]
+    cpu: Cpu,
+    memory: Memory,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Distro {
+    name: String,
+    version: String,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Cpu {
+    vendor: String,
+    model: String,
+    #[serde(rename = "CPUs")]
+    cpus: usize,
+}
+
+/// KiB.
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Memory {
+    total: u64,
+    free: u64,
+    available: u64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Agent {
+    debug: bool,
+    debug_console: bool,
+    /// Seconds.
+    dial_timeout: u32,
+}
+
+/// The settings as TOML or JSON, without the last line break.
+pub(crate) fn text(config: Option<&Path>, json: bool) -> Result<String, Error> {
+    let env = gather(katana_config::load(config)?);
+    let text = if json { serde_json::to_string_pretty(&env)? } else { toml::to_string(&env)? };
+    Ok(text.trim_end().to_owned())
+}
+
+fn gather(config: Config) -> Env {
+    Env {
+        kernel: Kernel { path: config.hypervisor.kernel, parameters: config.hypervisor.kernel_params },
+        meta: Meta { version: FORMAT },
+        image: Image { path: config.hypervisor.image },
+        hypervisor: Hypervisor {
+            path: config.hypervisor.path,
+            shared_fs: "virtio-fs",
+            default_vcpus: config.hypervisor.default_vcpus,
+            default_maxvcpus: config.hypervisor.default_maxvcpus,
+            default_memory: config.hypervisor.default_memory,
+            debug: config.hypervisor.enable_debug,
+        },
+        runtime: Runtime {
+            path: std::env::current_exe().unwrap_or_default(),
+            debug: config.runtime.enable_debug,
+            sandbox_cgroup_only: config.runtime.sandbox_cgroup_only,
+            config: ConfigFile { path: config.path },
+            version: RuntimeVersion { oci: version::OCI, version: semver() },
+        },
+        host: host(),
+        agent: Agent {
+            debug: config.agent.enable_debug,
+            debug_console: config.agent.debug_console_enabled,
+            dial_timeout: config.agent.dial_timeout,
+        },
+    }
+}
+
+fn semver() -> Semver {
+    let mut numbers = version::VERSION.split(['.', '-', '+']).map(|number| number.parse().unwrap_or(0));
+    let mut next = || numbers.next().unwrap_or(0);
+    let (major, minor, patch) = (next(), next(), next());
+    Semver { semver: version::VERSION, commit: version::commit(), major, minor, patch }
+}
+
+fn host() -> Host {
+    let cpuinfo = read("/proc/cpuinfo");
+    let meminfo = read("/proc/meminfo");
+    let release = read("/etc/os-release");
+    let memory = |name| {
+        let value = field(&meminfo, name, ':');
+        value.strip_suffix(" kB").and_then(|number| number.parse().ok()).unwrap_or(0)
+    };
+    Host {
+        kernel: read("/proc/sys/kernel/osrelease").trim_end().to_owned(),
+        // By the names of Go, which scripts expect here.
+        architecture: "amd64",
+        vm_container_capable: check::capable(&|_| {}).is_ok(),
+        distro: Distro { name: field(&release, "NAME", '='), version: field(&release, "VERSION_ID", '=') },
+        cpu: Cpu {
+            vendor: field(&cpuinfo, "vendor_id", ':'),
+            model: field(&cpuinfo, "model name", ':'),
+            cpus: cpuinfo.lines().filter(|line| line.starts_with("processor")).count(),
+        },
+        memory: Memory {
+            total: memory("MemTotal"),
+            free: memory("MemFree"),
+            available: memory("MemAvailable"),
+        },
+    }
+}
+
+/// A file of the host that describes it; what cannot be read is shown as empty.
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+/// The first value of a name in lines of `name SEPARATOR value`.
+fn field(text: &str, name: &str, separator: char) -> String {
+    let mut values = text.lines().filter_map(|line| {
+        let (key, value) = line.split_once(separator)?;
+        (key.trim_end() == name).then(|| value.trim().trim_matches('"').to_owned())
+    });
+    values.next().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_forms_show_the_effective_values() {
+        let file = std::env::temp_dir().join(format!("katana-env-{}.toml", std::process::id()));
+        fs::write(&file, "[hypervisor.katana]\ndefault_memory = 777\n[agent.kata]\nenable_debug = true\n")
+            .unwrap();
+        let (toml, json) = (text(Some(&file), false).unwrap(), text(Some(&file), true).unwrap());
+        fs::remove_file(&file).unwrap();
+        let toml: toml::Value = toml::from_str(&toml).unwrap();
+        assert_eq!(toml["Hypervisor"]["DefaultMemory"].as_integer(), Some(777));
+        assert_eq!(toml["Runtime"]["Config"]["Path"].as_str(), file.to_str());
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["Agent"]["Debug"], true);
+        assert_eq!(json["Runtime"]["Version"]["OCI"], version::OCI);
+    }
+
+    #[test]
+    fn fields_of_the_hosts_files_are_found() {
+        assert_eq!(field("processor\t: 0\nmodel name\t: A: B\nmodel name : C\n", "model name", ':'), "A: B");
+        assert_eq!(field("VERSION=\"1\"\nVERSION_ID=\"12\"\n", "VERSION_ID", '='), "12");
+        assert_eq!(field("", "NAME", '='), "");
+    }
+}

@@ -1,0 +1,134 @@
+//! The VMM's place in the host's cgroup v2 tree: where the pod's limits and accounting are.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
+use crate::error::{Error, Result};
+
+/// Where cgroup v2 is mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+/// Marks the directories that a shim has made, so that no others are removed.
+const MARK: &std::ffi::CStr = c"trusted.katana";
+
+/// The directory for a pod's VMM, from `linux.cgroupsPath`; nothing on a host without cgroup v2.
+pub fn path(cgroups_path: Option<&str>, id: &str) -> Option<PathBuf> {
+    let unified = statfs(ROOT).is_ok_and(|fs| fs.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    if !unified {
+        log::info!("{ROOT} is not a cgroup v2 tree: the VMM stays in the shim's cgroup");
+        return None;
+    }
+    Some(Path::new(ROOT).join(relative(cgroups_path.unwrap_or(""), id)))
+}
+
+/// A plain path, or systemd's "slice:prefix:name", as a path below the root that never leads out of it.
+fn relative(cgroups_path: &str, id: &str) -> PathBuf {
+    let path = match cgroups_path.split(':').collect::<Vec<_>>()[..] {
+        [slice, prefix, name] if !name.is_empty() => {
+            let unit = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}-{name}") };
+            let unit = if unit.ends_with(".slice") { unit } else { format!("{unit}.scope") };
+            slice_path(if slice.is_empty() { "system.slice" } else { slice }).join(unit)
+        }
+        _ => PathBuf::from(cgroups_path),
+    };
+    let normal: PathBuf =
+        path.components().filter(|part| matches!(part, std::path::Component::Normal(_))).collect();
+    if normal.as_os_str().is_empty() { Path::new("kata").join(id) } else { normal }
+}
+
+/// "a-b.slice" is a.slice/a-b.slice: systemd.slice(5).
+fn slice_path(slice: &str) -> PathBuf {
+    let stem = slice.strip_suffix(".slice").unwrap_or(slice);
+    let ends = stem.match_indices('-').map(|(at, _)| at).chain([stem.len()]);
+    ends.filter(|end| *end > 0)
+        .filter_map(|end| stem.get(..end))
+        .map(|name| format!("{name}.slice"))
+        .collect()
+}
+
+/// Makes the directory and moves a process into it.
+pub fn enter(path: &Path, pid: u32) -> Result<()> {
+    let failed = |e: &io::Error| Error::io(format_args!("cgroup {}", path.display()), e);
+    // Another pod's end may take an empty parent away between the steps.
+    for _ in 0..10 {
+        match create(path).and_then(|()| fs::write(path.join("cgroup.procs"), pid.to_string())) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            outcome => return outcome.map_err(|e| failed(&e)),
+        }
+    }
+    Err(failed(&io::ErrorKind::NotFound.into()))
+}
+
+fn create(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        create(parent)?;
+    }
+    match fs::create_dir(path) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+        Err(_) => return Ok(()),
+        Ok(()) => {}
+    }
+    let name = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: two strings that outlive the call, and a value of one byte.
+    let marked = unsafe { libc::setxattr(name.as_ptr(), MARK.as_ptr(), c"1".as_ptr().cast(), 1, 0) };
+    if let Err(e) = Errno::result(marked) {
+        log::debug!("mark cgroup {}: {e}", path.display());
+    }
+    Ok(())
+}
+
+/// Removes the pod's directory, and those above it that a shim made and nobody is in any more.
+pub fn remove(path: &Path) {
+    let mut path = path;
+    while path.starts_with(ROOT) && path != Path::new(ROOT) && is_marked(path) && fs::remove_dir(path).is_ok()
+    {
+        let Some(parent) = path.parent() else { break };
+        path = parent;
+    }
+}
+
+fn is_marked(path: &Path) -> bool {
+    let Ok(name) = CString::new(path.as_os_str().as_bytes()) else { return false };
+    // SAFETY: two strings that outlive the call; without a buffer only the length is asked for.
+    unsafe { libc::getxattr(name.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_stay_below_the_root() {
+        let cases = [
+            ("/default/c1", "default/c1"),
+            ("kubepods/pod1/abc", "kubepods/pod1/abc"),
+            ("", "kata/id"),
+            ("/", "kata/id"),
+            ("../../etc/../x", "etc/x"),
+            ("system.slice:docker:abc", "system.slice/docker-abc.scope"),
+            (":cri:abc", "system.slice/cri-abc.scope"),
+            (
+                "kubepods-burstable-pod1.slice:cri-containerd:abc",
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope",
+            ),
+        ];
+        for (given, expected) in cases {
+            assert_eq!(relative(given, "id"), Path::new(expected), "{given}");
+        }
+        for hostile in
+            ["../..", "a/../..:..:../../b", "..:..:..", "x:/:..", "-:-:-", "..-..-.slice:a/..:b/../../c"]
+        {
+            let found = relative(hostile, "id");
+            let normal = |part| matches!(part, std::path::Component::Normal(_));
+            assert!(found.components().all(normal) && found.components().count() > 0, "{hostile}: {found:?}");
+        }
+    }
+}

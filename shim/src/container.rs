@@ -1,0 +1,406 @@
+//! A container: its first process, its execs, its place in the pod.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::events::task::{
+    TaskExecAdded, TaskExecStarted, TaskExit, TaskPaused, TaskResumed, TaskStart,
+};
+use nix::libc::SIGKILL;
+use serde_json::{Map, Value};
+
+use crate::agent::{Agent, ProcessName};
+use crate::error::{Error, Result};
+use crate::events::{Publisher, timestamp};
+use crate::hooks;
+use crate::process::{Exit, Phase, Process};
+use crate::rootfs::Layer;
+use crate::sandbox::Sandbox;
+use crate::spec::{Hook, Pod, Spec};
+use crate::stdio::{Paths, Streams};
+
+/// How long a killed process may take to end.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// A container.
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Its bundle on the host.
+    pub bundle: PathBuf,
+    /// Its specification as the client wrote it.
+    pub spec: Spec,
+    /// The machine it is in.
+    pub sandbox: Arc<Sandbox>,
+    /// Its first process.
+    pub init: Arc<Process>,
+    agent: Agent,
+    events: Arc<Publisher>,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+    paused: AtomicBool,
+    /// Held by what changes the container's state: Start, Pause, Resume, Delete. True once it is deleted.
+    changing: tokio::sync::Mutex<bool>,
+}
+
+/// What a container is made of.
+pub struct Parts {
+    /// Its id.
+    pub id: String,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// Its bundle on the host.
+    pub bundle: PathBuf,
+    /// Its specification.
+    pub spec: Spec,
+    /// Its root, as the snapshotter gave it.
+    pub layers: Vec<Layer>,
+    /// Its streams.
+    pub paths: Paths,
+    /// What it may share with the pod.
+    pub pod: Pod,
+}
+
+impl Container {
+    /// Creates a container in a machine that may still be booting. On failure nothing is left of it.
+    pub async fn create(parts: Parts, sandbox: Arc<Sandbox>, events: Arc<Publisher>) -> Result<Arc<Self>> {
+        let id = parts.id.clone();
+        let created = Self::try_create(parts, Arc::clone(&sandbox), events).await;
+        if created.is_err() {
+            Arc::clone(&sandbox.share).remove_beside(id).await;
+        }
+        created
+    }
+
+    async fn try_create(parts: Parts, sandbox: Arc<Sandbox>, events: Arc<Publisher>) -> Result<Arc<Self>> {
+        let Parts { id, namespace, bundle, spec, layers, paths, pod } = parts;
+        let sources = spec.sources(&bundle);
+        let guest_spec = spec.for_guest(&id, paths.terminal, &sources, pod)?;
+        let streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
+        sandbox.running().await?;
+        let share = Arc::clone(&sandbox.share);
+        let (spec, id, bundle) = crate::blocking(move || {
+            share.add(&id, &bundle, &spec, &layers, &sources)?;
+            Ok((spec, id, bundle))
+        })
+        .await?;
+        let agent = sandbox.agent().await?;
+        let name = ProcessName { container: id.clone(), exec: String::new() };
+        let container = Arc::new(Self {
+            init: Process::new(name, paths, Map::new()),
+            execs: Mutex::default(),
+            paused: AtomicBool::new(false),
+            changing: tokio::sync::Mutex::default(),
+            id,
+            bundle,
+            spec,
+            sandbox,
+            agent,
+            events,
+        });
+        container
+            .run_hooks("creating", |hooks| [&hooks.prestart[..], &hooks.create_runtime].concat())
+            .await?;
+        let pid = container.agent.create_container(&container.id, guest_spec, streams.ports()).await?;
+        container.init.exists(pid, streams);
+        container.follow(&container.init);
+        Ok(container)
+    }
+
+    async fn run_hooks(
+        self: &Arc<Self>,
+        status: &'static str,
+        which: impl FnOnce(&crate::spec::Hooks) -> Vec<Hook>,
+    ) -> Result<()> {
+        let hooks = self.spec.hooks.as_ref().map(which).unwrap_or_default();
+        if hooks.is_empty() {
+            return Ok(());
+        }
+        let container = Arc::clone(self);
+        crate::blocking(move || {
+            let pid = i32::try_from(container.sandbox.pid()).unwrap_or(0);
+            let (id, bundle, spec) = (container.id.as_str(), container.bundle.as_path(), &container.spec);
+            hooks::run(&hooks, &hooks::State { id, status, pid, bundle, spec })
+        })
+        .await
+    }
+
+    /// Waits for a process's end, as a task, and tells of it.
+    fn follow(self: &Arc<Self>, process: &Arc<Process>) {
+        let (container, process) = (Arc::clone(self), Arc::clone(process));
+        tokio::spawn(async move {
+            let exit = process.follow(&container.agent).await;
+            let is_init = process.name.exec.is_empty();
+            if is_init && !container.spec.owns_pid_namespace() && !container.sandbox.is_dead() {
+                // No namespace ends with this process, so the rest of the container is ended here.
+                let _ = container.agent.signal_process(&process.name, SIGKILL.unsigned_abs(), true).await;
+            }
+            let _published = process.starting.lock().await;
+            container.events.publish(&TaskExit {
+                container_id: container.id.clone(),
+                id: if is_init { container.id.clone() } else { process.name.exec.clone() },
+                pid: container.pid_of(&process),
+                exit_status: exit.status,
+                exited_at: Some(timestamp(exit.at)).into(),
+                ..Default::default()
+            });
+            process.stopped(exit);
+        });
+    }
+
+    /// The pid that clients get. For the container it is the VMM's, a process of the host of which clients look
+    /// up namespaces and cgroups; for an exec, of which the host has none, it is the one in the guest.
+    pub fn pid_of(&self, process: &Process) -> u32 {
+        if process.name.exec.is_empty() { self.sandbox.pid() } else { process.guest_pid() }
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The container's first process, or an exec.
+    pub fn process(&self, exec: &str) -> Result<Arc<Process>> {
+        if exec.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        let found = self.execs().get(exec).cloned();
+        found.ok_or_else(|| Error::NotFound(format!("process does not exist {exec}")))
+    }
+
+    /// Whether the container is frozen.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    /// Starts the first process or an exec; the answer is its pid.
+    pub async fn start(self: &Arc<Self>, exec: &str) -> Result<u32> {
+        let process = self.process(exec)?;
+        if exec.is_empty() {
+            let _changing = self.changing.lock().await;
+            let _starting = process.starting.lock().await;
+            self.start_init().await?;
+        } else {
+            let _starting = process.starting.lock().await;
+            self.start_exec(&process).await?;
+        }
+        Ok(self.pid_of(&process))
+    }
+
+    async fn start_init(self: &Arc<Self>) -> Result<()> {
+        may_start(&self.init)?;
+        self.agent.start_container(&self.id).await?;
+        self.init.started();
+        let (container_id, pid) = (self.id.clone(), self.sandbox.pid());
+        self.events.publish(&TaskStart { container_id, pid, ..Default::default() });
+        if let Err(e) = self.run_hooks("running", |hooks| hooks.poststart.clone()).await {
+            // runtime-spec: a failing poststart hook is a warning, the container lives.
+            log::warn!("container {}: {e}", self.id);
+        }
+        Ok(())
+    }
+
+    async fn start_exec(self: &Arc<Self>, process: &Arc<Process>) -> Result<()> {
+        may_start(process)?;
+        match self.try_start_exec(process).await {
+            Ok(pid) => {
+                process.started();
+                self.events.publish(&TaskExecStarted {
+                    container_id: self.id.clone(),
+                    exec_id: process.name.exec.clone(),
+                    pid,
+                    ..Default::default()
+                });
+                self.follow(process);
+                Ok(())
+            }
+            Err(e) => {
+                // It will never run, and nobody must wait for its end.
+                process.stopped(Exit { status: 255, at: SystemTime::now() });
+                Err(e)
+            }
+        }
+    }
+
+    async fn try_start_exec(&self, process: &Process) -> Result<u32> {
+        let namespace = self.events.namespace();
+        let streams = Streams::open(&process.paths, &self.id, namespace, &self.sandbox.ports).await?;
+        let pid = self.agent.exec_process(&process.name, process.spec_for_guest(), streams.ports()).await?;
+        process.exists(pid, streams);
+        Ok(pid)
+    }
+
+    /// Adds an exec, to be started later.
+    pub fn add_exec(&self, exec: &str, spec: Map<String, Value>, paths: Paths) -> Result<()> {
+        match self.init.phase() {
+            Phase::Stopped(_) => {
+                return Err(Error::FailedPrecondition("cannot exec in a stopped state".into()));
+            }
+            _ if self.is_paused() => {
+                return Err(Error::FailedPrecondition("cannot exec in a paused state".into()));
+            }
+            _ => {}
+        }
+        let name = ProcessName { container: self.id.clone(), exec: exec.to_owned() };
+        {
+            let mut execs = self.execs();
+            if execs.contains_key(exec) {
+                return Err(Error::AlreadyExists(format!("id {exec}")));
+            }
+            execs.insert(exec.to_owned(), Process::new(name, paths, spec));
+        }
+        let (container_id, exec_id) = (self.id.clone(), exec.to_owned());
+        self.events.publish(&TaskExecAdded { container_id, exec_id, ..Default::default() });
+        Ok(())
+    }
+
+    /// Removes an exec that does not run.
+    pub async fn delete_exec(&self, exec: &str) -> Result<(u32, Exit)> {
+        let process = self.process(exec)?;
+        let exit = match process.phase() {
+            Phase::Running => {
+                return Err(Error::FailedPrecondition("cannot delete a running process".into()));
+            }
+            Phase::Stopped(exit) => exit,
+            Phase::Created => Exit { status: 0, at: SystemTime::now() },
+        };
+        if process.guest_pid() != 0
+            && !self.sandbox.is_dead()
+            && let Err(e) = self.agent.remove_process(&process.name).await
+        {
+            log::warn!("remove exec {exec} of container {}: {e}", self.id);
+        }
+        // Whoever waits for an exec that never ran stops waiting.
+        process.stopped(exit);
+        self.execs().remove(exec);
+        Ok((process.guest_pid(), exit))
+    }
+
+    /// Removes the container, which must not run: from the guest if that goes on, then from the host.
+    pub async fn delete(self: &Arc<Self>, guest_goes_on: bool) -> Result<Exit> {
+        let mut deleted = self.changing.lock().await;
+        if *deleted {
+            return Err(Error::NotFound(format!("container {}", self.id)));
+        }
+        let exit = match self.init.phase() {
+            Phase::Stopped(exit) => exit,
+            Phase::Running if self.is_paused() => {
+                return Err(Error::FailedPrecondition("cannot delete a paused process".into()));
+            }
+            Phase::Running => {
+                return Err(Error::FailedPrecondition("cannot delete a running process".into()));
+            }
+            Phase::Created => self.discard().await?,
+        };
+        if guest_goes_on
+            && !self.sandbox.is_dead()
+            && let Err(e) = self.agent.remove_container(&self.id).await
+        {
+            log::error!("remove container {}: {e}", self.id);
+        }
+        Arc::clone(&self.sandbox.share).remove_beside(self.id.clone()).await;
+        if let Err(e) = self.run_hooks("stopped", |hooks| hooks.poststop.clone()).await {
+            log::warn!("container {}: {e}", self.id);
+        }
+        *deleted = true;
+        Ok(exit)
+    }
+
+    /// Ends a first process that was never started.
+    async fn discard(&self) -> Result<Exit> {
+        if let Err(e) = self.agent.signal_process(&self.init.name, SIGKILL.unsigned_abs(), true).await {
+            log::debug!("container {}: {e}", self.id);
+        }
+        let ended = tokio::time::timeout(END_LIMIT, self.init.wait()).await;
+        ended.map_err(|_| Error::DeadlineExceeded(format!("container {} does not end", self.id)))
+    }
+
+    /// Signals a process, or all of the container.
+    pub async fn kill(&self, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let process = self.process(exec)?;
+        match process.phase() {
+            Phase::Stopped(_) => return Err(Error::already_finished()),
+            Phase::Created if !exec.is_empty() => {
+                return Err(Error::FailedPrecondition(format!("process {exec} is not started")));
+            }
+            _ => {}
+        }
+        match self.agent.signal_process(&process.name, signal, all).await {
+            Err(Error::Agent { code: ttrpc::Code::NOT_FOUND, .. } | Error::Unavailable(_)) => {
+                Err(Error::already_finished())
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Freezes the container.
+    pub async fn pause(&self) -> Result<()> {
+        let _changing = self.changing.lock().await;
+        self.must_run("pause")?;
+        if self.is_paused() {
+            return Err(Error::FailedPrecondition("cannot pause a paused container".into()));
+        }
+        self.agent.pause_container(&self.id).await?;
+        self.paused.store(true, Ordering::Relaxed);
+        self.events.publish(&TaskPaused { container_id: self.id.clone(), ..Default::default() });
+        Ok(())
+    }
+
+    /// Thaws the container.
+    pub async fn resume(&self) -> Result<()> {
+        let _changing = self.changing.lock().await;
+        self.must_run("resume")?;
+        if !self.is_paused() {
+            return Err(Error::FailedPrecondition("cannot resume a running process".into()));
+        }
+        self.agent.resume_container(&self.id).await?;
+        self.paused.store(false, Ordering::Relaxed);
+        self.events.publish(&TaskResumed { container_id: self.id.clone(), ..Default::default() });
+        Ok(())
+    }
+
+    fn must_run(&self, what: &str) -> Result<()> {
+        match self.init.phase() {
+            Phase::Running => Ok(()),
+            Phase::Created => Err(Error::FailedPrecondition(format!("cannot {what} task in created state"))),
+            Phase::Stopped(_) => Err(Error::FailedPrecondition(format!("cannot {what} a stopped container"))),
+        }
+    }
+
+    /// Sets a terminal's size.
+    pub async fn resize(&self, exec: &str, columns: u32, rows: u32) -> Result<()> {
+        self.process(exec)?.resize(&self.agent, columns, rows).await
+    }
+
+    /// Changes limits.
+    pub async fn update(&self, mut resources: Map<String, Value>) -> Result<()> {
+        crate::spec::resources_for_guest(&mut resources);
+        let resources = Value::Object(resources).to_string().into_bytes();
+        self.agent.update_container(&self.id, resources).await
+    }
+
+    /// The processes by pid in the guest, each with the exec it is the first of.
+    pub async fn processes(&self) -> Result<Vec<(u32, String)>> {
+        if self.init.exit().is_some() {
+            return Ok(Vec::new());
+        }
+        self.agent.list_processes(&self.id).await
+    }
+
+    /// The container's cgroup files.
+    pub async fn stats(&self) -> Result<crate::stats::Files> {
+        if self.init.exit().is_some() {
+            return Err(Error::NotFound("cgroup deleted".into()));
+        }
+        self.agent.container_stats(&self.id).await
+    }
+}
+
+fn may_start(process: &Process) -> Result<()> {
+    match process.phase() {
+        Phase::Created => Ok(()),
+        Phase::Running => Err(Error::FailedPrecondition("cannot start a running process".into())),
+        Phase::Stopped(_) => Err(Error::FailedPrecondition("cannot start a stopped process".into())),
+    }
+}

@@ -1,0 +1,184 @@
+//! Events to containerd, in the order in which they happened.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use containerd_shim_protos::api::ForwardRequest;
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
+    TaskStart,
+};
+use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim_async::{Client, EventsClient};
+use containerd_shim_protos::topics;
+use protobuf::MessageFull;
+use protobuf::well_known_types::any::Any;
+use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::sync::{Notify, watch};
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::with_duration;
+
+/// How many events wait while containerd is away. Then the oldest are lost: State and Wait still know.
+const CAPACITY: usize = 4096;
+/// How long containerd may take over one event.
+const LIMIT: Duration = Duration::from_secs(10);
+/// Longest pause between two attempts to reach containerd.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// An event's topic.
+pub trait Topic: MessageFull {
+    /// As containerd's own shims publish it.
+    const TOPIC: &'static str;
+}
+
+macro_rules! topics {
+    ($($event:ty => $topic:ident),*) => { $(impl Topic for $event { const TOPIC: &'static str = topics::$topic; })* };
+}
+
+topics! {
+    TaskCreate => TASK_CREATE_EVENT_TOPIC, TaskStart => TASK_START_EVENT_TOPIC, TaskExit => TASK_EXIT_EVENT_TOPIC,
+    TaskDelete => TASK_DELETE_EVENT_TOPIC, TaskExecAdded => TASK_EXEC_ADDED_EVENT_TOPIC,
+    TaskExecStarted => TASK_EXEC_STARTED_EVENT_TOPIC, TaskPaused => TASK_PAUSED_EVENT_TOPIC,
+    TaskResumed => TASK_RESUMED_EVENT_TOPIC, TaskOOM => TASK_OOM_EVENT_TOPIC
+}
+
+/// Passes events on, one after the other.
+pub struct Publisher {
+    namespace: String,
+    queue: Mutex<VecDeque<Envelope>>,
+    more: Notify,
+    empty: watch::Sender<bool>,
+}
+
+impl Publisher {
+    /// Publishes to containerd's ttrpc socket, as its own task.
+    pub fn start(address: String, namespace: &str) -> Arc<Self> {
+        let publisher = Arc::new(Self {
+            namespace: namespace.to_owned(),
+            queue: Mutex::default(),
+            more: Notify::new(),
+            empty: watch::channel(true).0,
+        });
+        tokio::spawn(Arc::clone(&publisher).forward_all(address));
+        publisher
+    }
+
+    fn queue(&self) -> MutexGuard<'_, VecDeque<Envelope>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues an event. Never waits, so that what happens in order is published in order.
+    pub fn publish<E: Topic>(&self, event: &E) {
+        let envelope = Envelope {
+            timestamp: Some(timestamp(SystemTime::now())).into(),
+            namespace: self.namespace.clone(),
+            topic: E::TOPIC.into(),
+            event: Some(any(event)).into(),
+            ..Default::default()
+        };
+        let mut queue = self.queue();
+        if queue.len() == CAPACITY
+            && let Some(lost) = queue.pop_front()
+        {
+            log::error!("containerd does not take events: {} is lost", lost.topic);
+        }
+        queue.push_back(envelope);
+        self.empty.send_replace(false);
+        self.more.notify_one();
+    }
+
+    /// containerd's namespace.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// Waits until every event has been passed on, but not for ever.
+    pub async fn flush(&self, limit: Duration) {
+        let mut empty = self.empty.subscribe();
+        if tokio::time::timeout(limit, empty.wait_for(|empty| *empty)).await.is_err() {
+            log::error!("{} events are lost", self.queue().len());
+        }
+    }
+
+    async fn forward_all(self: Arc<Self>, address: String) {
+        let mut client = None;
+        loop {
+            let next = self.queue().front().cloned();
+            let Some(envelope) = next else {
+                self.empty.send_replace(true);
+                self.more.notified().await;
+                continue;
+            };
+            self.forward(&address, &mut client, &envelope).await;
+            let mut queue = self.queue();
+            // Unless it was pushed out meanwhile.
+            if queue.front() == Some(&envelope) {
+                queue.pop_front();
+            }
+        }
+    }
+
+    /// Passes one event on, again and again until containerd has it or has refused it.
+    async fn forward(&self, address: &str, client: &mut Option<EventsClient>, envelope: &Envelope) {
+        let request = ForwardRequest { envelope: Some(envelope.clone()).into(), ..Default::default() };
+        let mut pause = Duration::from_millis(50);
+        loop {
+            let connected = match client.take() {
+                Some(connected) => Ok(connected),
+                None => connect(address),
+            };
+            let outcome = match connected {
+                Ok(connected) => {
+                    let outcome = connected.forward(with_duration(LIMIT), &request).await;
+                    *client = Some(connected);
+                    outcome.map(drop)
+                }
+                Err(e) => Err(ttrpc::Error::Others(crate::error::reason(&e))),
+            };
+            match outcome {
+                Ok(()) => return,
+                Err(ttrpc::Error::RpcStatus(status)) => {
+                    log::error!("containerd refused {}: {}", envelope.topic, status.message);
+                    return;
+                }
+                Err(e) => log::debug!("publish {}: {e}", envelope.topic),
+            }
+            *client = None;
+            if self.queue().front() != Some(envelope) {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE);
+        }
+    }
+}
+
+fn connect(address: &str) -> std::io::Result<EventsClient> {
+    let path = address.strip_prefix("unix://").unwrap_or(address);
+    let socket = Socket::try_from(std::os::unix::net::UnixStream::connect(path)?)?;
+    Ok(EventsClient::new(Client::new(socket)))
+}
+
+/// As containerd's typeurl packs it: the bare name of the message's type.
+pub fn any<M: MessageFull>(message: &M) -> Any {
+    Any {
+        type_url: M::descriptor().full_name().to_owned(),
+        value: message.write_to_bytes().unwrap_or_default(),
+        ..Default::default()
+    }
+}
+
+/// A time as protobuf has it.
+pub fn timestamp(time: SystemTime) -> Timestamp {
+    let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(since.subsec_nanos()).unwrap_or(0),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+#[path = "events/tests.rs"]
+mod tests;

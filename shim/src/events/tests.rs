@@ -1,0 +1,75 @@
+use super::*;
+use async_trait::async_trait;
+use containerd_shim_protos::api::Empty;
+use containerd_shim_protos::shim_async::{Events, create_events};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use tokio::sync::mpsc;
+use ttrpc::asynchronous::{Server, TtrpcContext, transport::Listener};
+
+struct Containerd(mpsc::UnboundedSender<Envelope>);
+
+#[async_trait]
+impl Events for Containerd {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        // Some take longer than others, and one is refused: the order must hold.
+        let envelope = request.envelope.unwrap_or_default();
+        let pid = TaskStart::parse_from_bytes(&envelope.event.value).unwrap().pid;
+        tokio::time::sleep(Duration::from_millis(u64::from(7 - pid % 7))).await;
+        self.0.send(envelope).unwrap();
+        if pid == 3 {
+            Err(ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INVALID_ARGUMENT, "no")))
+        } else {
+            Ok(Empty::new())
+        }
+    }
+}
+
+use protobuf::Message;
+
+async fn serve(path: &PathBuf) -> (Server, mpsc::UnboundedReceiver<Envelope>) {
+    let (sender, events) = mpsc::unbounded_channel();
+    let _ = std::fs::remove_file(path);
+    let listener = Listener::try_from(UnixListener::bind(path).unwrap()).unwrap();
+    let service = create_events(Arc::new(Containerd(sender)));
+    let mut server = Server::new().add_listener(listener).register_service(service);
+    server.start().await.unwrap();
+    (server, events)
+}
+
+#[tokio::test]
+async fn order_holds_over_a_restart_of_containerd() {
+    let path = std::env::temp_dir().join(format!("katana-events-{}", std::process::id()));
+    let publisher = Publisher::start(path.to_str().unwrap().to_owned(), "ns");
+    // Nobody listens yet.
+    let publish = |pid| publisher.publish(&TaskStart { container_id: "c".into(), pid, ..Default::default() });
+    (0..5).for_each(publish);
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    let (mut server, mut events) = serve(&path).await;
+    publisher.flush(Duration::from_secs(10)).await;
+    server.shutdown().await.unwrap();
+    drop(server);
+    (5..10).for_each(publish);
+    let (_server, mut later) = serve(&path).await;
+    publisher.flush(Duration::from_secs(10)).await;
+    let mut pids = Vec::new();
+    while let Ok(envelope) = events.try_recv().or_else(|_| later.try_recv()) {
+        assert_eq!((envelope.topic.as_str(), envelope.namespace.as_str()), ("/tasks/start", "ns"));
+        assert_eq!(envelope.event.type_url, "containerd.events.TaskStart");
+        pids.push(TaskStart::parse_from_bytes(&envelope.event.value).unwrap().pid);
+    }
+    assert_eq!(pids, (0..10).collect::<Vec<_>>());
+    std::fs::remove_file(path).unwrap();
+}
+
+#[tokio::test]
+async fn the_queue_is_bounded_and_flush_ends() {
+    let publisher = Publisher::start("/nowhere".into(), "ns");
+    for pid in 0..u32::try_from(CAPACITY).unwrap() + 10 {
+        publisher.publish(&TaskStart { pid, ..Default::default() });
+    }
+    assert_eq!(publisher.queue().len(), CAPACITY);
+    publisher.flush(Duration::from_millis(20)).await;
+    let first = publisher.queue().front().cloned().unwrap();
+    assert_eq!(TaskStart::parse_from_bytes(&first.event.value).unwrap().pid, 10);
+}

@@ -1,0 +1,64 @@
+//! A container's root file system on the host.
+
+use std::path::Path;
+
+use containerd_shim_protos::api::Mount;
+
+use crate::error::{Error, Result};
+use crate::mounts::{self, Access};
+use crate::spec::Spec;
+
+/// One of the mounts that make up a root, as the snapshotter gave it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// File system, or "bind".
+    pub kind: String,
+    /// Device, directory or name.
+    pub source: String,
+    /// A directory in the root; unused by today's snapshotters.
+    pub target: String,
+    /// Options in the form of fstab.
+    pub options: Vec<String>,
+}
+
+impl From<&Mount> for Layer {
+    fn from(mount: &Mount) -> Self {
+        Self {
+            kind: mount.type_.clone(),
+            source: mount.source.clone(),
+            target: mount.target.clone(),
+            options: mount.options.clone(),
+        }
+    }
+}
+
+/// Mounts the root to `target`: the snapshotter's mounts one after the other, or without any the directory
+/// that the specification names. Blocks.
+pub fn mount(layers: &[Layer], bundle: &Path, spec: &Spec, target: &Path) -> Result<()> {
+    if layers.is_empty() {
+        let root = spec.root.as_ref().map_or(Path::new("rootfs"), |root| &root.path);
+        return bind(&bundle.join(root), target, true, false);
+    }
+    for layer in layers {
+        if !layer.target.is_empty() {
+            let text = format!(
+                "root file system: mount of {:?} to {:?} in it is not supported",
+                layer.source, layer.target
+            );
+            return Err(Error::Unimplemented(text));
+        }
+        let has = |name: &str| layer.options.iter().any(|option| option == name);
+        if layer.kind == "bind" || has("bind") || has("rbind") {
+            bind(Path::new(&layer.source), target, has("rbind"), has("ro"))?;
+        } else {
+            mounts::file_system(&layer.kind, &layer.source, &layer.options, target)?;
+        }
+    }
+    Ok(())
+}
+
+fn bind(source: &Path, target: &Path, recursive: bool, read_only: bool) -> Result<()> {
+    let access = if read_only { Access::ReadOnly } else { Access::Inherited };
+    mounts::bind(source, target, recursive, access)
+        .map_err(|e| Error::io(format_args!("root file system {}", source.display()), &e))
+}

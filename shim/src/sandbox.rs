@@ -1,0 +1,209 @@
+//! A pod's virtual machine: launched for its first container, ended after its last.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::events::task::TaskOOM;
+use katana_config::Config;
+use katana_protocol::AGENT_PORT;
+use tokio::sync::watch;
+
+use crate::agent::Agent;
+use crate::cgroup;
+use crate::cleanup;
+use crate::error::{Error, Result};
+use crate::events::Publisher;
+use crate::layout::{Identity, Layout, State};
+use crate::machine::{self, Limits};
+use crate::pidfd::ProcessId;
+use crate::ports::{Ports, Waiter};
+use crate::share::Share;
+use crate::spec::Spec;
+use crate::vmm::{Vmm, wait_end};
+
+/// How long a VMM may take to tell what was on the console of a guest that did not come up.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long the end of a killed VMM is waited for.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// A pod's virtual machine.
+pub struct Sandbox {
+    /// The shared directory.
+    pub share: Arc<Share>,
+    /// The ports that the guest may connect to.
+    pub ports: Arc<Ports>,
+    vmm: Vmm,
+    layout: Layout,
+    agent: watch::Receiver<Option<Result<Agent>>>,
+}
+
+/// What a sandbox is launched with.
+pub struct Launch<'a> {
+    /// The pod.
+    pub identity: &'a Identity,
+    /// [`crate::layout::RUN`].
+    pub run: &'a Path,
+    /// The first container's specification.
+    pub spec: &'a Spec,
+    /// The configuration.
+    pub config: &'a Config,
+}
+
+impl Sandbox {
+    /// Starts the VMM and lets it boot. The agent is there later, see [`Sandbox::agent`]; meanwhile the first
+    /// container's mounts can be made. On failure nothing is left.
+    pub async fn launch(launch: Launch<'_>, events: &Arc<Publisher>) -> Result<Arc<Self>> {
+        let layout = launch.identity.layout(launch.run);
+        // A shim that was killed may have left the same pod behind.
+        cleanup::remove_blocking(&layout).await;
+        let launched = Self::try_launch(&launch, layout.clone(), events).await;
+        if launched.is_err() {
+            cleanup::remove_blocking(&layout).await;
+        }
+        launched
+    }
+
+    async fn try_launch(launch: &Launch<'_>, layout: Layout, events: &Arc<Publisher>) -> Result<Arc<Self>> {
+        let Launch { config, identity, spec, .. } = launch;
+        let files = machine::open_files(config)?;
+        let cgroup = cgroup_of(spec, identity);
+        write_state(&layout, identity, cgroup.as_ref(), Vec::new())?;
+        let path = layout.share.clone();
+        let share = crate::blocking(move || Share::create(&path)).await?;
+        let ports = Ports::new();
+        let agent_port = ports.open(AGENT_PORT);
+        let vmm = Vmm::spawn(&config.hypervisor.path, Arc::clone(&ports), |pid| {
+            let process = i32::try_from(pid).ok().and_then(|pid| ProcessId::of(pid).ok());
+            write_state(&layout, identity, cgroup.as_ref(), process.into_iter().collect())?;
+            cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup::enter(cgroup, pid))
+        })?;
+        let machine = machine::machine(config, &Limits::of(spec), machine::host_memory_mib());
+        log::info!("boot a VM with {} vCPUs and {} MiB", machine.vcpus, machine.memory_mib);
+        let directory = share.open()?;
+        let [kvm, kernel, image] = &files;
+        vmm.boot(machine, &[kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()])?;
+
+        tokio::spawn(record_processes(vmm.processes(), layout.clone(), (*identity).clone(), cgroup));
+        let (sender, agent) = watch::channel(None);
+        let sandbox = Arc::new(Self { share: Arc::new(share), ports, vmm, layout, agent });
+        let limit = Duration::from_secs(u64::from(config.agent.dial_timeout.max(1)));
+        let hostname = spec.hostname.clone().unwrap_or_default();
+        let (connecting, events) = (Arc::clone(&sandbox), Arc::clone(events));
+        tokio::spawn(async move {
+            let agent = connecting.connect(agent_port, limit, &hostname).await;
+            if let Ok(agent) = &agent {
+                tokio::spawn(report_oom(agent.clone(), events));
+            }
+            sender.send_replace(Some(agent));
+        });
+        Ok(sandbox)
+    }
+
+    /// Waits for the agent's connection and introduces the pod to it.
+    async fn connect(&self, port: Waiter, limit: Duration, hostname: &str) -> Result<Agent> {
+        let mut ended = self.vmm.ended();
+        let Ok(connection) = tokio::time::timeout(limit, port.connection()).await else {
+            let end = self.vmm.stop(LAST_WORDS).await;
+            let text = format!("the agent in the guest did not connect within {} s; {end}", limit.as_secs());
+            return Err(Error::Unavailable(text));
+        };
+        let Some(connection) = connection else {
+            return Err(Error::Unavailable(wait_end(&mut ended).await.to_string()));
+        };
+        let agent = Agent::new(connection, ended)?;
+        agent.create_sandbox(hostname).await?;
+        Ok(agent)
+    }
+
+    /// Waits until the VMM is in its jail. What is mounted below the share from now on appears there; before, a
+    /// mount could fall between the copies that the VMM makes of the share on its way in.
+    pub async fn running(&self) -> Result<()> {
+        if self.vmm.running().await { Ok(()) } else { self.agent().await.map(drop) }
+    }
+
+    /// The agent, as soon as it is there, or why it is not.
+    pub async fn agent(&self) -> Result<Agent> {
+        let mut agent = self.agent.clone();
+        let ready = agent.wait_for(Option::is_some).await.ok().and_then(|agent| agent.clone());
+        let agent = ready.unwrap_or_else(|| Err(Error::Unavailable("the VM is gone".into())))?;
+        match &*self.vmm.ended().borrow() {
+            Some(end) => Err(Error::Unavailable(end.to_string())),
+            None => Ok(agent),
+        }
+    }
+
+    /// The VMM's pid on the host.
+    pub fn pid(&self) -> u32 {
+        u32::try_from(self.vmm.pid()).unwrap_or(0)
+    }
+
+    /// Whether the VM has ended.
+    pub fn is_dead(&self) -> bool {
+        self.vmm.ended().borrow().is_some()
+    }
+
+    /// Ends the VM and removes all that is left of it.
+    pub async fn end(&self) {
+        self.vmm.kill();
+        if tokio::time::timeout(END_LIMIT, wait_end(&mut self.vmm.ended())).await.is_err() {
+            log::error!("the killed VMM does not end");
+        }
+        cleanup::remove_blocking(&self.layout).await;
+    }
+}
+
+/// The pod's cgroup: the sandbox container's own place below the pod's, or that of the only container.
+fn cgroup_of(spec: &Spec, identity: &Identity) -> Option<PathBuf> {
+    cgroup::path(spec.linux.as_ref()?.cgroups_path.as_deref(), &identity.sandbox)
+}
+
+fn write_state(
+    layout: &Layout,
+    identity: &Identity,
+    cgroup: Option<&PathBuf>,
+    vmm: Vec<ProcessId>,
+) -> Result<()> {
+    let pid = i32::try_from(std::process::id()).unwrap_or_default();
+    let written = ProcessId::of(pid).and_then(|shim| {
+        layout.write(&State {
+            namespace: identity.namespace.clone(),
+            sandbox: identity.sandbox.clone(),
+            shim,
+            vmm,
+            cgroup: cgroup.cloned(),
+        })
+    });
+    written.map_err(|e| Error::io(layout.state.display(), &e))
+}
+
+/// Writes the VMM's processes down as they become known.
+async fn record_processes(
+    mut processes: watch::Receiver<Vec<ProcessId>>,
+    layout: Layout,
+    identity: Identity,
+    cgroup: Option<PathBuf>,
+) {
+    while processes.changed().await.is_ok() {
+        let processes = processes.borrow_and_update().clone();
+        // Once the state is gone the pod is, and must not come back.
+        if layout.read().is_some()
+            && let Err(e) = write_state(&layout, &identity, cgroup.as_ref(), processes)
+        {
+            log::error!("{e}");
+        }
+    }
+}
+
+async fn report_oom(agent: Agent, events: Arc<Publisher>) {
+    loop {
+        match agent.next_oom().await {
+            Ok(container_id) => events.publish(&TaskOOM { container_id, ..Default::default() }),
+            Err(e) => {
+                log::debug!("out-of-memory reports end: {e}");
+                return;
+            }
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! The OCI runtime specification of a container: what the shim reads of it, and how it becomes the one that
+//! the guest gets.
+//!
+//! Only the members that the shim looks at have types; all others pass through untouched, also those that
+//! are newer than this program.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use katana_protocol::GUEST_SHARE;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result, reason};
+
+/// A container's specification.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Spec {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// The root file system.
+    pub root: Option<Root>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    /// Mounts in order.
+    pub mounts: Vec<Mount>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Hooks.
+    pub hooks: Option<Hooks>,
+    #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "BTreeMap::is_empty")]
+    /// Annotations.
+    pub annotations: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// The first process.
+    pub process: Option<Map<String, Value>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Linux.
+    pub linux: Option<Linux>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Host name.
+    pub hostname: Option<String>,
+    #[serde(flatten)]
+    /// All else.
+    pub rest: Map<String, Value>,
+}
+
+/// `root`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Root {
+    /// Absolute, or relative to the bundle.
+    pub path: PathBuf,
+    #[serde(flatten)]
+    /// All else.
+    pub rest: Map<String, Value>,
+}
+
+/// An element of `mounts`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Mount {
+    /// Where.
+    pub destination: PathBuf,
+    #[serde(default, rename = "type", skip_serializing_if = "Option::is_none")]
+    /// File system.
+    pub kind: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// What.
+    pub source: Option<PathBuf>,
+    #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
+    /// How.
+    pub options: Vec<String>,
+    #[serde(flatten)]
+    /// All else.
+    pub rest: Map<String, Value>,
+}
+
+/// `hooks`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Hooks {
+    /// On the host, before the container is made. Deprecated in favour of the next.
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
+    pub prestart: Vec<Hook>,
+    /// On the host, before the container is made.
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
+    pub create_runtime: Vec<Hook>,
+    /// On the host, after the start.
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
+    pub poststart: Vec<Hook>,
+    /// On the host, after the end.
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
+    pub poststop: Vec<Hook>,
+    /// Those of the guest.
+    #[serde(flatten)]
+    pub rest: Map<String, Value>,
+}
+
+/// A hook
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Hook {
+    /// The program.
+    pub path: PathBuf,
+    #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
+    /// Its arguments, the first is its name.
+    pub args: Vec<String>,
+    #[serde(default, deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
+    /// Its environment.
+    pub env: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Seconds.
+    pub timeout: Option<u64>,
+}
+
+/// `linux`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Linux {
+    /// Namespaces.
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
+    pub namespaces: Vec<Namespace>,
+    /// Devices.
+    #[serde(deserialize_with = "null_is_default", skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<Device>,
+    /// Path of the cgroup, as a directory or as "slice:prefix:name".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cgroups_path: Option<String>,
+    /// Limits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resources: Option<Map<String, Value>>,
+    /// All else.
+    #[serde(flatten)]
+    pub rest: Map<String, Value>,
+}
+
+/// An element of `linux.namespaces`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Namespace {
+    /// Its type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// An existing one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+}
+
+/// An element of `linux.devices`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Device {
+    /// The node.
+    pub path: PathBuf,
+    /// c, u, b or p.
+    #[serde(rename = "type", default)]
+    pub kind: String,
+    /// Major number.
+    #[serde(default)]
+    pub major: i64,
+    /// Minor number.
+    #[serde(default)]
+    pub minor: i64,
+    /// All else.
+    #[serde(flatten)]
+    pub rest: Map<String, Value>,
+}
+
+fn null_is_default<'de, D, T>(deserializer: D) -> std::result::Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// Where a mount of the specification comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A file or directory of the host, which is bound below the share under this number.
+    Host(PathBuf),
+    /// The guest's own: kernel file systems, and nodes below /dev.
+    Guest,
+}
+
+/// What is known of the pod when a container is translated.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pod {
+    /// Pid in the guest of the sandbox container's first process, whose namespaces the others join.
+    pub sandbox_pid: Option<u32>,
+}
+
+impl Spec {
+    /// Reads `config.json` of a bundle.
+    pub fn load(bundle: &Path) -> Result<Self> {
+        let path = bundle.join("config.json");
+        let text = std::fs::read(&path)
+            .map_err(|e| Error::InvalidArgument(format!("open {}: {}", path.display(), reason(&e))))?;
+        serde_json::from_slice(&text).map_err(|e| Error::InvalidArgument(format!("{}: {e}", path.display())))
+    }
+
+    /// The value of the first of these annotations that is there.
+    pub fn annotation(&self, names: &[&str]) -> Option<&str> {
+        names.iter().find_map(|name| self.annotations.get(*name)).map(String::as_str)
+    }
+
+    /// Whether the container has a pid namespace of its own, so that the end of its first process is the end
+    /// of all.
+    pub fn owns_pid_namespace(&self) -> bool {
+        let own = |namespace: &Namespace| {
+            namespace.kind == "pid" && namespace.path.as_deref().unwrap_or("").is_empty()
+        };
+        self.linux.as_ref().is_some_and(|linux| linux.namespaces.iter().any(own))
+    }
+
+    /// The specification for the guest.
+    pub fn for_guest(&self, id: &str, terminal: bool, sources: &[Source], pod: Pod) -> Result<Vec<u8>> {
+        let mut spec = self.clone();
+        let root = spec.root.get_or_insert_default();
+        root.path = PathBuf::from(format!("{GUEST_SHARE}/{id}/rootfs"));
+        for (number, (mount, source)) in spec.mounts.iter_mut().zip(sources).enumerate() {
+            if let Source::Host(_) = source {
+                mount.source = Some(PathBuf::from(format!("{GUEST_SHARE}/{id}/mounts/{number}")));
+            }
+        }
+        if let Some(hooks) = &mut spec.hooks {
+            *hooks = Hooks { rest: std::mem::take(&mut hooks.rest), ..Hooks::default() };
+        }
+        if let Some(process) = &mut spec.process {
+            process_for_guest(process, terminal);
+        }
+        let linux = spec.linux.get_or_insert_default();
+        linux.cgroups_path = Some(format!("/{id}"));
+        linux.devices.retain(exists_in_guest);
+        for member in ["mountLabel", "intelRdt"] {
+            linux.rest.remove(member);
+        }
+        if let Some(resources) = &mut linux.resources {
+            resources_for_guest(resources);
+        }
+        linux.namespaces = linux.namespaces.drain(..).filter_map(|ns| namespace_for_guest(ns, pod)).collect();
+        if !linux.namespaces.iter().any(|namespace| namespace.kind == "uts") {
+            // The pod's name, which the guest has already; setting it again needs a namespace.
+            spec.hostname = None;
+            spec.rest.remove("domainname");
+        }
+        serde_json::to_vec(&spec).map_err(|e| Error::InvalidArgument(format!("config.json: {e}")))
+    }
+
+    /// For each mount, where it comes from. Relative sources are relative to the bundle.
+    pub fn sources(&self, bundle: &Path) -> Vec<Source> {
+        self.mounts.iter().map(|mount| mount.origin(bundle)).collect()
+    }
+}
+
+impl Mount {
+    /// Whether this is a bind mount, and if so whether it is recursive.
+    pub fn bind(&self) -> Option<bool> {
+        let has = |name: &str| self.options.iter().any(|option| option == name);
+        match (has("rbind"), has("bind") || self.kind.as_deref() == Some("bind")) {
+            (true, _) => Some(true),
+            (false, true) => Some(false),
+            (false, false) => None,
+        }
+    }
+
+    fn origin(&self, bundle: &Path) -> Source {
+        let Some(source) = self.source.as_ref().filter(|_| self.bind().is_some()) else {
+            return Source::Guest;
+        };
+        let own = ["/proc", "/sys", "/dev"].iter().any(|top| source.starts_with(top));
+        if own { Source::Guest } else { Source::Host(bundle.join(source)) }
+    }
+}
+
+/// Prepares `process`, or the process of an exec, for the guest, where no security module of the host is.
+pub fn process_for_guest(process: &mut Map<String, Value>, terminal: bool) {
+    process.remove("apparmorProfile");
+    process.remove("selinuxLabel");
+    process.insert("terminal".into(), Value::Bool(terminal));
+}
+
+/// Removes limits that name processors, disks and cards of the host.
+pub fn resources_for_guest(resources: &mut Map<String, Value>) {
+    for member in ["network", "rdma", "blockIO"] {
+        resources.remove(member);
+    }
+    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+        for member in ["cpus", "mems", "realtimePeriod", "realtimeRuntime"] {
+            cpu.remove(member);
+        }
+    }
+}
+
+/// The network namespace is the guest itself. A namespace by path is one of the pod: clients build the path
+/// from the pid that they got for the sandbox container, and in the guest that process has another pid.
+fn namespace_for_guest(mut namespace: Namespace, pod: Pod) -> Option<Namespace> {
+    let path = namespace.path.take().filter(|path| !path.is_empty());
+    match (namespace.kind.as_str(), path) {
+        ("network", _) => None,
+        (_, None) => Some(namespace),
+        ("ipc" | "uts" | "pid", Some(_)) => {
+            namespace.path = Some(format!("/proc/{}/ns/{}", pod.sandbox_pid?, namespace.kind));
+            Some(namespace)
+        }
+        (_, Some(_)) => None,
+    }
+}
+
+/// Whether the guest's kernel has the device under the same number. Privileged containers ask for every
+/// device of the host, most of which no guest has.
+fn exists_in_guest(device: &Device) -> bool {
+    let exists = matches!(
+        (device.kind.as_str(), device.major, device.minor),
+        // mem: null, zero, full, random, urandom, kmsg; tty, console, ptmx; tun, fuse.
+        ("c" | "u", 1, 3 | 5 | 7 | 8 | 9 | 11)
+            | ("c" | "u", 5, 0..=2)
+            | ("c" | "u", 10, 200 | 229)
+            | ("p", _, _)
+    );
+    if !exists {
+        log::warn!(
+            "device {} ({} {}:{}) does not exist in the guest",
+            device.path.display(),
+            device.kind,
+            device.major,
+            device.minor
+        );
+    }
+    exists
+}
+
+#[cfg(test)]
+#[path = "spec/tests.rs"]
+mod tests;

@@ -1,0 +1,103 @@
+use super::*;
+use serde_json::json;
+
+fn spec(value: Value) -> Spec {
+    serde_json::from_value(value).unwrap()
+}
+
+fn guest(spec: &Spec, pod: Pod) -> Value {
+    let sources = spec.sources(Path::new("/bundle"));
+    serde_json::from_slice(&spec.for_guest("c1", false, &sources, pod).unwrap()).unwrap()
+}
+
+#[test]
+fn what_the_shim_does_not_know_passes_through() {
+    let before = json!({
+        "ociVersion": "1.2.0", "root": {"path": "rootfs", "readonly": true}, "futureMember": {"a": [1]},
+        "process": {"args": ["sh"], "cwd": "/", "terminal": false, "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 9, "soft": 8}]},
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": {"namespaces": [{"type": "mount"}], "seccomp": {"defaultAction": "SCMP_ACT_ERRNO"},
+                  "maskedPaths": ["/proc/kcore"], "cgroupsPath": "/c1", "future": 1}
+    });
+    let mut expected = before.clone();
+    expected["root"]["path"] = json!("/run/kata-containers/shared/c1/rootfs");
+    assert_eq!(guest(&spec(before), Pod::default()), expected);
+}
+
+#[test]
+fn what_belongs_to_the_host_is_removed() {
+    let after = guest(
+        &spec(json!({
+            "root": {"path": "/x"}, "hostname": "pod",
+            "process": {"apparmorProfile": "cri", "selinuxLabel": "l"},
+            "hooks": {"prestart": [{"path": "/p"}], "poststop": [{"path": "/q"}], "startContainer": [{"path": "/s"}]},
+            "linux": {
+                "mountLabel": "l", "intelRdt": {"closID": "x"}, "cgroupsPath": "../../../evil",
+                "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "uts", "path": "/proc/9/ns/uts"},
+                               {"type": "user", "path": "/proc/9/ns/user"}, {"type": "mount"}],
+                "devices": [{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+                            {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 438}],
+                "resources": {"cpu": {"quota": 5, "cpus": "7"}, "blockIO": {"weight": 10}, "memory": {"limit": 1}}
+            }
+        })),
+        Pod::default(),
+    );
+    assert_eq!(after["process"], json!({"terminal": false}));
+    assert_eq!(after["hooks"], json!({"startContainer": [{"path": "/s"}]}));
+    assert_eq!(after.get("hostname"), None);
+    assert_eq!(
+        after["linux"],
+        json!({
+            "cgroupsPath": "/c1", "namespaces": [{"type": "mount"}],
+            "devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 438}],
+            "resources": {"cpu": {"quota": 5}, "memory": {"limit": 1}}
+        })
+    );
+}
+
+#[test]
+fn containers_join_the_namespaces_of_their_sandbox() {
+    let spec = spec(json!({"hostname": "h", "linux": {"namespaces": [
+        {"type": "pid"}, {"type": "ipc", "path": "/proc/77/ns/ipc"}, {"type": "uts", "path": "/proc/77/ns/uts"}]}}));
+    assert!(spec.owns_pid_namespace());
+    let after = guest(&spec, Pod { sandbox_pid: Some(5) });
+    assert_eq!(
+        after["linux"]["namespaces"],
+        json!([{"type": "pid"}, {"type": "ipc", "path": "/proc/5/ns/ipc"}, {"type": "uts", "path": "/proc/5/ns/uts"}])
+    );
+    assert_eq!(after["hostname"], json!("h"));
+}
+
+#[test]
+fn binds_come_from_the_host_but_for_kernel_file_systems() {
+    let spec = spec(json!({"mounts": [
+        {"destination": "/a", "type": "bind", "source": "/data", "options": ["rbind", "ro"]},
+        {"destination": "/b", "source": "relative", "options": ["bind"]},
+        {"destination": "/dev/x", "type": "bind", "source": "/dev/null"},
+        {"destination": "/d", "type": "bind", "source": "/development"},
+        {"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": null}]}));
+    let sources = spec.sources(Path::new("/bundle"));
+    let host = |path: &str| Source::Host(path.into());
+    assert_eq!(
+        sources,
+        [host("/data"), host("/bundle/relative"), Source::Guest, host("/development"), Source::Guest]
+    );
+    assert_eq!(
+        spec.mounts.iter().map(Mount::bind).collect::<Vec<_>>(),
+        [Some(true), Some(false), Some(false), Some(false), None]
+    );
+    let after = guest(&spec, Pod::default());
+    assert_eq!(after["mounts"][1]["source"], json!("/run/kata-containers/shared/c1/mounts/1"));
+    assert_eq!(after["mounts"][2]["source"], json!("/dev/null"));
+    assert_eq!(after["mounts"][4]["source"], json!("tmpfs"));
+}
+
+#[test]
+fn a_bundle_that_is_none_is_named() {
+    let error = Spec::load(Path::new("/nowhere")).unwrap_err().to_string();
+    assert_eq!(error, "open /nowhere/config.json: No such file or directory");
+    for hostile in ["[]", "{\"mounts\": 3}", "{\"linux\": {\"devices\": [{}]}}", "{\"root\": {\"path\": 1}}"]
+    {
+        assert!(serde_json::from_str::<Spec>(hostile).is_err(), "{hostile}");
+    }
+}

@@ -1,0 +1,310 @@
+//! The VMM process: started, told what to boot, listened to until it ends.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{ChildStderr, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use katana_protocol::vmm::{self, CONTROL_FD, Event, ExitReason, Machine, Request};
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
+use nix::sys::wait::WaitStatus;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncBufReadExt, BufReader, Interest};
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::error::{Error, Result, one_line};
+use crate::fds;
+use crate::pidfd::{PidFd, ProcessId};
+use crate::ports::Ports;
+
+/// How long a VMM that has closed its control socket may take to end.
+const END_LIMIT: Duration = Duration::from_secs(5);
+/// Lines of the VMM's standard error and of the guest's console that an error shows.
+const TAIL: usize = 10;
+
+/// A VMM process.
+pub struct Vmm {
+    control: Arc<AsyncFd<OwnedFd>>,
+    processes: watch::Receiver<Vec<ProcessId>>,
+    running: watch::Receiver<bool>,
+    ended: watch::Receiver<Option<Arc<End>>>,
+}
+
+/// How a VM ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    /// In one line.
+    pub reason: String,
+    /// The last lines of the guest's console, or of the VMM's standard error.
+    pub tail: String,
+}
+
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.reason)?;
+        if self.tail.is_empty() { Ok(()) } else { write!(f, "; last console lines: {}", self.tail) }
+    }
+}
+
+/// The last lines of the VMM's standard error.
+type Said = Arc<Mutex<VecDeque<String>>>;
+
+impl Vmm {
+    /// Starts the VMM. `spawned` is called with its pid before it is told anything, so that all it does
+    /// happens in its cgroup and after its pid is written down.
+    ///
+    /// The VMM ends with the thread that calls this (PR_SET_PDEATHSIG), so it must be the one that serves.
+    pub fn spawn(program: &Path, ports: Arc<Ports>, spawned: impl FnOnce(u32) -> Result<()>) -> Result<Self> {
+        let failed = |e: &io::Error| Error::io(format_args!("start \"{}\"", program.display()), e);
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+            .map_err(|e| Error::os("control socket", e))?;
+        let mut command = Command::new(program);
+        command
+            .env_clear()
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        fds::pass(&mut command, &[(theirs.as_fd(), CONTROL_FD)]).map_err(|e| failed(&e))?;
+        let mut child = command.spawn().map_err(|e| failed(&e))?;
+        // The command holds a copy as well, and only the VMM's must be left.
+        drop((theirs, command));
+        let pid = child.id();
+        let process = i32::try_from(pid).map_err(|_| io::ErrorKind::InvalidData.into()).and_then(PidFd::open);
+        let process = process.map_err(|e| failed(&e))?;
+        // The kernel passes the shim's own protection from the OOM killer on to its children.
+        if let Err(e) = fs::write(format!("/proc/{pid}/oom_score_adj"), "0") {
+            log::warn!("oom_score_adj of the VMM: {e}");
+        }
+        if let Err(e) = spawned(pid) {
+            process.kill();
+            let _ = child.wait();
+            return Err(e);
+        }
+        let stderr = child.stderr.take();
+        Self::listen(ours, process, pid, ports, stderr).map_err(|e| failed(&e))
+    }
+
+    fn listen(
+        control: OwnedFd,
+        process: PidFd,
+        pid: u32,
+        ports: Arc<Ports>,
+        stderr: Option<ChildStderr>,
+    ) -> io::Result<Self> {
+        nonblocking(&control)?;
+        let said = Said::default();
+        let stderr = stderr.map(|stderr| pipe::Receiver::from_owned_fd(stderr.into())).transpose()?;
+        let log = stderr.map(|stderr| tokio::spawn(log_lines(stderr, Arc::clone(&said))));
+        // SAFETY: the descriptor is owned by what is registered, and never taken out of it.
+        let control = Arc::new(unsafe { AsyncFd::register(control) }?);
+        let ids = i32::try_from(pid).ok().and_then(|pid| ProcessId::of(pid).ok());
+        let (pids, processes) = watch::channel(ids.into_iter().collect());
+        let (runs, running) = watch::channel(false);
+        let (end, ended) = watch::channel(None);
+        let listener = Listener { control: Arc::clone(&control), process, ports, said, log, pids, runs };
+        tokio::spawn(async move {
+            let ports = Arc::clone(&listener.ports);
+            let told = listener.run().await;
+            log::info!("the VM has ended: {told}");
+            ports.close();
+            end.send_replace(Some(Arc::new(told)));
+        });
+        Ok(Self { control, processes, running, ended })
+    }
+
+    /// Tells the VMM to boot a machine.
+    pub fn boot(&self, machine: Machine, files: &[BorrowedFd<'_>]) -> Result<()> {
+        vmm::send(self.control.get_ref(), &Request::Boot(machine), files)
+            .map_err(|e| Error::Unavailable(format!("kata-vmm: {e}")))
+    }
+
+    /// The VMM's process on the host, the jailed one once it is known.
+    pub fn pid(&self) -> i32 {
+        self.processes.borrow().last().map_or(0, |process| process.pid)
+    }
+
+    /// Follows the VMM's processes, to write them down.
+    pub fn processes(&self) -> watch::Receiver<Vec<ProcessId>> {
+        self.processes.clone()
+    }
+
+    /// Waits until the VM runs; false when it has ended instead.
+    pub async fn running(&self) -> bool {
+        self.running.clone().wait_for(|running| *running).await.is_ok()
+    }
+
+    /// Follows the VM's end.
+    pub fn ended(&self) -> watch::Receiver<Option<Arc<End>>> {
+        self.ended.clone()
+    }
+
+    /// Asks the VMM to end and gives it a moment to say what was on the console; then kills it.
+    pub async fn stop(&self, patience: Duration) -> Arc<End> {
+        let mut ended = self.ended.clone();
+        let _ = shutdown(self.control.get_ref().as_raw_fd(), Shutdown::Write);
+        if tokio::time::timeout(patience, ended.wait_for(Option::is_some)).await.is_err() {
+            self.kill();
+        }
+        wait_end(&mut ended).await
+    }
+
+    /// Kills the VMM.
+    pub fn kill(&self) {
+        for process in self.processes.borrow().iter().filter_map(PidFd::find) {
+            process.kill();
+        }
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Waits until the VM has ended, and tells how.
+pub async fn wait_end(ended: &mut watch::Receiver<Option<Arc<End>>>) -> Arc<End> {
+    let told = ended.wait_for(Option::is_some).await.ok().and_then(|told| told.clone());
+    told.unwrap_or_else(|| Arc::new(End { reason: "the VM is gone".into(), tail: String::new() }))
+}
+
+fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    fcntl(fd, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+/// Passes the VMM's standard error on to the log, and remembers the last lines. Lines are cut at the buffer's
+/// size: what they say is decided in a process that runs hostile guests.
+async fn log_lines(stderr: pipe::Receiver, said: Said) {
+    let mut reader = BufReader::with_capacity(4096, stderr);
+    while let Ok(bytes) = reader.fill_buf().await
+        && !bytes.is_empty()
+    {
+        let length = bytes.iter().position(|byte| *byte == b'\n').map_or(bytes.len(), |at| at + 1);
+        let line = String::from_utf8_lossy(bytes.get(..length).unwrap_or_default()).trim_end().to_owned();
+        reader.consume(length);
+        log::info!("kata-vmm: {line}");
+        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.len() == TAIL {
+            said.pop_front();
+        }
+        said.push_back(line);
+    }
+}
+
+/// Hears what the VMM says until it is gone.
+struct Listener {
+    control: Arc<AsyncFd<OwnedFd>>,
+    process: PidFd,
+    ports: Arc<Ports>,
+    said: Said,
+    log: Option<JoinHandle<()>>,
+    pids: watch::Sender<Vec<ProcessId>>,
+    runs: watch::Sender<bool>,
+}
+
+impl Listener {
+    async fn run(mut self) -> End {
+        let told = loop {
+            match receive(&self.control).await {
+                // The last words; the process ends now.
+                Ok((Event::Exit { reason, console }, _)) => break Some(exit(&reason, &console)),
+                Ok((Event::Failed(why), _)) => {
+                    break Some(End { reason: one_line(&why), tail: String::new() });
+                }
+                Ok((Event::Jailed { pid }, _)) => self.jailed(pid),
+                Ok((Event::Connection { port }, fds)) => {
+                    if let Some(fd) = fds.into_iter().next() {
+                        self.ports.connected(port, UnixStream::from(fd));
+                    }
+                }
+                Ok((Event::Running, _)) => {
+                    self.runs.send_replace(true);
+                }
+                Ok((Event::Done(outcome), _)) => {
+                    log::warn!("an answer from the VMM without a question: {outcome:?}");
+                }
+                Err(vmm::Error::Closed) => break None,
+                Err(e) => {
+                    log::error!("kata-vmm: {e}");
+                    self.process.kill();
+                    break None;
+                }
+            }
+        };
+        let status = end_of(&self.process).await;
+        if let Some(log) = self.log.take() {
+            // To its end, unless somebody else holds the pipe.
+            let _ = tokio::time::timeout(Duration::from_millis(500), log).await;
+        }
+        told.unwrap_or_else(|| self.unannounced(status))
+    }
+
+    /// The VMM has forked into its jail: its first process ends, the second one is ours to wait for.
+    fn jailed(&mut self, pid: i32) {
+        let Ok(process) = PidFd::open(pid) else { return };
+        let first = std::mem::replace(&mut self.process, process);
+        tokio::spawn(async move { end_of(&first).await });
+        if let Ok(id) = ProcessId::of(pid) {
+            self.pids.send_modify(|ids| ids.push(id));
+        }
+    }
+
+    /// The VMM ended without a word, so its exit status must do.
+    fn unannounced(&self, status: Option<WaitStatus>) -> End {
+        let reason = match status {
+            Some(WaitStatus::Signaled(_, signal, _)) => format!("kata-vmm was killed by {signal}"),
+            Some(WaitStatus::Exited(_, code)) => format!("kata-vmm ended with exit code {code}"),
+            _ => "kata-vmm ended".to_owned(),
+        };
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = said.iter().map(String::as_str).collect::<Vec<_>>().join(" | ");
+        let reason = if said.is_empty() { reason } else { format!("{reason}: {said}") };
+        End { reason, tail: String::new() }
+    }
+}
+
+fn exit(reason: &ExitReason, console: &str) -> End {
+    // The guest chose these bytes, and a user's terminal will show them.
+    let plain: String = console.chars().filter(|c| !c.is_control() || *c == '\n').collect();
+    let lines: Vec<_> = plain.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+    let tail = lines.iter().skip(lines.len().saturating_sub(TAIL)).copied().collect::<Vec<_>>().join(" | ");
+    End { reason: one_line(&reason.to_string()), tail }
+}
+
+/// Waits for a child to end, kills it when it does not, and takes its exit status.
+async fn end_of(process: &PidFd) -> Option<WaitStatus> {
+    if tokio::time::timeout(END_LIMIT, process.ended()).await.is_err() {
+        process.kill();
+        let _ = tokio::time::timeout(END_LIMIT, process.ended()).await;
+    }
+    process.reap()
+}
+
+async fn receive(control: &AsyncFd<OwnedFd>) -> std::result::Result<(Event, Vec<OwnedFd>), vmm::Error> {
+    loop {
+        let mut ready = control.ready(Interest::READABLE).await?;
+        match vmm::receive::<Event>(control.get_ref()) {
+            Err(vmm::Error::Socket(e)) if e.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+            // A peer that was killed with unread messages in its socket.
+            Err(vmm::Error::Socket(e)) if e.kind() == io::ErrorKind::ConnectionReset => {
+                return Err(vmm::Error::Closed);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "vmm/tests.rs"]
+mod tests;

@@ -1,0 +1,145 @@
+//! What takes the VMM's place: this test's own binary, started by a script that the configuration names.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+use katana_protocol::vmm::{CONTROL_FD, Event, ExitReason, Request, receive, send};
+use katana_protocol::{AGENT_PORT, FIRST_STREAM_PORT, GUEST_SHARE};
+use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+
+/// As many streams as a test opens.
+const STREAMS: u32 = 400;
+
+/// A script that runs [`stand_in`], for `[hypervisor.katana] path`.
+pub fn script(directory: &Path) -> PathBuf {
+    let path = directory.join("kata-vmm");
+    let test = std::env::current_exe().unwrap();
+    let arguments = "--exact stand_in::stand_in --ignored --nocapture --test-threads 1";
+    fs::write(
+        &path,
+        format!(
+            "#!/bin/sh\nexport TMPDIR={}\nexec {} {arguments} >&2\n",
+            directory.display(),
+            test.display()
+        ),
+    )
+    .unwrap();
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    path
+}
+
+/// The agent that cargo has built beside this test.
+pub fn agent() -> PathBuf {
+    std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("kata-agent")
+}
+
+#[test]
+#[ignore = "is the VMM of the other tests"]
+fn stand_in() {
+    // SAFETY: the shim has put the control socket there, and this process has no other use for the number.
+    let control = unsafe { BorrowedFd::borrow_raw(CONTROL_FD) };
+    let (Request::Boot(machine), fds) = receive(control).unwrap() else { panic!("not a boot request") };
+    assert_eq!(fds.len(), 4);
+    if machine.kernel_params.contains("fail=boot") {
+        return send(control, &Event::Failed("kernel: not an ELF file".into()), &[]).unwrap();
+    }
+    send(control, &Event::Running, &[]).unwrap();
+    if machine.kernel_params.contains("fail=panic") {
+        let panic = "Kernel panic - not syncing: Attempted to kill init!";
+        let event =
+            Event::Exit { reason: ExitReason::Panic(panic.into()), console: format!("Linux 6\n{panic}\n") };
+        return send(control, &event, &[]).unwrap();
+    }
+    let share = fs::read_link(format!("/proc/self/fd/{}", fds[3].as_raw_fd())).unwrap();
+    let directory = std::env::temp_dir().join(format!("stand-in-{}", std::process::id()));
+    fs::create_dir(&directory).unwrap();
+    let ports = [AGENT_PORT].into_iter().chain(FIRST_STREAM_PORT..FIRST_STREAM_PORT + STREAMS);
+    let listeners: HashMap<u32, UnixListener> = ports
+        .map(|port| (port, UnixListener::bind(directory.join(format!("{port}.sock"))).unwrap()))
+        .collect();
+    let silent = machine.kernel_params.contains("fail=silent");
+    let mut agent = (!silent).then(|| start_agent(&directory, &share));
+    forward(control, &listeners);
+    if let Some(agent) = &mut agent {
+        agent.kill().unwrap();
+        agent.wait().unwrap();
+    }
+    fs::remove_dir_all(directory).unwrap();
+}
+
+/// Passes connections on until the shim is gone.
+fn forward(control: BorrowedFd<'_>, listeners: &HashMap<u32, UnixListener>) {
+    loop {
+        let ports: Vec<_> = listeners.iter().collect();
+        let mut fds = vec![PollFd::new(control, PollFlags::POLLIN)];
+        fds.extend(ports.iter().map(|(_, listener)| PollFd::new(listener.as_fd(), PollFlags::POLLIN)));
+        poll(&mut fds, PollTimeout::NONE).unwrap();
+        if fds[0].any() == Some(true) {
+            return;
+        }
+        for (fd, (port, listener)) in fds[1..].iter().zip(&ports) {
+            if fd.any() == Some(true) {
+                let connection = listener.accept().unwrap().0;
+                send(control, &Event::Connection { port: **port }, &[connection.as_fd()]).unwrap();
+            }
+        }
+    }
+}
+
+/// The agent as the first process of its own pid namespace, so that all of its containers end with it, and
+/// with the share where a guest has it.
+fn start_agent(directory: &Path, share: &Path) -> Child {
+    let flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWPID;
+    unshare(flags).unwrap();
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).unwrap();
+    let run = directory.join("run");
+    fs::create_dir(&run).unwrap();
+    mount(Some("run"), &run, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    let guest_share = run.join(Path::new(GUEST_SHARE).strip_prefix("/run").unwrap());
+    fs::create_dir_all(&guest_share).unwrap();
+    mount(Some(share), &guest_share, none, MsFlags::MS_BIND | MsFlags::MS_REC, none).unwrap();
+    mount(Some(&run), "/run", none, MsFlags::MS_BIND | MsFlags::MS_REC, none).unwrap();
+    mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none).unwrap();
+    let mut command = Command::new(agent());
+    command.arg("serve").arg(directory);
+    // SAFETY: only system calls between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), none)?;
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            keep_the_clock()
+        });
+    }
+    command.spawn().unwrap()
+}
+
+/// The agent sets its guest's clock, which here is that of the machine: the system call does nothing.
+fn keep_the_clock() -> std::io::Result<()> {
+    let statement = |code, k| libc::sock_filter { code, jt: 0, jf: 0, k };
+    let number = libc::SYS_clock_settime as u32;
+    let mut filter = [
+        statement((libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, 0),
+        libc::sock_filter {
+            code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
+            jt: 0,
+            jf: 1,
+            k: number,
+        },
+        statement((libc::BPF_RET | libc::BPF_K) as u16, libc::SECCOMP_RET_ERRNO),
+        statement((libc::BPF_RET | libc::BPF_K) as u16, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: a filter program that outlives the call.
+    let done =
+        unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program, 0, 0) };
+    nix::errno::Errno::result(done)?;
+    Ok(())
+}

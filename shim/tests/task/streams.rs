@@ -1,0 +1,115 @@
+//! Standard streams through the shim and the agent.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::thread;
+
+use containerd_shim_protos::api::{CloseIORequest, ResizePtyRequest, StartRequest};
+use serde_json::json;
+
+use crate::containerd::{Containerd, can_run, ctx};
+
+fn fifo(containerd: &Containerd, name: &str) -> (PathBuf, String) {
+    let path = containerd.directory.join(name);
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let text = path.to_str().unwrap().to_owned();
+    (path, text)
+}
+
+/// What a client reads from a FIFO up to its end.
+fn reader(path: PathBuf) -> thread::JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        File::open(path).unwrap().read_to_end(&mut bytes).unwrap();
+        bytes
+    })
+}
+
+async fn joined<T: Send + 'static>(thread: thread::JoinHandle<T>) -> T {
+    tokio::task::spawn_blocking(|| thread.join().unwrap()).await.unwrap()
+}
+
+#[tokio::test]
+async fn thirty_two_mebibytes_in_and_out() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start("cat").await;
+    containerd.configure_container(&json!({"process": {"args": ["cat"]}}));
+    let ((stdin, stdin_path), (stdout, stdout_path)) = (fifo(&containerd, "in"), fifo(&containerd, "fifo"));
+    let mut request = containerd.create_request();
+    (request.stdin, request.stdout) = (stdin_path, stdout_path);
+    let reader = reader(stdout);
+    containerd.client.create(ctx(), &request).await.unwrap();
+    containerd
+        .client
+        .start(ctx(), &StartRequest { id: containerd.id(), ..Default::default() })
+        .await
+        .unwrap();
+    let data: Vec<u8> =
+        (0..32_u32 << 20).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let copy = data.clone();
+    joined(thread::spawn(move || File::options().write(true).open(stdin).unwrap().write_all(&copy).unwrap()))
+        .await;
+    let close = CloseIORequest { id: containerd.id(), stdin: true, ..Default::default() };
+    containerd.client.close_io(ctx(), &close).await.unwrap();
+    assert_eq!(containerd.wait("").await, 0);
+    assert!(joined(reader).await == data);
+    containerd.delete("").await.unwrap();
+    containerd.shut_down().await;
+}
+
+/// All output is in the FIFO before Wait answers, every time.
+#[tokio::test]
+async fn the_last_bytes_arrive_before_the_exit() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start("last").await;
+    containerd.run("exec sleep 1000").await;
+    for round in 0..5 {
+        let script = "i=0; while [ $i -lt 20000 ]; do echo 0123456789abcdef; i=$((i+1)); done; echo last";
+        let exec = format!("f{round}");
+        containerd.exec(&exec, script).await.unwrap();
+        assert_eq!(containerd.wait(&exec).await, 0);
+        let text = containerd.file(&exec);
+        assert!(text.len() == 20_000 * 17 + 5 && text.ends_with("\nlast\n"), "{}", text.len());
+    }
+    containerd.kill("", 9).await.unwrap();
+    containerd.wait("").await;
+    containerd.delete("").await.unwrap();
+    containerd.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_terminal_and_its_size() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start("terminal").await;
+    containerd.run("exec sleep 1000").await;
+    let (stdout, path) = fifo(&containerd, "tty");
+    let process = json!({"args": ["sh", "-c", "stty size; [ -t 0 ] && echo terminal"], "cwd": "/", "terminal": true,
+        "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}});
+    let mut request = containerd.exec_request("t", &process);
+    (request.terminal, request.stdout) = (true, path);
+    let reader = reader(stdout);
+    containerd.client.exec(ctx(), &request).await.unwrap();
+    let size = ResizePtyRequest {
+        id: containerd.id(),
+        exec_id: "t".into(),
+        width: 101,
+        height: 37,
+        ..Default::default()
+    };
+    containerd.client.resize_pty(ctx(), &size).await.unwrap();
+    containerd.start_exec("t").await.unwrap();
+    assert_eq!(containerd.wait("t").await, 0);
+    let text = String::from_utf8(joined(reader).await).unwrap();
+    assert_eq!(text, "37 101\r\nterminal\r\n");
+    containerd.kill("", 9).await.unwrap();
+    containerd.wait("").await;
+    containerd.delete("").await.unwrap();
+    containerd.shut_down().await;
+}

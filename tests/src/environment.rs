@@ -1,0 +1,67 @@
+//! What this run of the tests is about: read from the environment.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The runtime that containers run with unless a test says otherwise.
+pub const KATA: &str = "io.containerd.kata.v2";
+/// The runtime that others are compared with.
+pub const RUNC: &str = "io.containerd.runc.v2";
+
+/// `$KATANA_RUNTIME`, or Katana. With runc, the tests test themselves: a case that runc fails is a wrong case.
+pub fn runtime() -> String {
+    std::env::var("KATANA_RUNTIME").unwrap_or_else(|_| KATA.to_owned())
+}
+
+/// Whether containers run in virtual machines.
+pub fn is_vm() -> bool {
+    runtime() != RUNC
+}
+
+/// Whether a test that is only about virtual machines should go on; says so when it should not.
+pub fn is_vm_or_say(why: &str) -> bool {
+    if !is_vm() {
+        eprintln!("skipped with {}: {why}", runtime());
+    }
+    is_vm()
+}
+
+/// Where Katana's programs are: `$KATANA_BIN`, or where they are installed.
+pub fn bin() -> PathBuf {
+    std::env::var_os("KATANA_BIN").map_or_else(|| PathBuf::from("/opt/kata/bin"), PathBuf::from)
+}
+
+/// The containerd under test, as `ctr` itself reads it.
+///
+/// # Panics
+/// When there is none: these tests never touch the machine's own containerd.
+pub fn containerd_address() -> PathBuf {
+    let address = std::env::var_os("CONTAINERD_ADDRESS");
+    PathBuf::from(address.expect("CONTAINERD_ADDRESS is not set: run this below tests/with-containerd"))
+}
+
+/// The namespace in that containerd.
+pub fn namespace() -> String {
+    std::env::var("CONTAINERD_NAMESPACE").unwrap_or_else(|_| "default".to_owned())
+}
+
+/// Containerd's log, if the caller told where it is.
+pub fn containerd_log() -> Option<PathBuf> {
+    std::env::var_os("KATANA_CONTAINERD_LOG").map(PathBuf::from)
+}
+
+/// Ten times as many rounds when `$KATANA_SOAK` is set.
+pub fn rounds(usual: usize) -> usize {
+    if is_soak() { usual * 10 } else { usual }
+}
+
+/// Whether this is the long version of the tests.
+pub fn is_soak() -> bool {
+    std::env::var_os("KATANA_SOAK").is_some()
+}
+
+/// After how long a command counts as hung. No test measures anything with it.
+pub fn hang_limit() -> Duration {
+    let seconds = std::env::var("KATANA_HANG_SECONDS").ok().and_then(|text| text.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(180))
+}

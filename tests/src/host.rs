@@ -1,0 +1,174 @@
+//! What a container could leave behind on the host.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Once, OnceLock};
+use std::time::{Duration, Instant};
+
+use crate::container::{Run, ctr};
+use crate::environment;
+use crate::process::Process;
+
+/// Directories that belong to Katana, or did to programs of its kind.
+const RUNTIME_DIRECTORIES: [&str; 4] = ["/run/kata-containers", "/run/kata", "/run/katana", "/run/vc"];
+/// Everything that a container needs on the host runs under one of these names.
+const PROGRAMS: [&str; 5] = ["containerd-shim", "kata", "runc", "ctr", "virtiofsd"];
+
+/// Looks again and again, until it is true or the limit for hangs is over.
+pub fn eventually(mut is_so: impl FnMut() -> bool) -> bool {
+    const PAUSE: Duration = Duration::from_millis(100);
+    let end = Instant::now() + environment::hang_limit();
+    loop {
+        if is_so() {
+            return true;
+        }
+        if Instant::now() > end {
+            return false;
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// On a machine where others work as well, only what has to do with containers counts. The test machine is ours alone, and
+/// everything counts.
+fn concerns_us(name: &str) -> bool {
+    static OURS_ALONE: OnceLock<bool> = OnceLock::new();
+    *OURS_ALONE.get_or_init(|| Path::new("/etc/katana-test-machine").exists())
+        || [environment::namespace().as_str(), "kata", "containerd", "e2e-"]
+            .iter()
+            .any(|part| name.contains(part))
+}
+
+/// The host at one moment: kinds of things, and those that there are.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Host(BTreeMap<&'static str, BTreeSet<String>>);
+
+impl Host {
+    /// Looks at the host before a test: one container has run, so that directories that containerd keeps are there.
+    ///
+    /// # Panics
+    /// When that container does not run.
+    #[track_caller]
+    pub fn before() -> Self {
+        static FIRST: Once = Once::new();
+        FIRST.call_once(|| drop(Run::new(crate::BUSYBOX).command(&["true"]).output().ok()));
+        Self::now()
+    }
+
+    fn now() -> Self {
+        Self(BTreeMap::from([
+            ("process", processes()),
+            ("mount", mounts()),
+            ("cgroup", cgroups()),
+            ("network interface", names_in(Path::new("/sys/class/net"))),
+            ("network namespace", names_in(Path::new("/run/netns"))),
+            ("listening socket", sockets()),
+            ("file", files()),
+            ("container", listed(&["containers", "ls", "--quiet"])),
+            ("task", listed(&["tasks", "ls", "--quiet"])),
+            ("snapshot", listed(&["snapshots", "ls"])),
+        ]))
+    }
+
+    /// Fails the test unless the host comes back to this state. Cgroups and sockets may go a moment after the
+    /// command that removes them has returned.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[track_caller]
+    pub fn expect_unchanged(&self) {
+        const LONG_ENOUGH: Duration = Duration::from_secs(15);
+        let end = Instant::now() + LONG_ENOUGH;
+        loop {
+            let changes = self.changes(&Self::now());
+            if changes.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < end, "the host is not as it was before:\n{}", changes.join("\n"));
+            std::thread::sleep(Duration::from_millis(300));
+        }
+    }
+
+    fn changes(&self, now: &Self) -> Vec<String> {
+        let mut changes = Vec::new();
+        for (kind, before) in &self.0 {
+            let after = &now.0[kind];
+            changes.extend(after.difference(before).map(|name| format!("left behind: {kind} {name}")));
+            changes.extend(before.difference(after).map(|name| format!("gone: {kind} {name}")));
+        }
+        changes
+    }
+}
+
+fn processes() -> BTreeSet<String> {
+    let ours = |process: &Process| PROGRAMS.iter().any(|name| process.name.starts_with(name));
+    let all = Process::all().into_iter().filter(ours);
+    all.map(|process| format!("{} {} {}", process.pid, process.name, process.arguments.join(" "))).collect()
+}
+
+/// proc(5): the fifth field is the mount point, and the file system's type follows the lone hyphen.
+fn mounts() -> BTreeSet<String> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let table = table.lines().filter(|line| concerns_us(line));
+    let line = |line: &str| {
+        let (left, right) = line.split_once(" - ")?;
+        Some(format!("{} ({})", left.split(' ').nth(4)?, right.split(' ').next()?))
+    };
+    table.filter_map(line).collect()
+}
+
+fn cgroups() -> BTreeSet<String> {
+    let mut cgroups = tree(Path::new("/sys/fs/cgroup"), 8, |path| path.is_dir() && !path.is_symlink());
+    cgroups.retain(|cgroup| concerns_us(cgroup));
+    cgroups
+}
+
+fn sockets() -> BTreeSet<String> {
+    // proc_net_unix(5): the path, if any, is the eighth field. __SO_ACCEPTCON in the flags: it listens.
+    const LISTENS: &str = "00010000";
+    let table = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let rows = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let listening = rows.filter(|row| row.len() == 8 && row[3] == LISTENS);
+    listening.map(|row| row[7].to_owned()).filter(|path| concerns_us(path)).collect()
+}
+
+/// Files of Katana, of shims and of containerd's tasks.
+fn files() -> BTreeSet<String> {
+    let mut roots: Vec<PathBuf> = RUNTIME_DIRECTORIES.iter().map(PathBuf::from).collect();
+    // Shims listen below this directory wherever containerd keeps its state.
+    roots.push(PathBuf::from("/run/containerd"));
+    roots.extend(environment::containerd_address().parent().map(Path::to_owned));
+    let configuration =
+        std::env::var_os("KATANA_CONTAINERD_CONFIG").and_then(|path| std::fs::read_to_string(path).ok());
+    let configuration = configuration.and_then(|text| text.parse::<toml::Table>().ok()).unwrap_or_default();
+    let store = configuration.get("root").and_then(toml::Value::as_str);
+    roots.extend(store.map(|store| Path::new(store).join("io.containerd.runtime.v2.task")));
+    roots.iter().flat_map(|root| tree(root, 6, |_| true)).collect()
+}
+
+/// Everything below a directory that is of the wanted kind.
+fn tree(directory: &Path, depth: usize, wanted: fn(&Path) -> bool) -> BTreeSet<String> {
+    // `ctr run --detach` leaves its FIFOs, and a root file system is not ours to walk.
+    const SKIPPED: [&str; 2] = ["fifo", "rootfs"];
+    let mut found = BTreeSet::new();
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| !SKIPPED.iter().any(|name| entry.file_name() == *name)) {
+        let path = entry.path();
+        if wanted(&path) {
+            found.insert(path.display().to_string());
+        }
+        if depth > 0 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            found.extend(tree(&path, depth - 1, wanted));
+        }
+    }
+    found
+}
+
+fn names_in(directory: &Path) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn listed(words: &[&str]) -> BTreeSet<String> {
+    ctr(words).output().ok().text().lines().map(str::to_owned).collect()
+}

@@ -1,0 +1,33 @@
+//! What the end-to-end tests and the benchmark share: they drive containerd's own `ctr` as a user would, and look at
+//! the host from outside.
+
+pub mod command;
+pub mod configuration;
+pub mod container;
+pub mod environment;
+pub mod events;
+pub mod host;
+pub mod process;
+pub mod scratch;
+pub mod terminal;
+pub mod turn;
+
+pub use command::{Command, Output, Running};
+pub use configuration::Configuration;
+pub use container::{Container, Run, ctr};
+pub use events::Events;
+pub use scratch::Scratch;
+pub use terminal::Terminal;
+
+/// A busybox whose applets are all in /bin; users root and app (1000, also in the group extra, 2000).
+pub const BUSYBOX: &str = "localhost/busybox:1";
+/// Debian with python3, sqlite3 and a package repository of its own.
+pub const DEBIAN: &str = "localhost/debian:1";
+/// An nginx that serves one page on port 80, and a busybox.
+pub const NGINX: &str = "localhost/nginx:1";
+/// PostgreSQL, run as its user postgres.
+pub const POSTGRES: &str = "localhost/postgres:1";
+
+/// Options of `ctr run` that show a container its cgroup, as container engines do and `ctr` does not by itself. It is
+/// read-only unless the container is privileged.
+pub const CGROUP_MOUNT: &str = "--mount type=cgroup,src=cgroup,dst=/sys/fs/cgroup";

@@ -1,0 +1,278 @@
+//! What breaks is reported, and nothing stays behind.
+
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use katana_tests::host::{Host, eventually};
+use katana_tests::process::Process;
+use katana_tests::turn::alone;
+use katana_tests::{BUSYBOX, Command, Configuration, Events, Run, Scratch, ctr, environment};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+const KVM: &str = "/dev/kvm";
+
+/// How long it takes here to run a container in which all goes well.
+fn usual_time() -> Duration {
+    static TIME: OnceLock<Duration> = OnceLock::new();
+    *TIME.get_or_init(|| Run::new(BUSYBOX).command(&["true"]).output().ok().elapsed)
+}
+
+/// A container cannot be started: one line says why, soon, and the host is as before.
+#[track_caller]
+fn expect_no_start(configuration: Option<&Path>, parts: &[&str]) {
+    let limit = usual_time() * 3 + Duration::from_secs(5);
+    let before = Host::before();
+    let run = Run::new(BUSYBOX).command(&["true"]);
+    let run = configuration.into_iter().fold(run, Run::configuration);
+    let output = run.output();
+    assert_ne!(output.code, 0, "{output}");
+    assert!(output.elapsed < limit, "it took too long; usually it takes {:?}\n{output}", usual_time());
+    output.expect_error_line(parts);
+    before.expect_unchanged();
+}
+
+fn is_vm() -> bool {
+    environment::is_vm_or_say("this is about virtual machines")
+}
+
+/// Something else in the place of a file, until this is dropped.
+struct Covered(PathBuf);
+
+impl Covered {
+    fn new(path: &str, with: &Path) -> Self {
+        mount(Some(with), path, None::<&str>, MsFlags::MS_BIND, None::<&str>).expect("bind mount");
+        Self(PathBuf::from(path))
+    }
+}
+
+impl Drop for Covered {
+    fn drop(&mut self) {
+        umount2(&self.0, MntFlags::MNT_DETACH).expect("unmount");
+    }
+}
+
+#[test]
+fn a_killed_vmm_ends_its_task() {
+    let _turn = alone();
+    if !is_vm() {
+        return;
+    }
+    let before = Host::before();
+    let events = Events::follow();
+    let container = Run::new(BUSYBOX).command(&["sleep", "10000"]).start();
+    Process::vmm_of(container.id()).kill();
+    let killed = Instant::now();
+    let exit = events.wait_for(container.id(), "/tasks/exit");
+    assert!(killed.elapsed() < Duration::from_secs(10), "the exit came after {:?}", killed.elapsed());
+    assert_eq!(exit.body["exit_status"].as_u64(), Some(137), "{exit:?}");
+    container.wait_for_status(Some("STOPPED"));
+    container.delete_task(137);
+    ctr(&["containers", "delete", container.id()]).output().ok();
+    drop(events);
+    before.expect_unchanged();
+}
+
+#[test]
+fn a_killed_vmm_ends_what_is_attached() {
+    let _turn = alone();
+    if !is_vm() {
+        return;
+    }
+    let before = Host::before();
+    let id = katana_tests::container::new_id();
+    let running = Run::new(BUSYBOX).id(&id).sh("echo started; sleep 10000").spawn();
+    running.wait_for("started");
+    let container = katana_tests::Container::adopt(&id);
+    let exec = container.exec_command(&[], &["sh", "-c", "echo started; sleep 10000"]).spawn();
+    exec.wait_for("started");
+    Process::vmm_of(&id).kill();
+    assert_ne!(exec.finish().code, 0, "the exec's client");
+    running.finish().expect_code(137);
+    drop(container);
+    before.expect_unchanged();
+}
+
+#[test]
+fn a_killed_shim_is_cleaned_up_after_by_containerd() {
+    let _turn = alone();
+    let before = Host::before();
+    let container = Run::new(BUSYBOX).command(&["sleep", "10000"]).start();
+    let shim = Process::shim_of(container.id());
+    let children: Vec<Process> =
+        Process::all().into_iter().filter(|process| process.parent == shim.pid).collect();
+    assert!(!children.is_empty(), "the shim has no child to be cleaned up");
+    shim.kill();
+    // containerd notices the closed connection, and runs the shim's delete action.
+    container.wait_for_status(None);
+    let gone = eventually(|| !children.iter().any(Process::lives));
+    assert!(gone, "still there: {children:?}");
+    ctr(&["containers", "delete", container.id()]).output().ok();
+    // runc's shim leaves its socket behind.
+    if environment::is_vm() {
+        before.expect_unchanged();
+    }
+}
+
+#[test]
+fn tasks_go_on_while_containerd_restarts() {
+    let _turn = alone();
+    let before = Host::before();
+    let container = Run::new(BUSYBOX).sh("echo here > /tmp/mark; sleep 10000 & wait").start();
+    container.sh("until [ -e /tmp/mark ]; do sleep 0.1; done").ok();
+    restart_containerd();
+    assert_eq!(container.status().as_deref(), Some("RUNNING"));
+    container.exec(&["cat", "/tmp/mark"]).ok().expect_text("here");
+    container.task("metrics", &[]).ok();
+    container.task("kill", &["--signal", "KILL"]).ok();
+    container.wait_for_status(Some("STOPPED"));
+    container.delete_task(137);
+    ctr(&["containers", "delete", container.id()]).output().ok();
+    before.expect_unchanged();
+}
+
+/// containerd cleans up after shims whose task has ended while it was away.
+#[test]
+fn a_task_that_ends_while_containerd_is_down_leaves_nothing_behind() {
+    let _turn = alone();
+    let before = Host::before();
+    let scratch = Scratch::new();
+    let script = "until [ -e /volume/go ]; do sleep 0.1; done; exit 42";
+    let container = Run::new(BUSYBOX).bind(scratch.path(), "/volume", "rw").sh(script).start();
+    kill_containerd();
+    scratch.file("go", "");
+    // Nobody can be asked whether the script has seen it. If it has not, this tests a little less.
+    std::thread::sleep(Duration::from_secs(2));
+    start_containerd();
+    let ended = eventually(|| container.status().is_none_or(|status| status == "STOPPED"));
+    assert!(ended, "{} is {:?}", container.id(), container.status());
+    drop(container);
+    before.expect_unchanged();
+}
+
+fn restart_containerd() {
+    kill_containerd();
+    start_containerd();
+}
+
+fn kill_containerd() {
+    let file = std::env::var("KATANA_CONTAINERD_PID_FILE").expect("KATANA_CONTAINERD_PID_FILE is not set");
+    let pid = std::fs::read_to_string(&file).ok().and_then(|text| text.trim().parse::<i32>().ok());
+    let pid = pid.unwrap_or_else(|| panic!("{file} holds no process id"));
+    let containerd =
+        Process::all().into_iter().find(|process| process.pid == pid).expect("containerd's process");
+    containerd.kill();
+    assert!(eventually(|| !containerd.lives()), "containerd survives");
+}
+
+fn start_containerd() {
+    let script = std::env::var("KATANA_WITH_CONTAINERD").expect("KATANA_WITH_CONTAINERD is not set");
+    Command::new(&[script.as_str(), "--restart"]).output().ok();
+}
+
+#[test]
+fn a_missing_kernel_file_is_named() {
+    let _turn = alone();
+    if is_vm() {
+        let scratch = Scratch::new();
+        let text = Configuration::installed().set("hypervisor.katana.kernel", "/no/such/vmlinux").to_toml();
+        expect_no_start(
+            Some(&scratch.file("configuration.toml", text)),
+            &["/no/such/vmlinux", "No such file"],
+        );
+    }
+}
+
+#[test]
+fn a_kernel_file_that_is_none_is_named() {
+    let _turn = alone();
+    if is_vm() {
+        let scratch = Scratch::new();
+        let kernel = scratch.file("vmlinux", vec![b'#'; 1 << 20]).display().to_string();
+        let text = Configuration::installed().set("hypervisor.katana.kernel", kernel.as_str()).to_toml();
+        expect_no_start(Some(&scratch.file("configuration.toml", text)), &[&kernel]);
+    }
+}
+
+#[test]
+fn an_image_that_is_none_is_named() {
+    let _turn = alone();
+    if is_vm() {
+        let scratch = Scratch::new();
+        let image = scratch.file("image", vec![0; 4 << 20]).display().to_string();
+        let text = Configuration::installed().set("hypervisor.katana.image", image.as_str()).to_toml();
+        expect_no_start(Some(&scratch.file("configuration.toml", text)), &[&image]);
+    }
+}
+
+/// Its first block is what it should be, so that only the guest can find out.
+#[test]
+fn an_image_with_damaged_content_is_reported_by_the_guest() {
+    let _turn = alone();
+    if is_vm() {
+        let scratch = Scratch::new();
+        let configuration = Configuration::installed();
+        let mut image = std::fs::read(configuration.text("hypervisor.katana.image")).expect("the image");
+        let length = image.len();
+        image[4096..].copy_from_slice(&katana_tests::scratch::noise(length - 4096, 5));
+        let image = scratch.file("image", image).display().to_string();
+        let text = configuration.set("hypervisor.katana.image", image.as_str()).to_toml();
+        expect_no_start(Some(&scratch.file("configuration.toml", text)), &["panic"]);
+    }
+}
+
+#[test]
+fn a_panic_of_the_guest_at_boot_is_quoted() {
+    let _turn = alone();
+    if is_vm() {
+        let scratch = Scratch::new();
+        let text =
+            Configuration::installed().set("hypervisor.katana.kernel_params", "init=/nonexistent").to_toml();
+        expect_no_start(Some(&scratch.file("configuration.toml", text)), &["panic", "/nonexistent"]);
+    }
+}
+
+#[test]
+fn an_unknown_configuration_key_is_named_with_file_and_line() {
+    let _turn = alone();
+    if is_vm() {
+        let scratch = Scratch::new();
+        let text = Configuration::installed().set("runtime.no_such_key", true).to_toml();
+        let line = text.lines().position(|line| line.starts_with("no_such_key")).expect("the key") + 1;
+        let path = scratch.file("configuration.toml", text);
+        let place = path.display().to_string();
+        expect_no_start(Some(&path), &[&place, &line.to_string(), "no_such_key"]);
+    }
+}
+
+#[test]
+fn a_configuration_value_of_the_wrong_kind_is_named() {
+    let _turn = alone();
+    if is_vm() {
+        let scratch = Scratch::new();
+        let text = Configuration::installed().set("hypervisor.katana.default_memory", "much").to_toml();
+        let path = scratch.file("configuration.toml", text);
+        expect_no_start(Some(&path), &[&path.display().to_string(), "default_memory"]);
+    }
+}
+
+/// A socket's node cannot be opened, and a plain file knows nothing of virtual machines.
+#[test]
+fn an_unusable_dev_kvm_is_named() {
+    let _turn = alone();
+    if is_vm() {
+        usual_time();
+        let scratch = Scratch::new();
+        let node = scratch.path().join("socket");
+        let _listener = UnixListener::bind(&node).expect("a socket");
+        for (with, why) in [(node, "No such device or address"), (scratch.file("file", ""), KVM)] {
+            let covered = Covered::new(KVM, &with);
+            expect_no_start(None, &[KVM, why]);
+            let tool = environment::bin().join("kata-runtime").display().to_string();
+            let check = Command::new(&[tool.as_str(), "check"]).output().expect_code(1);
+            assert!((check.text() + &check.errors()).contains(KVM), "{check}");
+            drop(covered);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! The control socket: what the shim asks while the VM runs, and what it is told.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use katana_protocol::vmm::{CONTROL_FD, Error, Event, Request, receive, send};
+use nix::sys::socket::{setsockopt, sockopt::SendTimeout};
+use nix::sys::time::TimeVal;
+
+use crate::machine::Slots;
+use crate::sync::lock;
+use crate::virtio::{blk, net};
+
+/// How long a shim may leave its messages unread before they are lost: the guest's devices wait meanwhile.
+const PATIENCE: TimeVal = TimeVal::new(5, 0);
+
+/// The VMM's end of the socket.
+#[derive(Clone)]
+pub struct Control(Arc<OwnedFd>);
+
+impl Control {
+    /// Takes the inherited descriptor. To be called once.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn inherited() -> io::Result<Self> {
+        // SAFETY: fcntl only looks whether the descriptor is open.
+        if unsafe { libc::fcntl(CONTROL_FD, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is open, and by contract with the shim it is ours alone.
+        let socket = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
+        setsockopt(&socket, SendTimeout, &PATIENCE)?;
+        Ok(Self(Arc::new(socket)))
+    }
+
+    /// Tells the shim.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn tell(&self, event: &Event) -> Result<(), Error> {
+        send(&*self.0, event, &[])
+    }
+
+    /// Hands the shim a stream that the guest opened.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn hand_over(&self, port: u32, stream: BorrowedFd<'_>) -> Result<(), Error> {
+        send(&*self.0, &Event::Connection { port }, &[stream])
+    }
+
+    /// The next request. Waits for it.
+    ///
+    /// # Errors
+    /// When the shim is gone, or sends nonsense.
+    pub fn next(&self) -> Result<(Request, Vec<OwnedFd>), Error> {
+        receive(&*self.0)
+    }
+}
+
+impl AsRawFd for Control {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+/// Why a request was not done.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("the VM runs already")]
+    Running,
+    #[error("request without its descriptor")]
+    Descriptor,
+    #[error("disk slot {0}: there is no such slot")]
+    NoDisk(u8),
+    #[error("network slot {0}: there is no such slot")]
+    NoNet(u8),
+    #[error("disk slot {slot}: {error}")]
+    Disk { slot: u8, error: blk::AttachError },
+    #[error("network slot {slot}: {error}")]
+    Net { slot: u8, error: net::AttachError },
+}
+
+/// Serves requests on the event loop.
+pub struct ControlService {
+    control: Control,
+    slots: Slots,
+}
+
+impl ControlService {
+    /// A service for these slots.
+    pub fn new(control: Control, slots: Slots) -> Self {
+        Self { control, slots }
+    }
+
+    fn serve(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<(), Error> {
+        let fd = fds.into_iter().next().ok_or(Refused::Descriptor);
+        let result = match *request {
+            Request::Boot(_) => Err(Refused::Running),
+            Request::AttachDisk { slot, read_only } => {
+                fd.and_then(|fd| self.attach_disk(slot, read_only, fd))
+            }
+            // Address and MTU are set in the guest, where the agent knows them.
+            Request::AttachNet { slot, .. } => fd.and_then(|fd| self.attach_net(slot, fd)),
+            Request::Connect { port } => {
+                // The answer is the connection itself: it opens, or it is closed.
+                let Ok(fd) = fd else { return Ok(()) };
+                if let Err(error) = lock(&self.slots.vsock).connect(port, fd) {
+                    log::warn!("connection to port {port} of the guest: {error}");
+                }
+                return Ok(());
+            }
+        };
+        self.control.tell(&Event::Done(result.err().map(|error| error.to_string())))
+    }
+
+    fn attach_disk(&self, slot: u8, read_only: bool, fd: OwnedFd) -> Result<(), Refused> {
+        let disk = self.slots.disks.get(usize::from(slot)).ok_or(Refused::NoDisk(slot))?;
+        lock(disk).attach(fd.into(), read_only).map_err(|error| Refused::Disk { slot, error })
+    }
+
+    fn attach_net(&self, slot: u8, fd: OwnedFd) -> Result<(), Refused> {
+        let net = self.slots.nets.get(usize::from(slot)).ok_or(Refused::NoNet(slot))?;
+        lock(net).attach(fd).map_err(|error| Refused::Net { slot, error })
+    }
+}
+
+impl MutEventSubscriber for ControlService {
+    fn init(&mut self, ops: &mut EventOps<'_>) {
+        if let Err(error) = ops.add(Events::new(&self.control, EventSet::IN)) {
+            log::error!("control socket: {error}");
+            std::process::exit(1);
+        }
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
+        let served = self.control.next().and_then(|(request, fds)| self.serve(&request, fds));
+        match served {
+            Ok(()) => {}
+            // Nobody is left to tell: the pod is gone.
+            Err(Error::Closed | Error::Socket(_)) => std::process::exit(0),
+            Err(error) => log::error!("control request: {error}"),
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The jail: an empty room for a process that runs hostile guests.
+//!
+//! The process that the shim spawned stays outside. It makes a second one, in namespaces of its own, as the
+//! shim's direct child; that one walks into the pod's shared directory and makes it the root of all it can see.
+
+use std::ffi::CStr;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+use libc::{c_int, c_ulong};
+use nix::fcntl::{OFlag, open};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::stat::Mode;
+use nix::unistd::{chdir, fchdir, pipe2, pivot_root, read, setgroups, write};
+
+/// Every namespace but those of cgroups and time. CLONE_PARENT: the shim reaps the VMM itself.
+const NAMESPACES: c_int = libc::CLONE_NEWUSER
+    | libc::CLONE_NEWNS
+    | libc::CLONE_NEWNET
+    | libc::CLONE_NEWIPC
+    | libc::CLONE_NEWUTS
+    | libc::CLONE_NEWPID
+    | libc::CLONE_PARENT;
+/// Every id is itself: capabilities mean nothing outside, yet files keep their owners.
+const IDENTITY: &str = "0 0 4294967295";
+/// Without file handles, the file server holds one descriptor for each file that the guest knows.
+const DESCRIPTORS: u64 = 1 << 20;
+/// What the file server needs in the jail's user namespace to give files their owners and modes; by number, from
+/// linux/capability.h: CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.
+const CAPABILITIES: &[u32] = &[0, 1, 2, 3, 4, 6, 7, 27, 31];
+const LAST_POSSIBLE_CAPABILITY: u32 = 63;
+
+/// A step that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("jail: {step}: {error}")]
+pub struct Error {
+    step: &'static str,
+    error: io::Error,
+}
+
+fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Error {
+    move |error| Error { step, error: error.into() }
+}
+
+/// On which side of the door a process is after [`enter`].
+pub enum Side {
+    /// The process that the shim spawned: it has nothing left to do.
+    Outside,
+    /// The jailed one.
+    Inside(Room),
+}
+
+/// The inside of the jail. Its root is the shared directory.
+pub struct Room {
+    /// /proc/self/fd of the jailed process, which has no /proc: virtiofsd opens files anew through it.
+    pub proc_self_fd: OwnedFd,
+}
+
+/// Makes the jailed process. `announce` gets its pid, as the shim sees it, once it is sure to live. Must be
+/// called while the process has one thread.
+///
+/// # Errors
+/// Outside and inside, with the step that failed; when it failed outside, nobody is inside.
+pub fn enter<E>(share: &OwnedFd, announce: impl FnOnce(i32) -> Result<(), E>) -> Result<Side, Error>
+where
+    E: Into<io::Error>,
+{
+    set_limits()?;
+    // The working directory is carried over into the new mount namespace, a descriptor is not: mounts can only
+    // be made from a namespace's own.
+    fchdir(share).map_err(step("enter the shared directory"))?;
+    let (listen, tell) = pipe2(OFlag::O_CLOEXEC).map_err(step("pipe"))?;
+    match clone()? {
+        0 => {
+            drop(tell);
+            // The outer process closes the pipe without a word when it could not do its part.
+            let mut word = [0];
+            if read(&listen, &mut word).map_err(step("wait for the id maps"))? != 1 {
+                std::process::exit(1);
+            }
+            lock_up().map(Side::Inside)
+        }
+        pid => {
+            map_ids(pid)?;
+            announce(pid).map_err(step("announce the process"))?;
+            write(&tell, &[1]).map_err(step("wake the process"))?;
+            Ok(Side::Outside)
+        }
+    }
+}
+
+/// fork into new namespaces; like fork, it answers 0 to the new process.
+fn clone() -> Result<i32, Error> {
+    // With CLONE_PARENT the exit signal is that of the caller, and none may be given (clone(2)).
+    let arguments = libc::clone_args {
+        flags: NAMESPACES as u64,
+        pidfd: 0,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: 0,
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: 0,
+        set_tid_size: 0,
+        cgroup: 0,
+    };
+    // SAFETY: without CLONE_VM this is a fork: the child has a copy of all memory. The process has one thread,
+    // so no lock is held by a thread that does not exist in the copy.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of_val(&arguments)) };
+    if pid < 0 {
+        return Err(step("new namespaces")(io::Error::last_os_error()));
+    }
+    Ok(pid as i32)
+}
+
+fn map_ids(pid: i32) -> Result<(), Error> {
+    fs::write(format!("/proc/{pid}/uid_map"), IDENTITY).map_err(step("map user ids"))?;
+    fs::write(format!("/proc/{pid}/gid_map"), IDENTITY).map_err(step("map group ids"))
+}
+
+/// As many descriptors as the host allows, and no core files: they would hold the guest's memory.
+fn set_limits() -> Result<(), Error> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(step("descriptor limit"))?;
+    let raised = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS);
+    raised.or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard)).map_err(step("descriptor limit"))?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("core limit"))
+}
+
+/// The inner process's way in, in this order.
+fn lock_up() -> Result<Room, Error> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let proc_self_fd = open("/proc/self/fd", flags, Mode::empty()).map_err(step("open /proc/self/fd"))?;
+    setgroups(&[]).map_err(step("drop groups"))?;
+    change_root()?;
+    drop_capabilities()?;
+    prctl("no new privileges", libc::PR_SET_NO_NEW_PRIVS, 1)?;
+    prctl("not dumpable", libc::PR_SET_DUMPABLE, 0)?;
+    // The end of the control socket tells as well; this also ends a VMM that does not listen any more.
+    prctl("parent death signal", libc::PR_SET_PDEATHSIG, libc::SIGKILL as c_ulong)?;
+    Ok(Room { proc_self_fd })
+}
+
+/// Makes the working directory, the share, the root.
+fn change_root() -> Result<(), Error> {
+    let none: Option<&CStr> = None;
+    // Slave: what the host mounts below the share later appears here, nothing goes the other way.
+    let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
+    mount(none, "/", none, slave, none).map_err(step("make mounts slaves"))?;
+    // Mounts that came along from the host's namespace are locked together, and pivot_root refuses them; a copy
+    // of our own is not.
+    let tree = copy_mounts()?;
+    attach(&tree)?;
+    fchdir(&tree).map_err(step("enter the copy of the share"))?;
+    // The old root is stacked on the new one, and then let go (pivot_root(2)).
+    pivot_root(".", ".").map_err(step("pivot_root"))?;
+    umount2(".", MntFlags::MNT_DETACH).map_err(step("unmount the host's root"))?;
+    chdir("/").map_err(step("enter the new root"))
+}
+
+/// A copy of the mounts at and below the working directory.
+fn copy_mounts() -> Result<OwnedFd, Error> {
+    const OPEN_TREE_CLONE: libc::c_uint = 1;
+    const AT_RECURSIVE: libc::c_uint = 0x8000;
+    let flags = OPEN_TREE_CLONE | AT_RECURSIVE | libc::O_CLOEXEC as libc::c_uint;
+    // SAFETY: the path is a constant string; the call touches no memory of this process.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c".".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(step("copy the share's mounts")(io::Error::last_os_error()));
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as c_int) })
+}
+
+/// Mounts the copy on the working directory.
+fn attach(tree: &OwnedFd) -> Result<(), Error> {
+    const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
+    let (from, cwd) = (tree.as_fd().as_raw_fd(), libc::AT_FDCWD);
+    // SAFETY: the paths are constant strings; the call touches no memory of this process.
+    let result = unsafe {
+        libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), cwd, c".".as_ptr(), MOVE_MOUNT_F_EMPTY_PATH)
+    };
+    if result < 0 {
+        return Err(step("mount the share's copy")(io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+fn prctl(what: &'static str, option: c_int, value: c_ulong) -> Result<(), Error> {
+    // SAFETY: none of the options used here takes a pointer.
+    if unsafe { libc::prctl(option, value, 0, 0, 0) } < 0 {
+        return Err(step(what)(io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+/// Keeps [`CAPABILITIES`] only, in every set.
+fn drop_capabilities() -> Result<(), Error> {
+    /// Version 3 of the header: two words for each set (capset(2)).
+    const VERSION_3: u32 = 0x2008_0522;
+    for capability in (0..=LAST_POSSIBLE_CAPABILITY).filter(|number| !CAPABILITIES.contains(number)) {
+        match prctl("drop capabilities", libc::PR_CAPBSET_DROP, c_ulong::from(capability)) {
+            // The kernel does not know one of this number.
+            Err(error) if error.error.raw_os_error() == Some(libc::EINVAL) => {}
+            result => result?,
+        }
+    }
+    let kept = CAPABILITIES.iter().fold(0u32, |set, number| set | 1 << number);
+    let header = [VERSION_3, 0];
+    // Effective, permitted and inheritable of the low word, then of the high one.
+    let sets = [kept, kept, 0, 0, 0, 0];
+    // SAFETY: header and sets have the layout that version 3 asks for.
+    if unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) } < 0 {
+        return Err(step("drop capabilities")(io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

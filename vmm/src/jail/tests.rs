@@ -1,0 +1,146 @@
+//! The jail as a process in it sees it. Each test forks: the jail is for a process with one thread.
+
+use super::*;
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::stat::{SFlag, mknod};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, Uid, fork, getpid};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::UdpSocket;
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::Path;
+use vmm_sys_util::tempdir::TempDir;
+
+type Check = fn(&Room) -> Result<(), String>;
+
+fn same<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -> Result<(), String> {
+    if is == should { Ok(()) } else { Err(format!("{what}: {is:?}, not {should:?}")) }
+}
+
+/// Runs `check` in a jail whose root is a file system with the file `marker`, and with a file system that was
+/// mounted at `later` afterwards. Answers what it found wrong.
+fn in_jail(check: Check) -> Option<String> {
+    if !Uid::effective().is_root() {
+        println!("SKIPPED: only root can map all ids");
+        return None;
+    }
+    let share = TempDir::new().unwrap();
+    let (report, tell) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    // SAFETY: the child only makes system calls and allocates, which fork leaves possible.
+    let outer = match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => {
+            drop(report);
+            let code = outside(share.as_path(), File::from(tell), check);
+            // SAFETY: _exit does not come back.
+            unsafe { libc::_exit(code) }
+        }
+    };
+    drop(tell);
+    let mut text = String::new();
+    File::from(report).read_to_string(&mut text).unwrap();
+    let outer = waitpid(outer, None).unwrap();
+    assert!(matches!(outer, WaitStatus::Exited(_, 0)), "{outer:?}: {text}");
+    let (pid, findings) = text.split_once(':').unwrap();
+    // That this works at all is part of the test: the jailed process is a child of its maker's parent.
+    waitpid(Pid::from_raw(pid.parse().unwrap()), None).unwrap();
+    Some(findings.to_owned())
+}
+
+fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
+    let none: Option<&CStr> = None;
+    // Nothing of this is to be seen by the rest of the machine.
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+    mount(none, share, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    mount(none, share, none, MsFlags::MS_SHARED, none).unwrap();
+    let later = share.join("later");
+    fs::create_dir(&later).unwrap();
+    fs::write(share.join("marker"), "here").unwrap();
+
+    let directory = OwnedFd::from(File::open(share).unwrap());
+    let (mounted, say_mounted) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    let (done, say_done) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    let announced = tell.try_clone().unwrap();
+    let announce = move |pid: i32| write!(&announced, "{pid}:");
+    match enter(&directory, announce).unwrap() {
+        Side::Outside => {
+            mount(none, &later, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+            fs::write(later.join("hello"), "from outside").unwrap();
+            drop((say_mounted, say_done));
+            let _ = read(&done, &mut [0]);
+        }
+        Side::Inside(room) => {
+            drop(say_mounted);
+            let _ = read(&mounted, &mut [0]);
+            if let Err(finding) = check(&room) {
+                tell.write_all(finding.as_bytes()).unwrap();
+            }
+            drop(say_done);
+        }
+    }
+    0
+}
+
+#[test]
+fn the_share_is_all_there_is() {
+    let findings = in_jail(|_| {
+        let mut names: Vec<_> = fs::read_dir("/").unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        same("names in /", names, vec!["later".into(), "marker".into()])?;
+        let inode = |path| fs::metadata(path).unwrap().ino();
+        same("/..", inode("/.."), inode("/"))?;
+        same("working directory", inode("."), inode("/"))?;
+        same("pid", getpid().as_raw(), 1)
+    });
+    assert_eq!(findings.unwrap_or_default(), "");
+}
+
+#[test]
+fn later_mounts_of_the_host_appear_and_owners_can_be_given() {
+    let findings = in_jail(|_| {
+        same("later mount", fs::read_to_string("/later/hello").unwrap(), "from outside".to_owned())?;
+        for path in ["/marker", "/later/hello"] {
+            chown(path, Some(1234), Some(5678)).map_err(|error| format!("chown {path}: {error}"))?;
+            let metadata = fs::metadata(path).unwrap();
+            same(path, (metadata.uid(), metadata.gid()), (1234, 5678))?;
+        }
+        Ok(())
+    });
+    assert_eq!(findings.unwrap_or_default(), "");
+}
+
+#[test]
+fn files_can_be_opened_anew_without_a_proc() {
+    let findings = in_jail(|room| {
+        let path = nix::fcntl::open("/marker", OFlag::O_PATH, Mode::empty()).unwrap();
+        let name = path.as_raw_fd().to_string();
+        let opened = nix::fcntl::openat(&room.proc_self_fd, name.as_str(), OFlag::O_RDONLY, Mode::empty());
+        let mut text = String::new();
+        File::from(opened.map_err(|error| error.to_string())?).read_to_string(&mut text).unwrap();
+        same("content", text, "here".to_owned())
+    });
+    assert_eq!(findings.unwrap_or_default(), "");
+}
+
+#[test]
+fn nothing_privileged_is_left() {
+    let findings = in_jail(|_| {
+        let none: Option<&CStr> = None;
+        let mode = Mode::from_bits_truncate(0o600);
+        same("a device node", mknod("/null", SFlag::S_IFCHR, mode, libc::makedev(1, 3)), Err(Errno::EPERM))?;
+        same("a mount", mount(none, "/later", Some("tmpfs"), MsFlags::empty(), none), Err(Errno::EPERM))?;
+        // SAFETY: the name is a constant of one byte.
+        same("the host name", unsafe { libc::sethostname(c"x".as_ptr(), 1) }, -1)?;
+        same("a mount namespace", unshare(CloneFlags::CLONE_NEWNS), Err(Errno::EPERM))?;
+        // SAFETY: this one takes no pointers.
+        let no_new_privs = unsafe { libc::prctl(libc::PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) };
+        same("no new privileges", no_new_privs, 1)?;
+        same("core files", getrlimit(Resource::RLIMIT_CORE).unwrap(), (0, 0))?;
+        let connected = UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.connect("127.0.0.1:9"));
+        same("a network", connected.map_err(|error| error.raw_os_error()), Err(Some(libc::ENETUNREACH)))
+    });
+    assert_eq!(findings.unwrap_or_default(), "");
+}

@@ -1,0 +1,306 @@
+//! The virtual machine in the kernel: capabilities, memory slots, interrupt lines, doorbells.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{
+    CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting,
+    kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::memory::{GuestMemory, Mapping};
+use crate::pci::{Doorbell, Line};
+use crate::sync::lock;
+
+/// The API version since Linux 2.6.22; it will not change (KVM API, 4.1).
+const API_VERSION: i32 = 12;
+/// What the machine cannot do without, by the kernel's name.
+const REQUIRED: &[(Cap, &str)] = &[
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
+];
+
+/// Four pages that Intel CPUs without unrestricted guest mode need, in the hole below the BIOS area.
+const IDENTITY_MAP: u64 = 0xfffb_c000;
+const TSS: usize = 0xfffb_d000;
+/// Pins of the IO-APIC; interrupt lines of devices come after them.
+pub const IOAPIC_PINS: u32 = 24;
+
+/// Why there is no virtual machine.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The descriptor is something else.
+    #[error("/dev/kvm: not a KVM device: {0}")]
+    NotKvm(io::Error),
+    /// Not the only version there is.
+    #[error("/dev/kvm: API version {0}, not {API_VERSION}")]
+    Version(i32),
+    /// The kernel is too old or built without something.
+    #[error("/dev/kvm: the host's kernel lacks {0}")]
+    Capability(&'static str),
+    /// More vCPUs than the host allows.
+    #[error("{wanted} vCPUs: this host's KVM allows {most}")]
+    TooManyVcpus {
+        /// Asked for.
+        wanted: u8,
+        /// Allowed.
+        most: usize,
+    },
+    /// A call failed.
+    #[error("{call}: {error}")]
+    Call {
+        /// Its name in the KVM API.
+        call: &'static str,
+        /// What the kernel said.
+        error: errno::Error,
+    },
+    /// No descriptors left.
+    #[error("eventfd: {0}")]
+    EventFd(io::Error),
+    /// The routing table is full.
+    #[error("interrupt routing: {0}")]
+    Routing(&'static str),
+}
+
+fn call(call: &'static str) -> impl FnOnce(errno::Error) -> Error {
+    move |error| Error::Call { call, error }
+}
+
+/// A virtual machine without memory, vCPUs and devices, but with its interrupt controllers and timer.
+pub struct Vm {
+    fd: Arc<VmFd>,
+    router: Arc<Router>,
+    slots: u32,
+    /// CPUID as this KVM can offer it.
+    pub cpuid: CpuId,
+    /// Whether the local APIC's timer has the TSC deadline mode.
+    pub tsc_deadline: bool,
+}
+
+impl Vm {
+    /// Makes the machine.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    pub fn new(dev_kvm: OwnedFd, vcpus: u8) -> Result<Self, Error> {
+        let kvm = open(dev_kvm)?;
+        let most = kvm.get_max_vcpus();
+        if usize::from(vcpus) > most {
+            return Err(Error::TooManyVcpus { wanted: vcpus, most });
+        }
+        let cpuid =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        let fd = create_vm(&kvm).map_err(call("KVM_CREATE_VM"))?;
+        fd.set_identity_map_address(IDENTITY_MAP).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        fd.set_tss_address(TSS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        fd.create_irq_chip().map_err(call("KVM_CREATE_IRQCHIP"))?;
+        // Without the dummy speaker port, KVM sends every access to port 0x61 to us.
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
+        let fd = Arc::new(fd);
+        let router = Arc::new(Router { vm: fd.clone(), table: Mutex::new(Table::new()) });
+        Ok(Self { fd, router, slots: 0, cpuid, tsc_deadline })
+    }
+
+    /// Makes a vCPU; the first one has number 0.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    pub fn create_vcpu(&self, number: u8) -> Result<VcpuFd, Error> {
+        self.fd.create_vcpu(u64::from(number)).map_err(call("KVM_CREATE_VCPU"))
+    }
+
+    /// Puts the guest's memory into the machine.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    pub fn add_memory(&mut self, memory: &GuestMemory) -> Result<(), Error> {
+        use vm_memory::{Address, GuestMemory as _, GuestMemoryRegion};
+        for region in memory.iter() {
+            // SAFETY: the mapping lives as long as any clone of `memory`, and the machine keeps one until the
+            // process ends.
+            unsafe { self.add_slot(region.start_addr().raw_value(), region.as_ptr(), region.len(), 0)? };
+        }
+        Ok(())
+    }
+
+    /// Puts a file mapping into the machine, read-only.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    pub fn add_read_only(&mut self, address: u64, mapping: &Mapping) -> Result<(), Error> {
+        // SAFETY: mappings are never undone.
+        unsafe { self.add_slot(address, mapping.as_ptr(), mapping.size(), KVM_MEM_READONLY) }
+    }
+
+    /// # Safety
+    /// The `size` bytes at `host` must stay mapped until the process ends.
+    unsafe fn add_slot(&mut self, address: u64, host: *mut u8, size: u64, flags: u32) -> Result<(), Error> {
+        let region = kvm_userspace_memory_region {
+            slot: self.slots,
+            flags,
+            guest_phys_addr: address,
+            memory_size: size,
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the caller keeps the memory mapped; slots never overlap because the layout's ranges do not.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+        self.slots += 1;
+        Ok(())
+    }
+
+    /// Wires a doorbell: from then on the kernel makes its event readable when the guest writes there.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    pub fn add_doorbell(&self, doorbell: &Doorbell) -> Result<(), Error> {
+        let address = IoEventAddress::Mmio(doorbell.address);
+        self.fd.register_ioevent(&doorbell.event, &address, NoDatamatch).map_err(call("KVM_IOEVENTFD"))
+    }
+
+    /// A new interrupt line for messages.
+    ///
+    /// # Errors
+    /// When there are no descriptors or lines left.
+    pub fn message_line(&self) -> Result<Box<dyn Line>, Error> {
+        let gsi = lock(&self.router.table).reserve()?;
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?;
+        Ok(Box::new(MessageLine { router: self.router.clone(), gsi, event, wired: false }))
+    }
+}
+
+/// Takes the descriptor for what it should be, after a look.
+fn open(dev_kvm: OwnedFd) -> Result<Kvm, Error> {
+    let file = File::from(dev_kvm);
+    let kind = file.metadata().map_err(Error::NotKvm)?.file_type();
+    if !kind.is_char_device() {
+        return Err(Error::NotKvm(io::Error::from_raw_os_error(libc::ENOTTY)));
+    }
+    // SAFETY: the descriptor is ours, and Kvm's methods check what the ioctls answer.
+    let kvm = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(file.into_raw_fd()) };
+    match kvm.get_api_version() {
+        API_VERSION => {}
+        -1 => return Err(Error::NotKvm(io::Error::last_os_error())),
+        version => return Err(Error::Version(version)),
+    }
+    match REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, name)) => Err(Error::Capability(name)),
+        None => Ok(kvm),
+    }
+}
+
+/// KVM_CREATE_VM starts a kernel thread and answers EINTR when a signal comes just then.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, errno::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result,
+        }
+    }
+}
+
+/// The routes of interrupts. The kernel only takes all of them at once.
+struct Router {
+    vm: Arc<VmFd>,
+    table: Mutex<Table>,
+}
+
+struct Table {
+    entries: Vec<kvm_irq_routing_entry>,
+    next: u32,
+}
+
+impl Table {
+    /// The routes that KVM makes by default: ISA lines to both controllers, the rest to the IO-APIC.
+    fn new() -> Self {
+        let route = |gsi: u32, irqchip: u32, pin: u32| {
+            let mut entry =
+                kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+            entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
+            entry
+        };
+        let mut entries = Vec::new();
+        for gsi in 0..IOAPIC_PINS {
+            match gsi {
+                0..8 => entries.push(route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)),
+                8..16 => entries.push(route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)),
+                _ => {}
+            }
+            entries.push(route(gsi, KVM_IRQCHIP_IOAPIC, gsi));
+        }
+        Self { entries, next: IOAPIC_PINS }
+    }
+
+    fn reserve(&mut self) -> Result<u32, Error> {
+        // KVM allows 4096 routes; 31 devices with at most a few dozen vectors stay far below.
+        if self.next as usize >= kvm_bindings::KVM_MAX_IRQ_ROUTES - 2 * IOAPIC_PINS as usize {
+            return Err(Error::Routing("too many interrupt lines"));
+        }
+        self.next += 1;
+        Ok(self.next - 1)
+    }
+
+    fn set_message(&mut self, gsi: u32, address: u64, data: u32) {
+        let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+        entry.u.msi = kvm_irq_routing_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..Default::default()
+        };
+        match self.entries.iter_mut().find(|entry| entry.gsi == gsi) {
+            Some(old) => *old = entry,
+            None => self.entries.push(entry),
+        }
+    }
+}
+
+/// A line whose events the kernel turns into messages, without coming back to us: an irqfd.
+struct MessageLine {
+    router: Arc<Router>,
+    gsi: u32,
+    event: EventFd,
+    wired: bool,
+}
+
+impl Line for MessageLine {
+    fn set_message(&mut self, address: u64, data: u32) -> io::Result<()> {
+        let mut table = lock(&self.router.table);
+        table.set_message(self.gsi, address, data);
+        let routing = KvmIrqRouting::from_entries(&table.entries).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        self.router.vm.set_gsi_routing(&routing)?;
+        if !self.wired {
+            self.router.vm.register_irqfd(&self.event, self.gsi)?;
+            self.wired = true;
+        }
+        Ok(())
+    }
+
+    fn send(&self) {
+        // The kernel consumes the event at once; a full counter means that it is on its way already.
+        let _ = self.event.write(1);
+    }
+}
+
+impl AsRawFd for Vm {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.fd.as_raw_fd()
+    }
+}

@@ -1,0 +1,329 @@
+//! virtio over PCI, modern only: virtio 1.2, 4.1. One function with one BAR; the structures lie in it as below.
+
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::PciDevice;
+use super::common::{CommonConfig, Effect, NO_VECTOR, SIZE as COMMON_SIZE};
+use super::config::{ConfigSpace, Identity};
+use super::msix::{CONTROL_WRITABLE, Line, Msix};
+use crate::bus::{BusDevice, copy_out};
+use crate::memory::GuestMemory;
+use crate::sync::lock;
+use crate::virtio::{Activation, Interrupt, Trigger, VirtQueue, VirtioDevice};
+
+/// Bytes of the BAR.
+pub const BAR_SIZE: u32 = 0x8000;
+
+// One page for each structure, so that a driver could map each on its own (4.1.4).
+const COMMON: u64 = 0x0000;
+const ISR: u64 = 0x1000;
+const DEVICE: u64 = 0x2000;
+const NOTIFY: u64 = 0x3000;
+const TABLE: u64 = 0x4000;
+const PENDING: u64 = 0x5000;
+const PAGE: u64 = 0x1000;
+/// Distance of two queues' doorbells (notify_off_multiplier).
+const NOTIFY_MULTIPLIER: u64 = 4;
+
+const VENDOR: u16 = 0x1af4;
+const DEVICE_ID_BASE: u16 = 0x1040;
+const CAPABILITY_VENDOR: u8 = 0x09;
+const CAPABILITY_MSIX: u8 = 0x11;
+
+/// Structure types, 4.1.4.
+mod kind {
+    pub const COMMON: u8 = 1;
+    pub const NOTIFY: u8 = 2;
+    pub const ISR: u8 = 3;
+    pub const DEVICE: u8 = 4;
+    pub const PCI: u8 = 5;
+}
+
+const ISR_QUEUE: u8 = 1;
+const ISR_CONFIG: u8 = 2;
+
+/// A virtio device on the PCI bus: a function with its configuration space and its BAR.
+pub struct VirtioPci {
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    memory: GuestMemory,
+    space: Mutex<ConfigSpace>,
+    common: Mutex<CommonConfig>,
+    msix: Arc<Msix>,
+    isr: Arc<AtomicU8>,
+    generation: Arc<AtomicU8>,
+    config_interrupt: Arc<Source>,
+    queues: Vec<(Arc<EventFd>, Arc<Source>)>,
+    msix_capability: usize,
+    window_capability: usize,
+}
+
+/// A doorbell: a write to `address`, whatever its value, must make `event` readable.
+pub struct Doorbell {
+    /// Guest physical address.
+    pub address: u64,
+    /// Readable when the queue has work.
+    pub event: Arc<EventFd>,
+}
+
+/// What may interrupt: a queue, or the configuration. Knows the vector that the driver chose for it.
+struct Source {
+    vector: AtomicU16,
+    msix: Arc<Msix>,
+    isr: Arc<AtomicU8>,
+    isr_bit: u8,
+    /// Counts the changes, for the configuration's source.
+    generation: Option<Arc<AtomicU8>>,
+}
+
+impl Trigger for Source {
+    fn trigger(&self) {
+        if let Some(generation) = &self.generation {
+            generation.fetch_add(1, Ordering::AcqRel);
+        }
+        if self.msix.enabled() {
+            self.msix.trigger(self.vector.load(Ordering::Acquire));
+        } else {
+            self.isr.fetch_or(self.isr_bit, Ordering::AcqRel);
+        }
+    }
+}
+
+/// How many vectors a device with so many queues has: each queue its own, and the configuration.
+pub fn vectors(queues: usize) -> usize {
+    queues + 1
+}
+
+impl VirtioPci {
+    /// Puts `device` on the bus: its BAR at `address`, its vectors on `lines` (see [`vectors`]),
+    /// its queues kicked by the eventfds.
+    pub fn new(
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        memory: GuestMemory,
+        address: u32,
+        lines: Vec<Box<dyn Line>>,
+        kicks: Vec<EventFd>,
+    ) -> Self {
+        let (kind, common) = {
+            let device = lock(&device);
+            let vectors = u16::try_from(lines.len()).unwrap_or(u16::MAX);
+            (device.device_type(), CommonConfig::new(device.features(), device.queue_sizes(), vectors))
+        };
+        let msix = Arc::new(Msix::new(lines));
+        let isr = Arc::new(AtomicU8::new(0));
+        let generation = Arc::new(AtomicU8::new(0));
+        let source = |isr_bit, generation| {
+            let vector = AtomicU16::new(NO_VECTOR);
+            Arc::new(Source { vector, msix: msix.clone(), isr: isr.clone(), isr_bit, generation })
+        };
+        let config_interrupt = source(ISR_CONFIG, Some(generation.clone()));
+        let queues = kicks.into_iter().map(|kick| (Arc::new(kick), source(ISR_QUEUE, None))).collect();
+        let (space, msix_capability, window_capability) = config_space(kind, address, msix.vectors());
+        Self {
+            device,
+            memory,
+            space: Mutex::new(space),
+            common: Mutex::new(common),
+            msix,
+            isr,
+            generation,
+            config_interrupt,
+            queues,
+            msix_capability,
+            window_capability,
+        }
+    }
+
+    /// The doorbells of all queues.
+    pub fn doorbells(&self, bar: u32) -> Vec<Doorbell> {
+        let address = |index: usize| u64::from(bar) + NOTIFY + NOTIFY_MULTIPLIER * index as u64;
+        let doorbell = |(index, (event, _)): (usize, &(Arc<EventFd>, _))| Doorbell {
+            address: address(index),
+            event: event.clone(),
+        };
+        self.queues.iter().enumerate().map(doorbell).collect()
+    }
+
+    fn write_common(&self, offset: u64, data: &[u8]) {
+        let mut common = lock(&self.common);
+        match common.write(offset, data) {
+            Effect::None => {}
+            Effect::Reset => {
+                lock(&self.device).reset();
+                common.reset();
+                self.isr.store(0, Ordering::Release);
+                for source in self.sources() {
+                    source.vector.store(NO_VECTOR, Ordering::Release);
+                }
+            }
+            Effect::Activate => {
+                if let Err(error) = self.activate(&common) {
+                    let kind = lock(&self.device).device_type();
+                    log::warn!("virtio device of type {kind}: activation failed: {error}");
+                    common.set_needs_reset();
+                    self.config_interrupt.trigger();
+                }
+            }
+            Effect::Vector(None, vector) => self.config_interrupt.vector.store(vector, Ordering::Release),
+            Effect::Vector(Some(queue), vector) => {
+                if let Some((_, source)) = self.queues.get(usize::from(queue)) {
+                    source.vector.store(vector, Ordering::Release);
+                }
+            }
+        }
+    }
+
+    fn sources(&self) -> impl Iterator<Item = &Source> {
+        self.queues.iter().map(|(_, source)| &**source).chain([&*self.config_interrupt])
+    }
+
+    fn activate(&self, common: &CommonConfig) -> std::io::Result<()> {
+        let queues = common.checked_queues(&self.memory).map_err(std::io::Error::other)?;
+        let queues = queues.into_iter().zip(&self.queues).map(|(queue, (kick, source))| VirtQueue {
+            queue,
+            kick: kick.clone(),
+            interrupt: Interrupt { vector: source.clone() },
+        });
+        lock(&self.device).activate(Activation {
+            memory: self.memory.clone(),
+            features: common.features(),
+            queues: queues.collect(),
+            config_interrupt: Interrupt { vector: self.config_interrupt.clone() },
+        })
+    }
+
+    /// A doorbell that did not come through an ioeventfd but through the window in the configuration space.
+    fn kick(&self, offset: u64) {
+        let queue = usize::try_from(offset / NOTIFY_MULTIPLIER).ok().and_then(|index| self.queues.get(index));
+        if let Some((kick, _)) = queue {
+            let _ = kick.write(1);
+        }
+    }
+
+    /// The window's target, if the driver has set up a valid one (4.1.4.9).
+    fn window(&self, space: &ConfigSpace) -> Option<(u64, usize)> {
+        let at = self.window_capability;
+        let bar = space.word(at + 4) & 0xff;
+        let (offset, length) = (space.dword(at + 8), space.dword(at + 12));
+        let valid =
+            bar == 0 && matches!(length, 1 | 2 | 4) && offset.is_multiple_of(length) && offset < BAR_SIZE;
+        valid.then_some((u64::from(offset), length as usize))
+    }
+}
+
+/// Where the window's data are in its capability.
+const WINDOW_DATA: usize = 16;
+
+/// The configuration space of a device, and where in it MSI-X and the window to the BAR are.
+fn config_space(kind: u32, address: u32, vectors: u16) -> (ConfigSpace, usize, usize) {
+    let mut space = ConfigSpace::new(&Identity {
+        vendor: VENDOR,
+        device: DEVICE_ID_BASE + kind as u16,
+        class: class(kind),
+        revision: 1,
+        subsystem: 0x40,
+    });
+    space.set_bar(address, BAR_SIZE);
+    let structure = |kind: u8, offset: u64, length: u64, more: &[u8]| {
+        let mut body = vec![16 + more.len() as u8, kind, 0, 0, 0, 0];
+        body.extend_from_slice(&(offset as u32).to_le_bytes());
+        body.extend_from_slice(&(length as u32).to_le_bytes());
+        body.extend_from_slice(more);
+        body
+    };
+    space.add_capability(CAPABILITY_VENDOR, &structure(kind::COMMON, COMMON, COMMON_SIZE, &[]), &[]);
+    space.add_capability(CAPABILITY_VENDOR, &structure(kind::ISR, ISR, 1, &[]), &[]);
+    space.add_capability(CAPABILITY_VENDOR, &structure(kind::DEVICE, DEVICE, PAGE, &[]), &[]);
+    let multiplier = (NOTIFY_MULTIPLIER as u32).to_le_bytes();
+    space.add_capability(CAPABILITY_VENDOR, &structure(kind::NOTIFY, NOTIFY, PAGE, &multiplier), &[]);
+
+    let window = structure(kind::PCI, 0, 0, &[0; 4]);
+    // The driver writes bar, offset and length, then reads or writes the data.
+    let mut writable = vec![0, 0, 0xff, 0, 0, 0];
+    writable.extend_from_slice(&[0xff; 12]);
+    let window = space.add_capability(CAPABILITY_VENDOR, &window, &writable);
+
+    let mut body = vectors.wrapping_sub(1).to_le_bytes().to_vec();
+    body.extend_from_slice(&(TABLE as u32).to_le_bytes());
+    body.extend_from_slice(&(PENDING as u32).to_le_bytes());
+    let msix = space.add_capability(CAPABILITY_MSIX, &body, &CONTROL_WRITABLE.to_le_bytes());
+    (space, msix, window)
+}
+
+/// Class codes, for tools that print them; drivers go by the device id.
+fn class(kind: u32) -> u32 {
+    match kind {
+        1 => 0x02_0000,
+        2 => 0x01_8000,
+        3 => 0x07_8000,
+        _ => 0xff_0000,
+    }
+}
+
+impl PciDevice for VirtioPci {
+    fn read_config(&self, offset: usize, data: &mut [u8]) {
+        let space = lock(&self.space);
+        space.read(offset, data);
+        let window = self.window(&space);
+        drop(space);
+        let start = self.window_capability + WINDOW_DATA;
+        if let (Some((target, length)), true) = (window, (start..start + 4).contains(&offset)) {
+            let mut value = [0; 4];
+            self.read(target, &mut value[..length]);
+            copy_out(&value, (offset - start) as u64, data);
+        }
+    }
+
+    fn write_config(&self, offset: usize, data: &[u8]) {
+        let mut space = lock(&self.space);
+        space.write(offset, data);
+        let control = space.word(self.msix_capability + 2);
+        let window = self.window(&space);
+        let start = self.window_capability + WINDOW_DATA;
+        let mut value = [0; 4];
+        space.read(start, &mut value);
+        drop(space);
+        let end = offset + data.len();
+        if offset < self.msix_capability + 4 && end > self.msix_capability + 2 {
+            self.msix.set_control(control);
+        }
+        if let (Some((target, length)), true) = (window, offset == start) {
+            self.write(target, &value[..length]);
+        }
+    }
+}
+
+impl BusDevice for VirtioPci {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let within = offset % PAGE;
+        match offset - within {
+            COMMON => lock(&self.common).read(within, data, self.generation.load(Ordering::Acquire)),
+            ISR => {
+                if let ([isr, ..], 0) = (data, within) {
+                    *isr = self.isr.swap(0, Ordering::AcqRel);
+                }
+            }
+            DEVICE => lock(&self.device).read_config(within, data),
+            TABLE => self.msix.read_table(within, data),
+            PENDING => self.msix.read_pending(within, data),
+            _ => {}
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let within = offset % PAGE;
+        match offset - within {
+            COMMON => self.write_common(within, data),
+            DEVICE => lock(&self.device).write_config(within, data),
+            NOTIFY => self.kick(within),
+            TABLE => self.msix.write_table(within, data),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

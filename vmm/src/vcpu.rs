@@ -1,0 +1,103 @@
+//! One vCPU: a thread that runs the guest and answers what KVM does not answer itself.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+
+use kvm_bindings::{
+    KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::bus::Bus;
+use crate::end::{End, Ended};
+use crate::seccomp::{self, Kind};
+
+/// A vCPU that does not run yet.
+pub struct Vcpu {
+    /// KVM's side of it.
+    pub fd: VcpuFd,
+    /// Its number, and its APIC id.
+    pub number: u8,
+    /// The machine's ports.
+    pub ports: Arc<Bus>,
+    /// The machine's addresses that are not memory.
+    pub addresses: Arc<Bus>,
+    /// Where the end of the VM is told.
+    pub end: Arc<End>,
+}
+
+impl Vcpu {
+    /// Starts the thread. It ends with the VM.
+    ///
+    /// # Errors
+    /// When there can be no more threads.
+    pub fn start(mut self) -> io::Result<()> {
+        let body = move || {
+            let ended = match seccomp::install(Kind::Vcpu) {
+                Ok(()) => self.run(),
+                Err(error) => Some(Ended::Internal(format!("vCPU {}: {error}", self.number))),
+            };
+            if let Some(ended) = ended {
+                self.end.reach(ended);
+            }
+        };
+        // A vCPU's thread calls nothing deep; the stack is memory of every pod.
+        thread::Builder::new().name("vcpu".to_owned()).stack_size(256 * 1024).spawn(body)?;
+        Ok(())
+    }
+
+    /// Runs until the VM ends; answers the reason unless it has been told already.
+    fn run(&mut self) -> Option<Ended> {
+        loop {
+            match self.fd.run() {
+                Ok(VcpuExit::IoIn(port, data)) => self.ports.read(u64::from(port), data),
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    self.ports.write(u64::from(port), data);
+                    if self.end.reached().is_some() {
+                        return None;
+                    }
+                }
+                Ok(VcpuExit::MmioRead(address, data)) => self.addresses.read(address, data),
+                Ok(VcpuExit::MmioWrite(address, data)) => self.addresses.write(address, data),
+                Ok(VcpuExit::Shutdown) => return Some(Ended::TripleFault),
+                Ok(VcpuExit::Hlt | VcpuExit::Intr) => {}
+                Ok(VcpuExit::InternalError) => return Some(Ended::Internal(self.internal_error())),
+                Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                    let text =
+                        format!("vCPU {} cannot run: hardware reason {reason:#x} on CPU {cpu}", self.number);
+                    return Some(Ended::Internal(text));
+                }
+                Ok(other) => {
+                    let text = format!("vCPU {}: unexpected exit {other:?}", self.number);
+                    return Some(Ended::Internal(text));
+                }
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+                Err(error) => {
+                    let at = self.instruction();
+                    return Some(Ended::Internal(format!("KVM_RUN of vCPU {}: {error}{at}", self.number)));
+                }
+            }
+        }
+    }
+
+    fn instruction(&self) -> String {
+        self.fd.get_regs().map_or_else(|_| String::new(), |regs| format!(", at rip {:#x}", regs.rip))
+    }
+
+    /// What KVM says about its own failure (KVM API, KVM_EXIT_INTERNAL_ERROR).
+    fn internal_error(&mut self) -> String {
+        // SAFETY: the exit reason says that this member of the union is the one in use.
+        let error = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        let what = match error.suberror {
+            KVM_INTERNAL_ERROR_EMULATION => "an instruction could not be emulated".to_owned(),
+            KVM_INTERNAL_ERROR_SIMUL_EX => "exceptions came at once".to_owned(),
+            KVM_INTERNAL_ERROR_DELIVERY_EV => "an event could not be delivered".to_owned(),
+            other => format!("internal error {other}"),
+        };
+        format!("KVM on vCPU {}: {what}{}", self.number, self.instruction())
+    }
+}
+
+#[cfg(test)]
+mod tests;

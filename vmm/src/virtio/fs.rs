@@ -1,0 +1,345 @@
+//! virtio-fs (virtio 1.2, 5.11): the pod's shared directory, served by virtiofsd's passthrough file system inside this
+//! process.
+//!
+//! Wiring: `Fs::new(tag, proc_self_fd)`, in the jail, whose root is what is shared. `proc_self_fd` is /proc/self/fd, opened
+//! O_PATH before the jail's root was entered and by the process that then stays: virtiofsd opens inodes through it.
+//! RLIMIT_NOFILE must have its final value, since each inode that the guest knows costs a descriptor. The threads
+//! start here and confine themselves by the seccomp filter for [`Kind::Fs`].
+//!
+//! Several threads serve the queues, because a request can block for long: an fsync, a network file system. Each
+//! takes one chain at a time and first sees to it that another thread wakes up for the next one.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit};
+use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
+use virtio_queue::DescriptorChain;
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::passthrough::{self, CachePolicy, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
+use virtiofsd::server::Server;
+use vmm_sys_util::epoll::EpollEvent;
+
+use super::base::{self, Event, Sources};
+use super::queue::DeviceQueue;
+use super::{Activation, VirtioDevice};
+use crate::memory::GuestMemory;
+use crate::seccomp::{self, Kind};
+use crate::sync::lock;
+
+/// High priority requests (FORGET and INTERRUPT), and all others. Linux limits requests by the size of the
+/// queue: this one has room for 256 pages and headers.
+const QUEUE_SIZES: [u16; 2] = [128, 1024];
+const TAG_LENGTH: usize = 36;
+/// Threads: as many requests may block while others go on.
+const THREADS: usize = 4;
+/// Descriptors that the guest's files leave to the rest of the process: vsock connections, disks, taps.
+const RESERVED_DESCRIPTORS: u64 = 8192;
+/// How long the guest may use what it knows about names and attributes. The host changes files as well: mounts of
+/// later containers, ConfigMaps, `cp`.
+const CACHE_TIME: Duration = Duration::from_secs(1);
+/// How long a reset waits for requests that are under way.
+const RESET_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The file server.
+pub struct Fs {
+    shared: Arc<Shared>,
+    config: [u8; TAG_LENGTH + 4],
+}
+
+struct Shared {
+    server: Server<PassthroughFs>,
+    sources: Sources,
+    state: Mutex<State>,
+    /// Signalled when no request is under way.
+    idle: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    session: Option<Session>,
+    /// Counts activations and resets: a request of an earlier session has nobody to answer to.
+    number: u64,
+    /// Requests under way.
+    in_flight: usize,
+    stopped: bool,
+}
+
+struct Session {
+    memory: Arc<GuestMemory>,
+    queues: Vec<DeviceQueue>,
+}
+
+/// Why a request was not answered.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("a request in memory that is not there: {0}")]
+    Memory(#[from] virtiofsd::descriptor_utils::Error),
+    #[error("a request that makes no sense: {0}")]
+    Request(#[from] virtiofsd::Error),
+}
+
+impl Fs {
+    /// A server of the root directory, known to the guest as `tag`.
+    ///
+    /// # Errors
+    /// When the tag is too long or a thread cannot be started and confined.
+    pub fn new(tag: &str, proc_self_fd: OwnedFd) -> io::Result<Self> {
+        Self::serve(tag, "/", proc_self_fd, || seccomp::install(Kind::Fs).map_err(io::Error::other))
+    }
+
+    fn serve(
+        tag: &str,
+        root: &str,
+        proc_self_fd: OwnedFd,
+        confine: fn() -> io::Result<()>,
+    ) -> io::Result<Self> {
+        let mut config = [0; TAG_LENGTH + 4];
+        if tag.is_empty() || tag.len() > TAG_LENGTH {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("file system tag {tag:?}")));
+        }
+        // num_request_queues
+        let numbers = [(0, tag.as_bytes()), (TAG_LENGTH, &[1, 0, 0, 0])];
+        for (offset, bytes) in numbers {
+            config.iter_mut().skip(offset).zip(bytes).for_each(|(to, from)| *to = *from);
+        }
+        let shared = Arc::new(Shared {
+            // It clears the umask, which the threads then inherit.
+            server: Server::new(PassthroughFs::new(configuration(root, proc_self_fd)?)?),
+            sources: Sources::new()?,
+            state: Mutex::default(),
+            idle: Condvar::new(),
+        });
+        let fs = Self { shared, config };
+        let (sender, started) = channel();
+        for number in 0..THREADS {
+            let (shared, sender) = (fs.shared.clone(), sender.clone());
+            thread::Builder::new().name(format!("fs{number}")).spawn(move || shared.run(confine, &sender))?;
+        }
+        drop(sender);
+        started.iter().take(THREADS).collect::<io::Result<()>>()?;
+        Ok(fs)
+    }
+}
+
+impl Drop for Fs {
+    fn drop(&mut self) {
+        lock(&self.shared.state).stopped = true;
+        self.shared.sources.wake();
+    }
+}
+
+fn configuration(root: &str, proc_self_fd: OwnedFd) -> io::Result<passthrough::Config> {
+    let (descriptors, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    Ok(passthrough::Config {
+        entry_timeout: CACHE_TIME,
+        attr_timeout: CACHE_TIME,
+        // Close-to-open: what the host writes is seen by the next open in the guest.
+        cache_policy: CachePolicy::Auto,
+        // The guest would not see what the host appends, nor the host what the guest keeps.
+        writeback: false,
+        root_dir: root.to_owned(),
+        xattr: true,
+        proc_sfd_rawfd: Some(File::from(proc_self_fd)),
+        // Each container's root file system and each volume is a mount of its own: without this, their inode
+        // numbers collide.
+        announce_submounts: true,
+        // A file handle cannot be opened without capabilities in the host's user namespace.
+        inode_file_handles: InodeFileHandlesMode::Never,
+        readdirplus: true,
+        allow_direct_io: true,
+        // Otherwise the guest asks for security.capability before each write.
+        killpriv_v2: true,
+        // With ACLs, Linux fails every access to a file system that has none (fs/fuse/acl.c takes EOPNOTSUPP for an
+        // error), and any volume may be one.
+        posix_acl: NegotiationMode::Never,
+        guest_fd_limit: descriptors - RESERVED_DESCRIPTORS.min(descriptors / 2),
+        ..passthrough::Config::default()
+    })
+}
+
+impl Shared {
+    /// A thread's life.
+    fn run(&self, confine: fn() -> io::Result<()>, started: &Sender<io::Result<()>>) {
+        // virtiofsd changes the umask and the working directory for single requests; those are then this thread's.
+        let ready = unshare(CloneFlags::CLONE_FS).map_err(io::Error::from);
+        let ready = ready.and_then(|()| know_capabilities()).and_then(|()| confine());
+        let failed = ready.is_err();
+        // Whoever started this thread waits for it.
+        let _ = started.send(ready);
+        if !failed {
+            self.wait_and_serve();
+        }
+    }
+
+    fn wait_and_serve(&self) {
+        let mut events = [EpollEvent::default()];
+        loop {
+            // All threads wait here. The sources are edge-triggered, so each event wakes one of them.
+            match self.sources.epoll().wait(-1, &mut events) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return log::error!("fs: epoll: {error}"),
+            }
+            match base::decode(&events[0]) {
+                Event::Queue(index) => self.serve(index),
+                Event::Wake => {
+                    let state = lock(&self.state);
+                    if state.stopped {
+                        return self.sources.wake();
+                    }
+                    self.sources.follow(state.session.as_ref().map_or(&[], |session| &session.queues));
+                }
+                Event::Other { .. } => {}
+            }
+        }
+    }
+
+    /// Serves chains of a queue until there is none.
+    fn serve(&self, index: usize) {
+        loop {
+            let mut state = lock(&self.state);
+            let number = state.number;
+            let Some(session) = &mut state.session else { return };
+            let memory = session.memory.clone();
+            let Some(queue) = session.queues.get_mut(index) else { return };
+            let Some(chain) = queue.pop_raw(&memory) else {
+                if queue.sleep(&memory) {
+                    continue;
+                }
+                // For the malformed chains that went back.
+                return queue.interrupt(&memory);
+            };
+            // This thread may now be busy for long: somebody has to look after the next chain, be it there or not.
+            if queue.sleep(&memory) {
+                queue.kick_again();
+            }
+            state.in_flight += 1;
+            drop(state);
+            let head = chain.head_index();
+            let result = self.handle(&memory, chain);
+            self.finish(number, index, head, result);
+        }
+    }
+
+    fn handle(&self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) -> Result<usize, Error> {
+        let reader = Reader::new(memory, chain.clone())?;
+        let writer = Writer::new(memory, chain)?;
+        // There is no shared memory window (DAX), hence no back-end to ask for one.
+        Ok(self.server.handle_message(reader, writer, None::<&mut ()>)?)
+    }
+
+    fn finish(&self, number: u64, index: usize, head: u16, result: Result<usize, Error>) {
+        let mut state = lock(&self.state);
+        state.in_flight -= 1;
+        if state.in_flight == 0 {
+            self.idle.notify_all();
+        }
+        if state.number != number {
+            return;
+        }
+        if let Some(session) = &mut state.session
+            && let Some(queue) = session.queues.get_mut(index)
+        {
+            let length = result.unwrap_or_else(|error| {
+                queue.complaints().add(&error);
+                0
+            });
+            queue.push(&session.memory, head, u32::try_from(length).unwrap_or(0));
+            queue.interrupt(&session.memory);
+        }
+    }
+
+    fn set_session(&self, session: Option<Session>) {
+        let mut state = lock(&self.state);
+        state.session = session;
+        state.number += 1;
+        drop(state);
+        self.sources.wake();
+    }
+
+    /// Waits until no request can write to the guest's memory any more.
+    fn wait_until_idle(&self) {
+        let state = lock(&self.state);
+        let waited = self.idle.wait_timeout_while(state, RESET_PATIENCE, |state| state.in_flight > 0);
+        let (state, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            log::warn!("fs: {} requests are still under way after a reset", state.in_flight);
+        }
+    }
+}
+
+/// Tells libcap-ng what this thread may do. It would find out by itself when virtiofsd first drops CAP_FSETID for a
+/// write, but from /proc, which is not there in the jail; the write would then go on with the capability
+/// and leave set-user-ID bits in place.
+fn know_capabilities() -> io::Result<()> {
+    use capng::{Action, CUpdate, Set, Type};
+    // linux/capability.h: struct __user_cap_header_struct, version 3, the calling thread; and effective, permitted,
+    // inheritable, in two halves.
+    let mut header = [0x2008_0522_u32, 0];
+    let mut sets = [0_u32; 6];
+    // SAFETY: the kernel reads the header and fills the two structures of three words each.
+    if unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let [effective, permitted, _, effective_high, permitted_high, _] = sets;
+    let held = [(Type::EFFECTIVE, effective, effective_high), (Type::PERMITTED, permitted, permitted_high)];
+    capng::clear(Set::CAPS);
+    let mut updates = Vec::new();
+    for (cap_type, low, high) in held {
+        let set = u64::from(high) << 32 | u64::from(low);
+        let held = (0..u64::BITS).filter(|capability| set & (1 << capability) != 0);
+        updates.extend(held.map(|capability| CUpdate { action: Action::ADD, cap_type, capability }));
+    }
+    capng::update(updates).map_err(|error| io::Error::other(error.to_string()))
+}
+
+impl VirtioDevice for Fs {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_FS
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        base::read_config(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        let Activation { memory, queues, .. } = activation;
+        let queues = queues.into_iter().map(|queue| DeviceQueue::new(queue, "fs")).collect();
+        self.shared.set_session(Some(Session { memory: Arc::new(memory), queues }));
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.shared.set_session(None);
+        self.shared.wait_until_idle();
+        // Files and inodes of the guest that is gone.
+        self.shared.server.destroy();
+    }
+}
+
+/// The device's events are served by threads of its own.
+impl MutEventSubscriber for Fs {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {}
+
+    fn init(&mut self, _ops: &mut EventOps<'_>) {}
+}
+
+#[cfg(test)]
+#[path = "fs_tests.rs"]
+mod tests;

@@ -1,0 +1,198 @@
+use std::os::unix::net::UnixDatagram;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::virtio::testing::{Bench, READ, WRITE};
+
+const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+const BUFFERS: u64 = 0x10_0000;
+
+/// A card whose tap is one end of a pair of datagram sockets.
+fn bench(features: u64) -> (Bench<Net>, UnixDatagram) {
+    let (near, far) = UnixDatagram::pair().unwrap();
+    near.set_nonblocking(true).unwrap();
+    let mut bench = Bench::new(Net::new([2, 0, 0, 0, 0, 1]).unwrap());
+    bench.device().connect(far.into()).unwrap();
+    bench.activate(features);
+    (bench, near)
+}
+
+/// Makes `count` receive buffers of `length` bytes available.
+fn fill(bench: &mut Bench<Net>, count: u16, length: u32) {
+    for head in 0..count {
+        bench.rings[RECEIVE].chain(head, &[(BUFFERS + u64::from(head) * u64::from(length), length, WRITE)]);
+        bench.rings[RECEIVE].publish(head);
+    }
+    bench.kick(RECEIVE);
+}
+
+#[test]
+fn the_link_comes_up_with_the_tap() {
+    let mut bench = Bench::new(Net::new([2, 1, 2, 3, 4, 5]).unwrap());
+    bench.activate(0);
+    assert_eq!(bench.config(0, 9), [2, 1, 2, 3, 4, 5, 0, 0, 0]);
+    let packet = bench.data(&[0; 60]);
+    bench.offer(TRANSMIT, &[(packet, 60, READ)]);
+    assert_eq!(bench.used(TRANSMIT), Some((0, 0)));
+
+    let (_near, far) = UnixDatagram::pair().unwrap();
+    bench.device().connect(far.into()).unwrap();
+    assert_eq!((bench.config(6, 2), bench.config_interrupts()), (vec![1, 0], 1));
+    let (_, other) = UnixDatagram::pair().unwrap();
+    assert!(matches!(bench.device().attach(other.into()), Err(AttachError::InUse)));
+    let mut card = Net::new([0; 6]).unwrap();
+    let (_, no_tap) = UnixDatagram::pair().unwrap();
+    assert!(matches!(card.attach(no_tap.into()), Err(AttachError::Tap("TUNGETIFF", _))));
+}
+
+#[test]
+fn packets_leave_whole_from_any_split() {
+    let (mut bench, near) = bench(0);
+    let at = bench.data(b"hhhhhhhhhhhhpacket");
+    bench.offer(TRANSMIT, &[(at, 5, READ), (at + 5, 9, READ), (at + 14, 4, READ)]);
+    let mut bytes = [0; 64];
+    assert_eq!(near.recv(&mut bytes).unwrap(), 18);
+    assert_eq!(&bytes[..18], b"hhhhhhhhhhhhpacket");
+    assert_eq!((bench.used(TRANSMIT), bench.interrupts(TRANSMIT)), (Some((0, 0)), 1));
+}
+
+#[test]
+fn bad_packets_are_dropped() {
+    let (mut bench, near) = bench(0);
+    bench.offer_hostile(TRANSMIT);
+    bench.offer(TRANSMIT, &[(BUFFERS, 11, READ)]);
+    bench.offer(TRANSMIT, &[(BUFFERS, 0x8000, READ); 3]);
+    bench.offer(TRANSMIT, &[(BUFFERS, 100, WRITE)]);
+    for _ in 0..3 {
+        assert_eq!(bench.used(TRANSMIT), Some((0, 0)));
+    }
+    assert!(near.recv(&mut [0; 64]).is_err());
+    // Receive buffers are looked at when there is a packet: the first good one is used.
+    near.send(&[7; 60]).unwrap();
+    bench.run();
+    bench.offer_hostile(RECEIVE);
+    bench.rings[RECEIVE].chain(0, &[(BUFFERS, 11, WRITE)]);
+    bench.rings[RECEIVE].chain(1, &[(BUFFERS, 2000, WRITE)]);
+    bench.rings[RECEIVE].publish(0);
+    bench.rings[RECEIVE].publish(1);
+    bench.kick(RECEIVE);
+    assert_eq!((bench.used(RECEIVE), bench.used(RECEIVE)), (Some((0, 0)), Some((1, 60))));
+}
+
+#[test]
+fn a_full_tap_holds_the_packet_until_it_has_room() {
+    let (mut bench, near) = bench(0);
+    let at = bench.data(&[5; 60]);
+    let mut sent = 0;
+    let mut returned = 0;
+    loop {
+        bench.offer(TRANSMIT, &[(at, 60, READ)]);
+        sent += 1;
+        if bench.used(TRANSMIT).is_none() {
+            break;
+        }
+        returned += 1;
+        assert!(returned < 10_000);
+    }
+    assert_eq!(sent, returned + 1);
+    while near.recv(&mut [0; 64]).is_ok() {
+        sent -= 1;
+    }
+    assert_eq!(sent, 1);
+    bench.wait();
+    assert_eq!((bench.used(TRANSMIT), near.recv(&mut [0; 64]).unwrap()), (Some((0, 0)), 60));
+}
+
+#[test]
+fn packets_wait_in_the_tap_for_buffers() {
+    let (mut bench, near) = bench(0);
+    near.send(&[1; 100]).unwrap();
+    near.send(&[2; 90]).unwrap();
+    bench.run();
+    fill(&mut bench, 1, 2000);
+    assert_eq!((bench.used(RECEIVE), bench.used(RECEIVE)), (Some((0, 100)), None));
+    // Without mergeable buffers it says 1 as well.
+    assert_eq!(bench.bytes(BUFFERS, 14), [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1]);
+    fill(&mut bench, 1, 2000);
+    assert_eq!(bench.used(RECEIVE), Some((0, 90)));
+    near.send(&[3; 80]).unwrap();
+    bench.run();
+    assert_eq!(bench.used(RECEIVE), None);
+    fill(&mut bench, 2, 2000);
+    assert_eq!((bench.used(RECEIVE), bench.used(RECEIVE)), (Some((0, 80)), None));
+}
+
+#[test]
+fn a_long_packet_is_spread_over_mergeable_buffers() {
+    let (mut bench, near) = bench(MERGE);
+    fill(&mut bench, 200, 1000);
+    let packet: Vec<u8> = (0..2500_u32).map(|n| n as u8 | 1).collect();
+    near.send(&packet).unwrap();
+    near.send(&[9; 999]).unwrap();
+    bench.run();
+    let used: Vec<_> = std::iter::from_fn(|| bench.used(RECEIVE)).collect();
+    assert_eq!(used, [(0, 1000), (1, 1000), (2, 500), (3, 999)]);
+    let bytes = bench.bytes(BUFFERS, 2500);
+    assert_eq!((&bytes[..10], &bytes[10..12], &bytes[12..]), (&packet[..10], &[3, 0][..], &packet[12..]));
+    assert_eq!(bench.bytes(BUFFERS + 3010, 2), [1, 0]);
+    // The buffers that were taken beside went back: all 196 of them are used in turn.
+    for _ in 0..100 {
+        near.send(&[9; 60]).unwrap();
+        bench.run();
+    }
+    let heads: Vec<_> = std::iter::from_fn(|| bench.used(RECEIVE)).map(|(head, _)| head).collect();
+    assert_eq!(heads, (4..104).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_ring_full_of_small_buffers_still_works() {
+    let (mut bench, near) = bench(MERGE);
+    fill(&mut bench, 256, 64);
+    near.send(&[9; 200]).unwrap();
+    bench.run();
+    let used: Vec<_> = std::iter::from_fn(|| bench.used(RECEIVE)).collect();
+    assert_eq!(used, [(0, 64), (1, 64), (2, 64), (3, 8)]);
+}
+
+#[test]
+fn reset_keeps_the_tap() {
+    let (mut bench, near) = bench(0);
+    bench.reset();
+    near.send(&[1; 100]).unwrap();
+    bench.run();
+    bench.activate(0);
+    fill(&mut bench, 1, 2000);
+    assert_eq!(bench.used(RECEIVE), Some((0, 100)));
+}
+
+/// A new tap, if there are taps here.
+fn tap(name: &[u8], flags: libc::c_int) -> Option<OwnedFd> {
+    let tap = std::fs::File::options().read(true).write(true).open("/dev/net/tun").ok()?;
+    let mut request = [0_u8; 40];
+    request[..name.len()].copy_from_slice(name);
+    request[16..18].copy_from_slice(&(flags as u16).to_le_bytes());
+    // SAFETY: TUNSETIFF reads and writes a struct ifreq, which is 40 bytes long.
+    (unsafe { libc::ioctl(tap.as_raw_fd(), 0x4004_54ca, request.as_mut_ptr()) } == 0).then(|| tap.into())
+}
+
+#[test]
+fn a_real_tap_carries_packets() {
+    let needed = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let Some(tap) = tap(b"ktest0", needed) else { return };
+    let mut bench = Bench::new(Net::new([2, 0, 0, 0, 0, 1]).unwrap());
+    bench.device().attach(tap).unwrap();
+    let features = bench.device().features();
+    bench.activate(features);
+    bench.memory.write_slice(&[0; 12], GuestAddress(BUFFERS)).unwrap();
+    fill(&mut bench, 200, 2000);
+    // The interface is down, so nothing arrives and nothing is taken; neither makes trouble.
+    bench.offer(TRANSMIT, &[(BUFFERS, 72, READ)]);
+    assert_eq!((bench.used(TRANSMIT), bench.used(RECEIVE)), (Some((0, 0)), None));
+}
+
+#[test]
+fn a_tap_without_the_header_is_refused() {
+    let Some(tap) = tap(b"ktest1", libc::IFF_TAP | libc::IFF_NO_PI) else { return };
+    assert!(matches!(Net::new([0; 6]).unwrap().attach(tap), Err(AttachError::Flags(0x1002))));
+}
