@@ -43,12 +43,9 @@ async fn connect(family: AddressFamily, address: &(dyn SockaddrLike + Sync)) -> 
     if pending {
         stream.writable().await?;
         let error = socket::getsockopt(&stream, sockopt::SocketError)?;
-        Errno::result(if error == 0 {
-            0
-        } else {
-            Errno::set_raw(error);
-            -1
-        })?;
+        if error != 0 {
+            return Err(io::Error::from_raw_os_error(error));
+        }
     }
     Ok(stream)
 }

@@ -7,7 +7,7 @@ use toml::de::DeValue;
 
 use crate::Config;
 
-/// MiB of memory below which the guest's kernel does not come up.
+/// MiB of memory. The guest's kernel keeps some 20 for itself; with less than this no room is left for containers.
 const LEAST_MEMORY: i64 = 64;
 /// More memory than any host has: 16 TiB.
 const MOST_MEMORY: i64 = 16 << 20;

@@ -160,7 +160,8 @@ pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<(T, Vec<OwnedFd
     let mut space = cmsg_space!([RawFd; MAX_FDS]);
     let mut iov = [IoSliceMut::new(&mut bytes)];
     let fd = socket.as_fd().as_raw_fd();
-    let message = recvmsg::<()>(fd, &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).map_err(io::Error::from)?;
+    let message =
+        recvmsg::<()>(fd, &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).map_err(io::Error::from)?;
     let mut fds = Vec::new();
     for control in message.cmsgs().map_err(io::Error::from)? {
         if let ControlMessageOwned::ScmRights(raw) = control {

@@ -12,6 +12,8 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::spec::Spec;
 
+/// How an ELF file begins: System V ABI, chapter 4.
+const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 /// Magic of an erofs superblock, which starts at byte 1024.
 const EROFS_MAGIC: [u8; 4] = 0xE0F5_E1E2_u32.to_le_bytes();
 
@@ -89,16 +91,26 @@ pub fn open_files(config: &Config) -> Result<[OwnedFd; 3]> {
         .open("/dev/kvm")
         .map_err(|e| Error::io("open /dev/kvm", &e))?;
     let kernel = open("kernel", &config.hypervisor.kernel)?;
-    let path = &config.hypervisor.image;
-    let image = open("guest image", path)?;
-    let mut magic = [0; 4];
-    if image.read_exact_at(&mut magic, 1024).is_err() || magic != EROFS_MAGIC {
-        return Err(Error::InvalidArgument(format!(
-            "guest image \"{}\" is not an erofs image",
-            path.display()
-        )));
-    }
+    expect_magic(&kernel, 0, ELF_MAGIC, "kernel", &config.hypervisor.kernel, "an ELF file (a vmlinux)")?;
+    let image = open("guest image", &config.hypervisor.image)?;
+    expect_magic(&image, 1024, EROFS_MAGIC, "guest image", &config.hypervisor.image, "an erofs image")?;
     Ok([kvm.into(), kernel.into(), image.into()])
+}
+
+/// The VMM does not know the names of the files it is given; the commonest mistakes are found here, by name.
+fn expect_magic(
+    file: &File,
+    offset: u64,
+    expected: [u8; 4],
+    what: &str,
+    path: &Path,
+    kind: &str,
+) -> Result<()> {
+    let mut magic = [0; 4];
+    if file.read_exact_at(&mut magic, offset).is_err() || magic != expected {
+        return Err(Error::InvalidArgument(format!("{what} \"{}\" is not {kind}", path.display())));
+    }
+    Ok(())
 }
 
 fn open(what: &str, path: &Path) -> Result<File> {

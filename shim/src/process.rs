@@ -1,6 +1,6 @@
 //! One process of a container, its first or an exec: its state and how it ended.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -48,6 +48,7 @@ pub struct Process {
     phase: watch::Sender<Phase>,
     guest_pid: AtomicU32,
     streams: OnceLock<Streams>,
+    stdin_closed: AtomicBool,
     size: Mutex<Option<(u32, u32)>>,
 }
 
@@ -62,6 +63,7 @@ impl Process {
             phase: watch::channel(Phase::Created).0,
             guest_pid: AtomicU32::new(0),
             streams: OnceLock::new(),
+            stdin_closed: AtomicBool::new(false),
             size: Mutex::default(),
         })
     }
@@ -94,6 +96,9 @@ impl Process {
     pub fn exists(&self, pid: u32, streams: Streams) {
         self.guest_pid.store(pid, Ordering::Relaxed);
         let _ = self.streams.set(streams);
+        if self.stdin_closed.load(Ordering::Relaxed) {
+            self.close_stdin();
+        }
     }
 
     /// Its pid in the guest; 0 before it exists.
@@ -121,8 +126,9 @@ impl Process {
         });
     }
 
-    /// CloseIO.
+    /// CloseIO. A client whose input is short asks for it before an exec has started.
     pub fn close_stdin(&self) {
+        self.stdin_closed.store(true, Ordering::Relaxed);
         if let Some(streams) = self.streams.get() {
             streams.close_stdin();
         }

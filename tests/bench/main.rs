@@ -15,8 +15,10 @@ const ROUNDS: usize = 10;
 const LEAST_GUEST_KIB: u64 = 64 << 10;
 
 fn main() {
-    let path =
-        std::env::var_os("OUT").map_or_else(|| PathBuf::from("target/bench/start.json"), PathBuf::from);
+    let file = std::env::var_os("OUT").map(PathBuf::from);
+    let directory =
+        || std::env::var_os("KATANA_OUT").map_or_else(|| PathBuf::from("target/bench"), PathBuf::from);
+    let path = file.unwrap_or_else(|| directory().join("start.json"));
     let runtime = environment::runtime();
     let mut times = measure(&[RUNC, &runtime]);
     let (kata, runc) = (times.remove(1), times.remove(0));

@@ -7,7 +7,7 @@
 
 shopt -s inherit_errexit
 KATANA_CACHE=${KATANA_CACHE:-$HOME/.cache/katana}
-days_unused_things_are_kept=14
+days_unused_things_are_kept=3
 
 program=$(realpath "$0")
 log() { echo "${program##*/tests/}: $*" >&2; }

@@ -103,7 +103,7 @@ impl ControlService {
             Request::AttachDisk { slot, read_only } => {
                 fd.and_then(|fd| self.attach_disk(slot, read_only, fd))
             }
-            // Address and MTU are set in the guest, where the agent knows them.
+            // Address and MTU are the agent's to set: a driver looks for them only once, long before there is a tap.
             Request::AttachNet { slot, .. } => fd.and_then(|fd| self.attach_net(slot, fd)),
             Request::Connect { port } => {
                 // The answer is the connection itself: it opens, or it is closed.

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use libc::{c_int, c_ulong};
+use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -110,10 +111,14 @@ fn clone() -> Result<i32, Error> {
     // SAFETY: without CLONE_VM this is a fork: the child has a copy of all memory. The process has one thread,
     // so no lock is held by a thread that does not exist in the copy.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of_val(&arguments)) };
-    if pid < 0 {
-        return Err(step("new namespaces")(io::Error::last_os_error()));
+    match pid {
+        // namespaces(7): this is what a limit says.
+        -1 if Errno::last() == Errno::ENOSPC => {
+            Err(step("new namespaces (user.max_*_namespaces)")(Errno::last()))
+        }
+        -1 => Err(step("new namespaces")(Errno::last())),
+        pid => Ok(pid as i32),
     }
-    Ok(pid as i32)
 }
 
 fn map_ids(pid: i32) -> Result<(), Error> {

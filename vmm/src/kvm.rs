@@ -304,3 +304,32 @@ impl AsRawFd for Vm {
         self.fd.as_raw_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_devices_and_files_are_not_taken_for_kvm() {
+        for path in ["/dev/null", "/proc/self/exe"] {
+            let error = Vm::new(File::open(path).unwrap().into(), 1).err().unwrap();
+            assert!(error.to_string().starts_with("/dev/kvm: not a KVM device: "), "{error}");
+        }
+    }
+
+    #[test]
+    fn messages_are_routed_beside_the_default_lines() {
+        let mut table = Table::new();
+        let default = table.entries.len();
+        let gsi = table.reserve().unwrap();
+        assert_eq!(gsi, IOAPIC_PINS);
+        table.set_message(gsi, 0x1_fee0_0000, 0x31);
+        table.set_message(gsi, 0x2_fee0_1000, 0x32);
+        assert_eq!(table.entries.len(), default + 1);
+        let last = table.entries.last().unwrap();
+        // SAFETY: a message is what was put there.
+        let message = unsafe { last.u.msi };
+        assert_eq!((last.gsi, last.type_), (gsi, KVM_IRQ_ROUTING_MSI));
+        assert_eq!((message.address_lo, message.address_hi, message.data), (0xfee0_1000, 2, 0x32));
+    }
+}

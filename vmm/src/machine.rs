@@ -37,7 +37,8 @@ use crate::virtio::vsock::{Incoming, Vsock};
 /// virtio's once it is there, a reset ends the VM, and the hardware need not be searched for what this machine does
 /// not have.
 const KERNEL_PARAMETERS: &str = "console=hvc0 earlyprintk=ttyS0 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always \
-    rootwait=5 ro init=/sbin/init reboot=k panic=-1 pci=conf1 no_timer_check tsc=reliable cryptomgr.notests";
+    rootwait=5 ro init=/sbin/init reboot=k panic=-1 pci=conf1 no_timer_check tsc=reliable cryptomgr.notests \
+    dummy.numdummies=0";
 
 /// The files that the machine works with.
 pub struct Files {
@@ -209,8 +210,9 @@ impl Machine {
 }
 
 fn kernel_parameters(shape: &Shape) -> String {
-    let volume = if shape.debug { "" } else { " quiet" };
-    format!("{KERNEL_PARAMETERS}{volume} {}", shape.kernel_params).trim_end().to_owned()
+    // Parameters take effect in their order: `quiet` after `earlyprintk` would come too late for the first lines.
+    let volume = if shape.debug { "" } else { "quiet " };
+    format!("{volume}{KERNEL_PARAMETERS} {}", shape.kernel_params).trim_end().to_owned()
 }
 
 /// The devices as they come: each takes the next slot of the bus, and the addresses that belong to it.

@@ -40,9 +40,12 @@ const LARGEST_MIB: u64 = 1 << 20;
 /// An image larger than this is a mistake.
 const LARGEST_IMAGE: u64 = 64 << 30;
 
-/// Where an erofs superblock is, and its first bytes (fs/erofs/erofs_fs.h).
+/// Where an erofs superblock is, its first bytes, and the number of bits of a block's size in it (struct
+/// erofs_super_block, fs/erofs/erofs_fs.h). The number of blocks follows last of what is read.
 const EROFS_SUPERBLOCK: u64 = 1024;
 const EROFS_MAGIC: [u8; 4] = 0xe0f5_e1e2_u32.to_le_bytes();
+const EROFS_BLOCK_BITS: usize = 12;
+const EROFS_READ: usize = 40;
 
 /// Why there is no memory.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +65,14 @@ pub enum Error {
     /// Something else than an image.
     #[error("guest image: not an erofs file system")]
     NotErofs,
+    /// A download that did not end.
+    #[error("guest image: cut: {is} of {should} bytes")]
+    Cut {
+        /// Bytes that there are.
+        is: u64,
+        /// Bytes that the superblock tells of.
+        should: u64,
+    },
 }
 
 /// Maps `mib` MiB of memory; pages come when they are touched.
@@ -116,12 +127,17 @@ impl Mapping {
 /// When it is no image or the host refuses.
 pub fn map_image(image: &File) -> Result<Mapping, Error> {
     let length = image.metadata().map_err(Error::Image)?.len();
-    let mut magic = [0; 4];
-    match image.read_exact_at(&mut magic, EROFS_SUPERBLOCK) {
-        Ok(()) if magic == EROFS_MAGIC => {}
+    let mut superblock = [0; EROFS_READ];
+    match image.read_exact_at(&mut superblock, EROFS_SUPERBLOCK) {
+        Ok(()) if superblock.starts_with(&EROFS_MAGIC) => {}
         Ok(()) => return Err(Error::NotErofs),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(Error::ImageSize(length)),
         Err(error) => return Err(Error::Image(error)),
+    }
+    let blocks = superblock.last_chunk().map_or(0, |blocks| u64::from(u32::from_le_bytes(*blocks)));
+    let should = blocks.checked_shl(u32::from(superblock[EROFS_BLOCK_BITS])).unwrap_or(u64::MAX);
+    if length < should {
+        return Err(Error::Cut { is: length, should });
     }
     if length > LARGEST_IMAGE {
         return Err(Error::ImageSize(length));
@@ -176,6 +192,7 @@ mod tests {
     #[test]
     fn an_image_is_mapped_with_its_end_padded() {
         let mut bytes = vec![7; 10_000];
+        bytes[1024..1064].fill(0);
         bytes[1024..1028].copy_from_slice(&EROFS_MAGIC);
         let mapping = map_image(&file(&bytes)).unwrap();
         assert_eq!(mapping.size(), IMAGE_ALIGNMENT);
@@ -190,5 +207,11 @@ mod tests {
     fn what_is_no_image_is_named() {
         assert!(matches!(map_image(&file(&[])), Err(Error::ImageSize(0))));
         assert!(matches!(map_image(&file(&[0; 4096])), Err(Error::NotErofs)));
+        let mut cut = vec![0; 4096];
+        cut[1024..1028].copy_from_slice(&EROFS_MAGIC);
+        (cut[1024 + EROFS_BLOCK_BITS], cut[1024 + 36]) = (12, 2);
+        assert!(matches!(map_image(&file(&cut)), Err(Error::Cut { is: 4096, should: 8192 })));
+        cut[1024 + EROFS_BLOCK_BITS] = 0xff;
+        assert!(matches!(map_image(&file(&cut)), Err(Error::Cut { should: u64::MAX, .. })));
     }
 }

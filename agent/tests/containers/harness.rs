@@ -68,6 +68,13 @@ impl Guest {
         Self { directory, client, agent, listener, next_port: AtomicU32::new(FIRST_STREAM_PORT) }
     }
 
+    /// Waits until a container has made /tmp/ready.
+    pub async fn until_ready(&self) {
+        while !self.rootfs().join("tmp/ready").exists() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     /// How often the agent has woken up so far.
     pub fn wakeups(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.agent.id())).unwrap();

@@ -28,13 +28,16 @@ async fn exit_codes_and_output() {
 #[tokio::test]
 async fn signals_reach_one_or_all() {
     let guest = Guest::new("signals").await;
-    let spec =
-        guest.spec(&["sh", "-c", "trap 'echo got it; exit 7' TERM; echo ready; while :; do sleep 0.1; done"]);
+    let spec = guest.spec(&[
+        "sh",
+        "-c",
+        "trap 'echo got it; exit 7' TERM; echo ready; : > /tmp/ready; while :; do sleep 0.1; done",
+    ]);
     let streams = guest.streams(false, false);
     guest.create("c", &spec, &streams.ports).await.unwrap();
     guest.start("c").await.unwrap();
     let (first, second) = (guest.wait("c", ""), guest.wait("c", ""));
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    guest.until_ready().await;
     guest.kill("c", "", libc::SIGTERM, false).await.unwrap();
     let (first, second) = tokio::join!(first, second);
     assert_eq!((first.exit_status, &first), (7, &second));

@@ -45,12 +45,12 @@ async fn a_child_that_holds_the_pipe_delays_nothing() {
     guest.create("c", &guest.spec(&["sleep", "100"]), &Default::default()).await.unwrap();
     guest.start("c").await.unwrap();
     let streams = guest.streams(false, false);
-    let script = "echo first; (sleep 1; echo later) & exit 4";
+    let script = "echo first; (sleep 4; echo later) & exit 4";
     let started = Instant::now();
     guest.exec("c", "e", &guest.process(&["sh", "-c", script]), &streams.ports).await.unwrap();
     let exit = guest.wait("c", "e").await;
     assert_eq!((exit.exit_status, exit.stdout_bytes), (4, 6));
-    assert!(started.elapsed() < Duration::from_millis(900));
+    assert!(started.elapsed() < Duration::from_secs(3));
     assert_eq!(streams.stdout.await.unwrap(), b"first\nlater\n", "the child's output arrives all the same");
     guest.remove("c").await;
 }
@@ -75,14 +75,14 @@ async fn a_terminal_has_a_size_and_is_the_console() {
     let mut spec = guest.spec(&[
         "sh",
         "-c",
-        "stty size; tty; test -c /dev/console && echo console; read line; stty size; echo \"<$line>\"",
+        "stty size; tty; test -c /dev/console && echo console; : > /tmp/ready; read line; stty size; echo \"<$line>\"",
     ]);
     spec["process"]["terminal"] = json!(true);
     spec["process"]["consoleSize"] = json!({"height": 30, "width": 100});
     let mut streams = guest.streams(true, false);
     guest.create("c", &spec, &streams.ports).await.unwrap();
     guest.start("c").await.unwrap();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    guest.until_ready().await;
     let request =
         ResizeTerminalRequest { container_id: "c".to_owned(), columns: 132, rows: 43, ..Default::default() };
     guest.client.resize_terminal(ctx(), &request).await.unwrap();

@@ -15,8 +15,8 @@ use nix::errno::Errno;
 pub(crate) enum Error {
     #[error("cannot open {}: {source}{}", path.display(), advice(.source))]
     Open { path: PathBuf, source: io::Error },
-    #[error("KVM has API version {0}, not {KVM_API_VERSION}")]
-    ApiVersion(i32),
+    #[error("{} has KVM's API in version {version}, not {KVM_API_VERSION}", path.display())]
+    ApiVersion { path: PathBuf, version: i32 },
     #[error("KVM lacks {name}, needed for {purpose}")]
     Capability { name: &'static str, purpose: &'static str },
     #[error("KVM cannot create a virtual machine: {0}: another hypervisor uses the CPU's virtualization")]
@@ -68,7 +68,7 @@ pub(crate) fn open(path: &Path) -> Result<Kvm, Error> {
     let kvm = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(file.into_raw_fd()) };
     match kvm.get_api_version() {
         version if u32::try_from(version) == Ok(KVM_API_VERSION) => Ok(kvm),
-        version => Err(Error::ApiVersion(version)),
+        version => Err(Error::ApiVersion { path: path.to_owned(), version }),
     }
 }
 

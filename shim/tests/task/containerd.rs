@@ -285,7 +285,7 @@ pub fn code_and_text(error: ttrpc::Error) -> (ttrpc::Code, String) {
 fn configure(directory: &Path, kernel_params: &str) {
     let vmm = stand_in::script(directory);
     let (kernel, image) = (directory.join("kernel"), directory.join("image"));
-    fs::write(&kernel, "a kernel").unwrap();
+    fs::write(&kernel, b"\x7fELF, a kernel").unwrap();
     let mut erofs = vec![0; 4096];
     erofs[1024..1028].copy_from_slice(&0xE0F5_E1E2_u32.to_le_bytes());
     fs::write(&image, erofs).unwrap();

@@ -113,3 +113,31 @@ async fn a_terminal_and_its_size() {
     containerd.delete("").await.unwrap();
     containerd.shut_down().await;
 }
+
+/// `echo hello | ctr task exec` asks for CloseIO before it asks for Start.
+#[tokio::test]
+async fn input_may_be_closed_before_the_start() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start("early").await;
+    containerd.run("exec sleep 1000").await;
+    let (stdin, stdin_path) = fifo(&containerd, "in");
+    let process = json!({"args": ["cat"], "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}});
+    let mut request = containerd.exec_request("e", &process);
+    request.stdin = stdin_path;
+    containerd.client.exec(ctx(), &request).await.unwrap();
+    let writer =
+        thread::spawn(|| File::options().write(true).open(stdin).unwrap().write_all(b"hello").unwrap());
+    let close =
+        CloseIORequest { id: containerd.id(), exec_id: "e".into(), stdin: true, ..Default::default() };
+    containerd.client.close_io(ctx(), &close).await.unwrap();
+    containerd.start_exec("e").await.unwrap();
+    joined(writer).await;
+    assert_eq!(containerd.wait("e").await, 0);
+    assert_eq!(containerd.file("e"), "hello");
+    containerd.kill("", 9).await.unwrap();
+    containerd.wait("").await;
+    containerd.delete("").await.unwrap();
+    containerd.shut_down().await;
+}

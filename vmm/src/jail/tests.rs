@@ -15,6 +15,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 type Check = fn(&Room) -> Result<(), String>;
 
+#[allow(clippy::needless_pass_by_value, reason = "most are literals")]
 fn same<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -> Result<(), String> {
     if is == should { Ok(()) } else { Err(format!("{what}: {is:?}, not {should:?}")) }
 }
@@ -115,7 +116,7 @@ fn later_mounts_of_the_host_appear_and_owners_can_be_given() {
 #[test]
 fn files_can_be_opened_anew_without_a_proc() {
     let findings = in_jail(|room| {
-        let path = nix::fcntl::open("/marker", OFlag::O_PATH, Mode::empty()).unwrap();
+        let path = open("/marker", OFlag::O_PATH, Mode::empty()).unwrap();
         let name = path.as_raw_fd().to_string();
         let opened = nix::fcntl::openat(&room.proc_self_fd, name.as_str(), OFlag::O_RDONLY, Mode::empty());
         let mut text = String::new();
