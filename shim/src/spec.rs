@@ -232,6 +232,11 @@ impl Spec {
             resources_for_guest(resources);
         }
         linux.namespaces = linux.namespaces.drain(..).filter_map(|ns| namespace_for_guest(ns, pod)).collect();
+        // The guest's hierarchy of cgroups is not the host's: each container sees its own cgroup as the root, also
+        // where the specification would show it all of the host's.
+        if !linux.namespaces.iter().any(|namespace| namespace.kind == "cgroup") {
+            linux.namespaces.push(Namespace { kind: "cgroup".into(), path: None });
+        }
         if !linux.namespaces.iter().any(|namespace| namespace.kind == "uts") {
             // The pod's name, which the guest has already; setting it again needs a namespace.
             spec.hostname = None;

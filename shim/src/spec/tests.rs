@@ -21,6 +21,7 @@ fn what_the_shim_does_not_know_passes_through() {
     });
     let mut expected = before.clone();
     expected["root"]["path"] = json!("/run/kata-containers/shared/c1/rootfs");
+    expected["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "cgroup"}]);
     assert_eq!(guest(&spec(before), Pod::default()), expected);
 }
 
@@ -48,7 +49,7 @@ fn what_belongs_to_the_host_is_removed() {
     assert_eq!(
         after["linux"],
         json!({
-            "cgroupsPath": "/c1", "namespaces": [{"type": "mount"}],
+            "cgroupsPath": "/c1", "namespaces": [{"type": "mount"}, {"type": "cgroup"}],
             "devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229, "fileMode": 438}],
             "resources": {"cpu": {"quota": 5}, "memory": {"limit": 1}}
         })
@@ -63,7 +64,8 @@ fn containers_join_the_namespaces_of_their_sandbox() {
     let after = guest(&spec, Pod { sandbox_pid: Some(5) });
     assert_eq!(
         after["linux"]["namespaces"],
-        json!([{"type": "pid"}, {"type": "ipc", "path": "/proc/5/ns/ipc"}, {"type": "uts", "path": "/proc/5/ns/uts"}])
+        json!([{"type": "pid"}, {"type": "ipc", "path": "/proc/5/ns/ipc"}, {"type": "uts", "path": "/proc/5/ns/uts"},
+               {"type": "cgroup"}])
     );
     assert_eq!(after["hostname"], json!("h"));
 }
