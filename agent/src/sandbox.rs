@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use katana_protocol::GUEST_SHARE;
 use nix::errno::Errno;
@@ -154,8 +155,14 @@ pub fn configure(settings: &Settings) -> Result<()> {
     Ok(())
 }
 
+/// A guest that has just booted has its time from KVM, more exactly than a message can tell it: only a clock that is
+/// wrong is set.
 fn set_clock(nanoseconds: u64) -> io::Result<()> {
     const SECOND: u64 = 1_000_000_000;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    if now.abs_diff(Duration::from_nanos(nanoseconds)) < Duration::from_nanos(SECOND) {
+        return Ok(());
+    }
     let seconds = i64::try_from(nanoseconds / SECOND).unwrap_or(i64::MAX);
     let rest = i64::try_from(nanoseconds % SECOND).unwrap_or(0);
     Ok(clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(seconds, rest))?)

@@ -19,18 +19,27 @@ use crate::environment;
 pub struct Command {
     words: Vec<String>,
     input: Option<Vec<u8>>,
+    limit: Duration,
 }
 
 impl Command {
     /// A program and its arguments.
     pub fn new<S: AsRef<str>>(words: &[S]) -> Self {
-        Self { words: words.iter().map(|word| word.as_ref().to_owned()).collect(), input: None }
+        let words = words.iter().map(|word| word.as_ref().to_owned()).collect();
+        Self { words, input: None, limit: environment::hang_limit() }
     }
 
     /// What the command reads from its standard input, which is /dev/null otherwise.
     #[must_use]
     pub fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.input = Some(bytes.into());
+        self
+    }
+
+    /// For much work: allows it several times as long.
+    #[must_use]
+    pub fn patiently(mut self) -> Self {
+        self.limit = environment::hang_limit() * 5;
         self
     }
 
@@ -54,7 +63,9 @@ impl Command {
         }
         let stdout = child.stdout.take().map_or_else(Capture::closed, Capture::of);
         let stderr = child.stderr.take().map_or_else(Capture::closed, Capture::of);
-        Running::new(self.words.join(" "), child, stdout, stderr)
+        let mut running = Running::new(self.words.join(" "), child, stdout, stderr);
+        running.limit = self.limit;
+        running
     }
 
     pub(crate) fn prepare(&self) -> std::process::Command {
@@ -131,6 +142,7 @@ pub struct Running {
     stdout: Capture,
     stderr: Capture,
     exit: Receiver<ExitStatus>,
+    limit: Duration,
     finished: bool,
 }
 
@@ -144,8 +156,8 @@ impl Running {
         let pid = i32::try_from(child.id()).expect("a process id");
         let (tell, exit) = mpsc::channel();
         thread::spawn(move || child.wait().map(|status| tell.send(status)));
-        let log_start = log_length();
-        Self { line, pid, started: Instant::now(), log_start, stdout, stderr, exit, finished: false }
+        let (log_start, limit) = (log_length(), environment::hang_limit());
+        Self { line, pid, started: Instant::now(), log_start, stdout, stderr, exit, limit, finished: false }
     }
 
     /// What it has written to its standard output so far.
@@ -169,7 +181,7 @@ impl Running {
     #[track_caller]
     pub fn wait_until(&self, what: &str, holds: impl Fn(&str) -> bool) {
         let enough = |bytes: &[u8]| holds(&String::from_utf8_lossy(bytes));
-        if !self.stdout.wait(environment::hang_limit(), enough) {
+        if !self.stdout.wait(self.limit, enough) {
             panic!("waited in vain until {what}\n{}", self.so_far(-1));
         }
     }
@@ -186,7 +198,7 @@ impl Running {
     /// When it does not end: it is killed then.
     #[track_caller]
     pub fn finish(mut self) -> Output {
-        let limit = environment::hang_limit();
+        let limit = self.limit;
         let status = match self.exit.recv_timeout(limit) {
             Ok(status) => status,
             Err(RecvTimeoutError::Timeout) => panic!("still running after {limit:?}\n{}", self.so_far(-1)),

@@ -31,6 +31,7 @@ pub struct Run {
     options: Vec<String>,
     words: Vec<String>,
     input: Option<Vec<u8>>,
+    patient: bool,
 }
 
 impl Run {
@@ -44,6 +45,7 @@ impl Run {
             options: Vec::new(),
             words: Vec::new(),
             input: None,
+            patient: false,
         }
     }
 
@@ -109,6 +111,13 @@ impl Run {
         self
     }
 
+    /// For much work: allows it several times as long.
+    #[must_use]
+    pub fn patiently(mut self) -> Self {
+        self.patient = true;
+        self
+    }
+
     /// `ctr run --rm`, to the end.
     #[track_caller]
     pub fn output(self) -> Output {
@@ -157,6 +166,7 @@ impl Run {
         let image = (!self.options.iter().any(|option| option == "--config")).then_some(self.image);
         words.extend(self.options.into_iter().chain(image).chain([self.id]).chain(self.words));
         let command = ctr(&words);
+        let command = if self.patient { command.patiently() } else { command };
         match self.input {
             Some(input) => command.input(input),
             None => command,

@@ -1,11 +1,12 @@
 //! `ctr tasks exec`.
 
 use std::sync::OnceLock;
-use std::thread;
 use std::time::Duration;
 
 use katana_tests::turn::{alone, shared};
-use katana_tests::{BUSYBOX, CGROUP_MOUNT, Container, Output, Run, Terminal, ctr, environment};
+use katana_tests::{
+    BUSYBOX, CGROUP_MOUNT, Container, ENTER_CGROUP, Run, Running, Terminal, ctr, environment,
+};
 
 const AT_ONCE: usize = 50;
 
@@ -22,34 +23,44 @@ fn container() -> &'static Container {
     })
 }
 
-/// Many at the same time; each is told its number.
-fn at_once(exec: impl Fn(usize) -> Output + Sync) -> Vec<Output> {
-    thread::scope(|scope| {
-        let threads: Vec<_> = (0..AT_ONCE)
-            .map(|number| {
-                scope.spawn({
-                    let exec = &exec;
-                    move || exec(number)
-                })
-            })
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|e| std::panic::resume_unwind(e)))
-            .collect()
-    })
+/// What each of them does: it is ready, waits until all are, and ends with a code of its own. Whoever opens a FIFO waits
+/// for somebody at its other end.
+fn wait_with_others(number: usize) -> [String; 3] {
+    let script = format!("echo out {number}; echo err {number} >&2; read word < /tmp/all; exit {number}");
+    ["sh".to_owned(), "-c".to_owned(), script]
+}
+
+/// Starts all of them; in groups, because a slow machine would refuse to serve that many clients at once. They live at
+/// the same time all the same, and end at the same time.
+fn at_once<T>(start: impl Fn(usize) -> T, running: impl Fn(&T) -> &Running) -> Vec<T> {
+    const GROUP: usize = 10;
+    container().sh("rm -f /tmp/all; mkfifo /tmp/all").ok();
+    let mut started = Vec::new();
+    while started.len() < AT_ONCE {
+        let first = started.len();
+        started.extend((first..first + GROUP).map(&start));
+        for (number, exec) in started.iter().enumerate().skip(first) {
+            running(exec).wait_for(&format!("out {number}"));
+        }
+    }
+    let processes = container().task("ps", &[]).ok();
+    let count = processes.text().lines().count();
+    assert!(count > AT_ONCE, "{count} lines\n{processes}");
+    container().sh("exec 3> /tmp/all").ok();
+    started
+}
+
+fn code_of(number: usize) -> i32 {
+    i32::try_from(number).expect("a small number")
 }
 
 #[test]
 fn fifty_at_once() {
     let _turn = alone();
     for _ in 0..environment::rounds(1) {
-        let outputs = at_once(|number| {
-            container().sh(&format!("echo out {number}; echo err {number} >&2; exit {number}"))
-        });
-        for (number, output) in outputs.into_iter().enumerate() {
-            let output = output.expect_code(i32::try_from(number).expect("a small number"));
-            let output = output.expect_text(&format!("out {number}"));
+        let start = |number| container().exec_command(&[], &wait_with_others(number)).spawn();
+        for (number, exec) in at_once(start, |exec| exec).into_iter().enumerate() {
+            let output = exec.finish().expect_code(code_of(number)).expect_text(&format!("out {number}"));
             output.expect_error_line(&[&format!("err {number}")]);
         }
     }
@@ -59,13 +70,13 @@ fn fifty_at_once() {
 fn fifty_at_once_with_a_terminal() {
     let _turn = alone();
     for _ in 0..environment::rounds(1) {
-        let outputs = at_once(|number| {
-            let script = format!("test -t 0 && test -t 1 && echo terminal {number}; exit {number}");
-            Terminal::spawn(&container().exec_command(&["--tty"], &["sh", "-c", &script]), 24, 80).finish()
-        });
-        for (number, output) in outputs.into_iter().enumerate() {
-            let output = output.expect_code(i32::try_from(number).expect("a small number"));
-            assert!(output.text().contains(&format!("terminal {number}")), "{output}");
+        let start = |number| {
+            let command = container().exec_command(&["--tty"], &wait_with_others(number));
+            Terminal::spawn(&command, 24, 80)
+        };
+        for (number, exec) in at_once(start, Terminal::running).into_iter().enumerate() {
+            let output = exec.finish().expect_code(code_of(number));
+            assert!(output.text().contains(&format!("err {number}")), "{output}");
         }
     }
 }
@@ -75,23 +86,24 @@ fn an_exec_is_in_the_container() {
     let _turn = shared();
     let script = "echo from=$FROM; echo first=$(tr '\\0' ' ' < /proc/1/cmdline)
         [ \"$(cat /proc/self/cgroup)\" = \"$(cat /proc/1/cgroup)\" ] && echo group=same
-        echo memory=$(cat /sys/fs/cgroup$(sed s/0::// /proc/self/cgroup)/memory.max)
         echo caps=$(grep ^CapEff: /proc/self/status | cut -f 2)
         for ns in mnt pid ipc uts net cgroup; do
             [ $(readlink /proc/self/ns/$ns) = $(readlink /proc/1/ns/$ns) ] && echo $ns=same; done";
-    container().sh(script).ok().expect_values(&[
-        ("from", "container"),
-        ("first", "sleep 100000"),
-        ("group", "same"),
-        ("memory", "268435456"),
-        ("caps", "00000000a80425fb"),
-        ("mnt", "same"),
-        ("pid", "same"),
-        ("ipc", "same"),
-        ("uts", "same"),
-        ("net", "same"),
-        ("cgroup", "same"),
-    ]);
+    container().sh(&format!("{script}; {ENTER_CGROUP}; echo memory=$(cat memory.max)")).ok().expect_values(
+        &[
+            ("from", "container"),
+            ("first", "sleep 100000"),
+            ("group", "same"),
+            ("memory", "268435456"),
+            ("caps", "00000000a80425fb"),
+            ("mnt", "same"),
+            ("pid", "same"),
+            ("ipc", "same"),
+            ("uts", "same"),
+            ("net", "same"),
+            ("cgroup", "same"),
+        ],
+    );
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! `ctr run` and its options.
 
 use katana_tests::turn::shared;
-use katana_tests::{BUSYBOX, CGROUP_MOUNT, Run, Scratch, ctr};
+use katana_tests::{BUSYBOX, CGROUP_MOUNT, ENTER_CGROUP, Run, Scratch, ctr};
 use nix::mount::umount;
 
 use crate::guest;
@@ -145,11 +145,11 @@ fn mounts_bind_writable_bind_read_only_and_tmpfs() {
 #[test]
 fn memory_and_cpu_limits_are_in_the_containers_cgroup() {
     let _turn = shared();
-    let script = "cd /sys/fs/cgroup/$(sed s/0::// /proc/self/cgroup); echo memory=$(cat memory.max); echo cpu=$(cat cpu.max)";
+    let script = format!("{ENTER_CGROUP}; echo memory=$(cat memory.max); echo cpu=$(cat cpu.max)");
     Run::new(BUSYBOX)
         .options(CGROUP_MOUNT)
         .options("--memory-limit 67108864 --cpus 0.5")
-        .sh(script)
+        .sh(&script)
         .output()
         .ok()
         .expect_values(&[("memory", "67108864"), ("cpu", "50000 100000")]);

@@ -15,7 +15,8 @@ fn debian() -> &'static Container {
 
 fn inside(module: &str) {
     let _turn = shared();
-    guest::expect_passed(debian().exec(&guest::command(module, "/var/tmp")));
+    let exec = debian().exec_command(&[], &guest::command(module, "/var/tmp"));
+    guest::expect_passed(exec.patiently().output());
 }
 
 #[test]
@@ -62,7 +63,7 @@ fn the_same_on_a_volume() {
     let modules = ["permissions", "special_bits", "names", "attributes", "files", "contents"];
     let filters: Vec<String> = modules.iter().map(|module| format!("guest::{module}")).collect();
     let words = guest::command(&filters.join(" "), "/volume");
-    guest::expect_passed(run.command(&words).output());
+    guest::expect_passed(run.command(&words).patiently().output());
 }
 
 #[test]
@@ -71,7 +72,7 @@ fn apt_get_installs_packages() {
     let script = "set -e; export DEBIAN_FRONTEND=noninteractive
         apt-get update && apt-get install -y hello jq
         hello; echo '{\"a\": [1, 2]}' | jq -c .a; dpkg --audit; apt-get purge -y hello; ! test -e /usr/bin/hello";
-    let output = debian().sh(script).ok();
+    let output = debian().exec_command(&[], &["sh", "-c", script]).patiently().output().ok();
     let text = output.text();
     assert!(text.contains("Hello, world!") && text.contains("\n[1,2]\n"), "{output}");
 }
@@ -109,7 +110,13 @@ print('python is well')
 #[test]
 fn python_works() {
     let _turn = shared();
-    debian().exec_command(&[], &["python3", "-"]).input(PYTHON).output().ok().expect_text("python is well");
+    debian()
+        .exec_command(&[], &["python3", "-"])
+        .input(PYTHON)
+        .patiently()
+        .output()
+        .ok()
+        .expect_text("python is well");
 }
 
 /// In the write-ahead mode, processes share memory by mapping a file.
@@ -146,7 +153,7 @@ print('sqlite is well')
 #[test]
 fn sqlite_works_with_several_writers() {
     let _turn = shared();
-    let output = debian().exec_command(&[], &["python3", "-"]).input(SQLITE).output();
+    let output = debian().exec_command(&[], &["python3", "-"]).input(SQLITE).patiently().output();
     output.ok().expect_text("sqlite is well");
     let script =
         "sqlite3 /var/tmp/base.sqlite 'select sum(number) from numbers; vacuum;' && rm /var/tmp/base.sqlite*";
@@ -165,5 +172,5 @@ fn postgres_works() {
         pg_ctl --pgdata=/tmp/db --options='-k /tmp -c listen_addresses=' --log=/tmp/log --wait start >/dev/null || { cat /tmp/log; exit 1; }
         ask \"select count(*), max(n) from t where h >= '8'\" > /tmp/after
         cmp /tmp/before /tmp/after; ask 'select count(*) from t'; pg_ctl --pgdata=/tmp/db stop >/dev/null";
-    Run::new(POSTGRES).sh(script).output().ok().expect_text("5000");
+    Run::new(POSTGRES).sh(script).patiently().output().ok().expect_text("5000");
 }
