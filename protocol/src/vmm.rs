@@ -97,6 +97,8 @@ pub enum Event {
 pub enum ExitReason {
     /// The guest reset or powered off its machine.
     Shutdown,
+    /// The shim closed its end of the control socket.
+    Stopped,
     /// The guest's kernel panicked; the line that says so.
     Panic(String),
     /// A triple fault.
@@ -109,6 +111,7 @@ impl std::fmt::Display for ExitReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Shutdown => f.write_str("the guest shut down"),
+            Self::Stopped => f.write_str("the VM was stopped"),
             Self::Panic(line) => write!(f, "the guest's kernel panicked: {line}"),
             Self::TripleFault => f.write_str("the guest's CPU met a triple fault"),
             Self::Internal(why) => write!(f, "the VMM failed: {why}"),

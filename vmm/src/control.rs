@@ -9,6 +9,7 @@ use katana_protocol::vmm::{CONTROL_FD, Error, Event, Request, receive, send};
 use nix::sys::socket::{setsockopt, sockopt::SendTimeout};
 use nix::sys::time::TimeVal;
 
+use crate::end::{End, Ended};
 use crate::machine::Slots;
 use crate::sync::lock;
 use crate::virtio::{blk, net};
@@ -88,12 +89,13 @@ enum Refused {
 pub struct ControlService {
     control: Control,
     slots: Slots,
+    end: Arc<End>,
 }
 
 impl ControlService {
-    /// A service for these slots.
-    pub fn new(control: Control, slots: Slots) -> Self {
-        Self { control, slots }
+    /// A service for these slots, which ends the VM when the shim is gone.
+    pub fn new(control: Control, slots: Slots, end: Arc<End>) -> Self {
+        Self { control, slots, end }
     }
 
     fn serve(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<(), Error> {
@@ -140,8 +142,8 @@ impl MutEventSubscriber for ControlService {
         let served = self.control.next().and_then(|(request, fds)| self.serve(&request, fds));
         match served {
             Ok(()) => {}
-            // Nobody is left to tell: the pod is gone.
-            Err(Error::Closed | Error::Socket(_)) => std::process::exit(0),
+            // The shim is gone, or it has closed its half and waits for the last lines of the console.
+            Err(Error::Closed | Error::Socket(_)) => self.end.reach(Ended::Stopped),
             Err(error) => log::error!("control request: {error}"),
         }
     }

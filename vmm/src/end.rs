@@ -13,6 +13,8 @@ use crate::sync::lock;
 pub enum Ended {
     /// The guest asked for a reset.
     Reset,
+    /// The shim closed the control socket.
+    Stopped,
     /// The vCPU shut down: a triple fault.
     TripleFault,
     /// KVM or the VMM could not go on.

@@ -179,6 +179,11 @@ impl Machine {
         self.events.add_subscriber(Box::new(subscriber));
     }
 
+    /// Where the end of the VM is told.
+    pub fn end(&self) -> Arc<End> {
+        self.end.clone()
+    }
+
     /// Serves the devices until the VM ends; answers why, and the last lines of the console.
     pub fn run(mut self) -> (ExitReason, String) {
         let ended = loop {
@@ -194,6 +199,7 @@ impl Machine {
             (Ended::Internal(why), _) => ExitReason::Internal(why),
             (_, Some(line)) => ExitReason::Panic(line),
             (Ended::Reset, None) => ExitReason::Shutdown,
+            (Ended::Stopped, None) => ExitReason::Stopped,
             (Ended::TripleFault, None) => ExitReason::TripleFault,
         };
         (reason, self.console.tail())

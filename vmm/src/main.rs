@@ -85,7 +85,7 @@ fn run(control: &Control) -> Result<(), Error> {
         streams.hand_over(port, stream.as_fd()).map_err(io::Error::other)
     });
     let (mut machine, slots) = Machine::build(&shape, files, room, incoming)?;
-    machine.subscribe(ControlService::new(control.clone(), slots));
+    machine.subscribe(ControlService::new(control.clone(), slots, machine.end()));
     machine.start()?;
     control.tell(&Event::Running)?;
     let (reason, console) = machine.run();

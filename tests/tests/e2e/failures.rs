@@ -22,7 +22,12 @@ fn usual_time() -> Duration {
 /// A container cannot be started: one line says why, soon, and the host is as before.
 #[track_caller]
 fn expect_no_start(configuration: Option<&Path>, parts: &[&str]) {
-    let limit = usual_time() * 3 + Duration::from_secs(5);
+    expect_no_start_after(Duration::ZERO, configuration, parts);
+}
+
+/// Likewise when the failure is one of waiting that long.
+fn expect_no_start_after(wait: Duration, configuration: Option<&Path>, parts: &[&str]) {
+    let limit = wait + usual_time() * 3 + Duration::from_secs(5);
     let before = Host::before();
     let run = Run::new(BUSYBOX).command(&["true"]);
     let run = configuration.into_iter().fold(run, Run::configuration);
@@ -230,6 +235,21 @@ fn a_panic_of_the_guest_at_boot_is_quoted() {
         let text =
             Configuration::installed().set("hypervisor.katana.kernel_params", "init=/nonexistent").to_toml();
         expect_no_start(Some(&scratch.file("configuration.toml", text)), &["panic", "/nonexistent"]);
+    }
+}
+
+#[test]
+fn the_last_words_of_a_guest_that_hangs_are_quoted() {
+    let _turn = alone();
+    if is_vm() {
+        let scratch = Scratch::new();
+        let text = Configuration::installed()
+            .set("hypervisor.katana.kernel_params", "init=/nonexistent panic=0")
+            .set("agent.kata.dial_timeout", 15)
+            .to_toml();
+        let path = scratch.file("configuration.toml", text);
+        let expected = ["did not connect within 15 s", "Kernel panic", "/nonexistent"];
+        expect_no_start_after(Duration::from_secs(15), Some(&path), &expected);
     }
 }
 
