@@ -6,6 +6,7 @@ mod boot;
 mod cgroup;
 mod console;
 mod container;
+mod cpus;
 mod device_filter;
 mod hooks;
 mod init;

@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use katana_protocol::agent::{
     self, Agent, ContainerRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
     CreateSandboxRequest, Empty, ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, OomResponse,
-    ProcessRequest, ResizeTerminalRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
-    WaitProcessResponse, create_agent,
+    ProcessRequest, ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio,
+    UpdateContainerRequest, WaitProcessResponse, create_agent,
 };
 use katana_protocol::{AGENT_PORT, DEBUG_CONSOLE_PORT};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -29,7 +29,7 @@ use crate::reaper::Reaper;
 use crate::sandbox::{self, Sandbox, Settings};
 use crate::streams::{Ports, Stream};
 use crate::transport::Transport;
-use crate::{cgroup, console, init};
+use crate::{cgroup, console, cpus, init};
 
 /// Pause before the next try after the host refused a connection.
 const RECONNECT: Duration = Duration::from_secs(1);
@@ -303,6 +303,14 @@ impl Agent for Service {
     async fn remove_process(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.container_id)?;
         container.remove_process(&request.exec_id).map_err(container_status)?;
+        Ok(Empty::new())
+    }
+
+    async fn set_cpus(&self, _: &TtrpcContext, request: SetCpusRequest) -> ttrpc::Result<Empty> {
+        // It takes a while, and others are served meanwhile.
+        let set = tokio::task::spawn_blocking(move || cpus::set(request.count)).await;
+        let set = set.map_err(io::Error::other).and_then(|set| set);
+        set.map_err(|e| status(&sandbox::Error::Guest("CPUs".to_owned(), e)))?;
         Ok(Empty::new())
     }
 

@@ -115,7 +115,10 @@ impl Loader {
     }
 
     /// Checks what only the whole can tell.
-    pub(crate) fn finish(self) -> Result<Config, Error> {
+    pub(crate) fn finish(mut self) -> Result<Config, Error> {
+        // The base is there in any case.
+        let hypervisor = &mut self.config.hypervisor;
+        hypervisor.default_maxmemory = hypervisor.default_maxmemory.max(hypervisor.default_memory);
         let Hypervisor { default_vcpus, default_maxvcpus, .. } = self.config.hypervisor;
         if default_vcpus > default_maxvcpus {
             let (section, key) = ("hypervisor.katana", "default_vcpus");

@@ -52,6 +52,11 @@ pub(crate) const KEYS: &[Key] = &[
         name: "default_memory",
         set: |c, v| number(v, LEAST_MEMORY, MOST_MEMORY, &mut c.hypervisor.default_memory),
     },
+    Key {
+        section: HYPERVISOR,
+        name: "default_maxmemory",
+        set: |c, v| most_memory(v, &mut c.hypervisor.default_maxmemory),
+    },
     Key { section: HYPERVISOR, name: "enable_debug", set: |c, v| boolean(v, &mut c.hypervisor.enable_debug) },
     Key {
         section: AGENT,
@@ -76,6 +81,14 @@ pub(crate) const KEYS: &[Key] = &[
 pub(crate) fn host_cpus() -> u32 {
     let cpus = thread::available_parallelism().map_or(1, usize::from);
     u32::try_from(cpus).unwrap_or(MOST_VCPUS).min(MOST_VCPUS)
+}
+
+/// The MiB of memory that a machine on this host can have.
+pub(crate) fn host_memory() -> u32 {
+    // SAFETY: sysconf takes an integer.
+    let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    let bytes = u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(4096));
+    u32::try_from(bytes >> 20).unwrap_or(u32::MAX)
 }
 
 fn mistyped(wanted: &str, value: &DeValue<'_>) -> String {
@@ -142,6 +155,13 @@ fn most_vcpus(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
         number if number < 0 => return Err(format!("must be 0 or more, not {number}")),
         number => u32::try_from(number).map_or(host_cpus(), |number| number.min(host_cpus())),
     };
+    Ok(())
+}
+
+/// As in Kata Containers: 0 and more than the host has are all of the host's.
+fn most_memory(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
+    number(value, 0, MOST_MEMORY, to)?;
+    *to = if *to == 0 { host_memory() } else { (*to).min(host_memory()) };
     Ok(())
 }
 

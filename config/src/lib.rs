@@ -51,8 +51,10 @@ pub struct Hypervisor {
     pub default_vcpus: u32,
     /// The most vCPUs a pod can have, at most the host's CPUs.
     pub default_maxvcpus: u32,
-    /// MiB of memory of a pod, to which its container's memory limit is added.
+    /// MiB of memory of a pod, to which the memory limits of its containers are added.
     pub default_memory: u32,
+    /// The most MiB of memory a pod can have, at least `default_memory`.
+    pub default_maxmemory: u32,
     /// Log the guest's console and boot its kernel verbosely.
     pub enable_debug: bool,
 }
@@ -88,6 +90,7 @@ impl Default for Hypervisor {
             default_vcpus: 1,
             default_maxvcpus: keys::host_cpus(),
             default_memory: 512,
+            default_maxmemory: keys::host_memory(),
             enable_debug: false,
         }
     }

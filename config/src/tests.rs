@@ -2,7 +2,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::file::Loader;
-use crate::keys::{KEYS, host_cpus};
+use crate::keys::{KEYS, host_cpus, host_memory};
 use crate::{Agent, Config, Error, Hypervisor, Runtime, load, load_first};
 
 const FILE: &str = "/etc/kata-containers/configuration.toml";
@@ -124,6 +124,16 @@ fn vcpus_mean_what_they_mean_in_kata() {
     let most = |value: &str| parse(&format!("hypervisor.katana.default_maxvcpus = {value}"));
     assert_eq!(most("0").unwrap().hypervisor.default_maxvcpus, host_cpus());
     assert_eq!(most("1").unwrap().hypervisor.default_maxvcpus, 1);
+}
+
+#[test]
+fn the_most_memory_is_the_hosts_and_never_below_the_base() {
+    let most =
+        |text: &str| parse(&format!("[hypervisor.katana]\n{text}")).unwrap().hypervisor.default_maxmemory;
+    assert_eq!(most("default_maxmemory = 0"), host_memory());
+    assert_eq!(most("default_maxmemory = 16777216"), host_memory());
+    assert_eq!(most("default_maxmemory = 600"), 600);
+    assert_eq!(most("default_maxmemory = 100\ndefault_memory = 300"), 300);
 }
 
 #[test]

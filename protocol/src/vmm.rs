@@ -19,10 +19,14 @@ pub const MAX_FDS: usize = 8;
 /// The machine to boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
-    /// Number of vCPUs, at least 1.
+    /// vCPUs on line after boot, at least 1.
     pub vcpus: u8,
+    /// vCPUs that there are; the guest can bring the others on line.
+    pub max_vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u64,
+    /// Memory that can be plugged on top of it, in MiB.
+    pub pluggable_mib: u64,
     /// The whole kernel command line but for what the VMM itself must add (console, root device).
     pub kernel_params: String,
     /// Number of virtio-net slots, link down until [`Request::AttachNet`].
@@ -44,6 +48,12 @@ pub enum Request {
     Connect {
         /// Port in the guest.
         port: u32,
+    },
+    /// Has the guest plug or unplug memory until it has this much beyond its base; more than is pluggable counts as all of
+    /// it. Answered by [`Event::MemoryPlugged`] when the guest has followed.
+    PlugMemory {
+        /// In MiB.
+        mib: u64,
     },
     /// Gives a disk to a slot. Descriptor: the disk or image file. Answered by [`Event::Done`].
     AttachDisk {
@@ -80,6 +90,11 @@ pub enum Event {
     Connection {
         /// Port on the host.
         port: u32,
+    },
+    /// The guest has as much memory beyond its base as was last asked for.
+    MemoryPlugged {
+        /// In MiB, rounded up to whole blocks.
+        mib: u64,
     },
     /// The answer to an attach request: an error text if it failed.
     Done(Option<String>),

@@ -66,6 +66,8 @@ struct Hypervisor {
     default_maxvcpus: u32,
     /// MiB.
     default_memory: u32,
+    /// MiB.
+    default_max_memory: u32,
     debug: bool,
 }
 
@@ -168,6 +170,7 @@ fn gather(config: Config) -> Env {
             default_vcpus: config.hypervisor.default_vcpus,
             default_maxvcpus: config.hypervisor.default_maxvcpus,
             default_memory: config.hypervisor.default_memory,
+            default_max_memory: config.hypervisor.default_maxmemory,
             debug: config.hypervisor.enable_debug,
         },
         runtime: Runtime {

@@ -83,6 +83,14 @@ impl Agent {
         Ok(())
     }
 
+    /// Brings so many of the guest's CPUs on line.
+    pub async fn set_cpus(&self, count: u8) -> Result<()> {
+        let request = api::SetCpusRequest { count: count.into(), ..Default::default() };
+        let client = self.client.clone();
+        self.call("SetCpus", async move { client.set_cpus(limit(), &request).await }).await?;
+        Ok(())
+    }
+
     /// Creates a container; its first process waits. The answer is that process's pid in the guest.
     pub async fn create_container(&self, id: &str, spec: Vec<u8>, stdio: api::Stdio) -> Result<u32> {
         let request = api::CreateContainerRequest {

@@ -19,6 +19,7 @@ use crate::hooks;
 use crate::process::{Exit, Phase, Process};
 use crate::rootfs::Layer;
 use crate::sandbox::Sandbox;
+use crate::size::Limits;
 use crate::spec::{Hook, Pod, Spec};
 use crate::stdio::{Paths, Streams};
 
@@ -61,6 +62,8 @@ pub struct Parts {
     pub paths: Paths,
     /// What it may share with the pod.
     pub pod: Pod,
+    /// The limits of the pod with this container in it.
+    pub limits: Limits,
 }
 
 impl Container {
@@ -75,7 +78,7 @@ impl Container {
     }
 
     async fn try_create(parts: Parts, sandbox: Arc<Sandbox>, events: Arc<Publisher>) -> Result<Arc<Self>> {
-        let Parts { id, namespace, bundle, spec, layers, paths, pod } = parts;
+        let Parts { id, namespace, bundle, spec, layers, paths, pod, limits } = parts;
         let sources = spec.sources(&bundle);
         let guest_spec = spec.for_guest(&id, paths.terminal, &sources, pod)?;
         let streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
@@ -87,6 +90,7 @@ impl Container {
         })
         .await?;
         let agent = sandbox.agent().await?;
+        sandbox.fit(&limits).await?;
         let name = ProcessName { container: id.clone(), exec: String::new() };
         let container = Arc::new(Self {
             init: Process::new(name, paths, Map::new()),

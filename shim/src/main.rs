@@ -27,6 +27,7 @@ mod sandbox;
 mod server;
 mod service;
 mod share;
+mod size;
 mod spec;
 mod stats;
 mod stdio;

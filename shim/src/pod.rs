@@ -9,6 +9,7 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO};
 use katana_config::Config;
 use protobuf::CodedInputStream;
 use protobuf::well_known_types::any::Any;
+use serde_json::{Map, Value};
 use tokio::sync::watch;
 
 use crate::container::{Container, Parts};
@@ -19,6 +20,7 @@ use crate::logger;
 use crate::process::Exit;
 use crate::rootfs::Layer;
 use crate::sandbox::{Launch, Sandbox};
+use crate::size::{Limits, Sum};
 use crate::spec::{self, Spec};
 use crate::stdio::Paths;
 
@@ -35,6 +37,8 @@ pub struct Pod {
     events: Arc<Publisher>,
     containers: Mutex<HashMap<String, Place>>,
     sandbox: tokio::sync::Mutex<Option<Arc<Sandbox>>>,
+    /// Changed by one at a time, for as long as the machine follows.
+    limits: tokio::sync::Mutex<Sum>,
     stop: watch::Sender<bool>,
 }
 
@@ -62,6 +66,7 @@ impl Pod {
             events,
             containers: Mutex::default(),
             sandbox: tokio::sync::Mutex::default(),
+            limits: tokio::sync::Mutex::default(),
             stop: watch::channel(false).0,
         })
     }
@@ -97,6 +102,7 @@ impl Pod {
             Ok(container) => container,
             Err(e) => {
                 drop(reservation);
+                self.limits.lock().await.remove(&request.id);
                 self.end_if_empty().await;
                 return Err(e);
             }
@@ -111,7 +117,8 @@ impl Pod {
     async fn try_create(&self, request: &CreateTaskRequest) -> Result<Arc<Container>> {
         let bundle = PathBuf::from(&request.bundle);
         let spec = Spec::load(&bundle)?;
-        let sandbox = self.sandbox(&spec, request.options.as_ref()).await?;
+        let limits = self.add_limits(&request.id, &spec).await;
+        let sandbox = self.sandbox(&spec, limits, request.options.as_ref()).await?;
         let parts = Parts {
             id: request.id.clone(),
             namespace: self.identity.namespace.clone(),
@@ -125,12 +132,42 @@ impl Pod {
                 terminal: request.terminal,
             },
             pod: spec::Pod { sandbox_pid: self.sandbox_pid(&request.id) },
+            limits,
         };
         Container::create(parts, sandbox, Arc::clone(&self.events)).await
     }
 
+    /// Counts a container that is to come; answers what the pod needs with it.
+    async fn add_limits(&self, id: &str, spec: &Spec) -> Limits {
+        let mut limits = self.limits.lock().await;
+        if id == self.identity.sandbox {
+            limits.announce(Limits::announced(spec));
+        }
+        limits.set(id, Limits::of_container(spec));
+        limits.total()
+    }
+
+    /// Update: of a container's limits, and of the machine, which is large enough for the old and the new ones meanwhile.
+    pub async fn update(&self, id: &str, resources: Map<String, Value>) -> Result<()> {
+        let container = self.container(id)?;
+        let mut limits = self.limits.lock().await;
+        let (old, before) = (limits.get(id), limits.total());
+        limits.forget_announced();
+        limits.set(id, old.updated(&resources));
+        let after = limits.total();
+        let updated = match container.sandbox.fit(&before.max(after)).await {
+            Ok(()) => container.update(resources).await,
+            failed => failed,
+        };
+        if updated.is_err() {
+            limits.set(id, old);
+        }
+        updated?;
+        container.sandbox.fit(&after).await
+    }
+
     /// The machine, launched if there is none.
-    async fn sandbox(&self, spec: &Spec, options: Option<&Any>) -> Result<Arc<Sandbox>> {
+    async fn sandbox(&self, spec: &Spec, limits: Limits, options: Option<&Any>) -> Result<Arc<Sandbox>> {
         let mut sandbox = self.sandbox.lock().await;
         if let Some(sandbox) = &*sandbox {
             return Ok(Arc::clone(sandbox));
@@ -139,7 +176,7 @@ impl Pod {
         let explicit = config_path(options)?.or(annotated);
         let config: Config = katana_config::load(explicit.as_deref())?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
-        let launch = Launch { identity: &self.identity, run: Path::new(RUN), spec, config: &config };
+        let launch = Launch { identity: &self.identity, run: Path::new(RUN), spec, limits, config: &config };
         let launched = Sandbox::launch(launch, &self.events).await?;
         *sandbox = Some(Arc::clone(&launched));
         Ok(launched)
@@ -163,6 +200,7 @@ impl Pod {
         let guest_goes_on = self.containers().len() > 1;
         let exit = container.delete(guest_goes_on).await?;
         self.containers().remove(&request.id);
+        self.remove_limits(&container).await;
         self.end_if_empty().await;
         self.events.publish(&TaskDelete {
             container_id: request.id,
@@ -172,6 +210,18 @@ impl Pod {
             ..Default::default()
         });
         Ok(deleted(pid, exit))
+    }
+
+    /// A container is gone, and the machine of those that stay shrinks.
+    async fn remove_limits(&self, container: &Container) {
+        let mut limits = self.limits.lock().await;
+        limits.remove(&container.id);
+        if !self.containers().is_empty()
+            && !container.sandbox.is_dead()
+            && let Err(e) = container.sandbox.fit(&limits.total()).await
+        {
+            log::warn!("the machine does not shrink: {e}");
+        }
     }
 
     async fn end_if_empty(&self) {

@@ -16,15 +16,18 @@ use crate::cleanup;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::layout::{Identity, Layout, State};
-use crate::machine::{self, Limits};
+use crate::machine;
 use crate::pidfd::ProcessId;
 use crate::ports::{Ports, Waiter};
 use crate::share::Share;
+use crate::size::{Bounds, Limits, Size};
 use crate::spec::Spec;
 use crate::vmm::{Vmm, wait_end};
 
 /// How long a VMM may take to tell what was on the console of a guest that did not come up.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long a guest may take to plug memory.
+const PLUG_LIMIT: Duration = Duration::from_secs(10);
 /// How long the end of a killed VMM is waited for.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
@@ -37,6 +40,8 @@ pub struct Sandbox {
     vmm: Vmm,
     layout: Layout,
     agent: watch::Receiver<Option<Result<Agent>>>,
+    bounds: Bounds,
+    size: tokio::sync::Mutex<Size>,
 }
 
 /// What a sandbox is launched with.
@@ -47,6 +52,8 @@ pub struct Launch<'a> {
     pub run: &'a Path,
     /// The first container's specification.
     pub spec: &'a Spec,
+    /// What the machine has to be large enough for at first.
+    pub limits: Limits,
     /// The configuration.
     pub config: &'a Config,
 }
@@ -79,15 +86,23 @@ impl Sandbox {
             write_state(&layout, identity, cgroup.as_ref(), process.into_iter().collect())?;
             cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup::enter(cgroup, pid))
         })?;
-        let machine = machine::machine(config, &Limits::of(spec), machine::host_memory_mib());
-        log::info!("boot a VM with {} vCPUs and {} MiB", machine.vcpus, machine.memory_mib);
+        let bounds = Bounds::of(config);
+        let size = bounds.size(&launch.limits);
+        let machine = machine::machine(config, &bounds, size.vcpus);
+        let (vcpus, mib) = (machine.vcpus, machine.memory_mib);
+        log::info!("boot a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
         let directory = share.open()?;
         let [kvm, kernel, image] = &files;
         vmm.boot(machine, &[kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()])?;
 
+        if size.plugged_mib > 0 {
+            vmm.plug_memory(size.plugged_mib)?;
+        }
+
         tokio::spawn(record_processes(vmm.processes(), layout.clone(), (*identity).clone(), cgroup));
         let (sender, agent) = watch::channel(None);
-        let sandbox = Arc::new(Self { share: Arc::new(share), ports, vmm, layout, agent });
+        let (share, size) = (Arc::new(share), tokio::sync::Mutex::new(size));
+        let sandbox = Arc::new(Self { share, ports, vmm, layout, agent, bounds, size });
         let limit = Duration::from_secs(u64::from(config.agent.dial_timeout.max(1)));
         let hostname = spec.hostname.clone().unwrap_or_default();
         let (connecting, events) = (Arc::clone(&sandbox), Arc::clone(events));
@@ -132,6 +147,27 @@ impl Sandbox {
             Some(end) => Err(Error::Unavailable(end.to_string())),
             None => Ok(agent),
         }
+    }
+
+    /// Grows or shrinks the machine to what these limits need. Does not wait for memory to be given back.
+    pub async fn fit(&self, limits: &Limits) -> Result<()> {
+        let wanted = self.bounds.size(limits);
+        let mut size = self.size.lock().await;
+        if size.vcpus != wanted.vcpus {
+            self.agent().await?.set_cpus(wanted.vcpus).await?;
+            size.vcpus = wanted.vcpus;
+        }
+        if size.plugged_mib != wanted.plugged_mib {
+            self.vmm.plug_memory(wanted.plugged_mib)?;
+            size.plugged_mib = wanted.plugged_mib;
+        }
+        let mut plugged = self.vmm.plugged();
+        let grown = plugged.wait_for(|mib| *mib >= wanted.plugged_mib);
+        if tokio::time::timeout(PLUG_LIMIT, grown).await.is_err() {
+            // The containers' own limits hold all the same, and there may be enough without.
+            log::warn!("the guest does not plug {} MiB of memory", wanted.plugged_mib);
+        }
+        Ok(())
     }
 
     /// The VMM's pid on the host.

@@ -136,9 +136,9 @@ impl Task for Tasks {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        let container = self.0.container(&request.id)?;
+        let pod = Arc::clone(&self.0);
         let resources = json_object("update", &request.resources)?;
-        run(async move { container.update(resources).await }).await?;
+        run(async move { pod.update(&request.id, resources).await }).await?;
         Ok(Empty::new())
     }
 

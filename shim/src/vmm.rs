@@ -34,6 +34,7 @@ pub struct Vmm {
     control: Arc<AsyncFd<OwnedFd>>,
     processes: watch::Receiver<Vec<ProcessId>>,
     running: watch::Receiver<bool>,
+    plugged: watch::Receiver<u64>,
     ended: watch::Receiver<Option<Arc<End>>>,
 }
 
@@ -109,8 +110,10 @@ impl Vmm {
         let ids = i32::try_from(pid).ok().and_then(|pid| ProcessId::of(pid).ok());
         let (pids, processes) = watch::channel(ids.into_iter().collect());
         let (runs, running) = watch::channel(false);
+        let (plugs, plugged) = watch::channel(0);
         let (end, ended) = watch::channel(None);
-        let listener = Listener { control: Arc::clone(&control), process, ports, said, log, pids, runs };
+        let listener =
+            Listener { control: Arc::clone(&control), process, ports, said, log, pids, runs, plugs };
         tokio::spawn(async move {
             let ports = Arc::clone(&listener.ports);
             let told = listener.run().await;
@@ -118,13 +121,24 @@ impl Vmm {
             ports.close();
             end.send_replace(Some(Arc::new(told)));
         });
-        Ok(Self { control, processes, running, ended })
+        Ok(Self { control, processes, running, plugged, ended })
     }
 
     /// Tells the VMM to boot a machine.
     pub fn boot(&self, machine: Machine, files: &[BorrowedFd<'_>]) -> Result<()> {
         vmm::send(self.control.get_ref(), &Request::Boot(machine), files)
             .map_err(|e| Error::Unavailable(format!("kata-vmm: {e}")))
+    }
+
+    /// Has the guest plug or unplug memory.
+    pub fn plug_memory(&self, mib: u64) -> Result<()> {
+        vmm::send(self.control.get_ref(), &Request::PlugMemory { mib }, &[])
+            .map_err(|e| Error::Unavailable(format!("kata-vmm: {e}")))
+    }
+
+    /// Follows what the guest has plugged, in MiB.
+    pub fn plugged(&self) -> watch::Receiver<u64> {
+        self.plugged.clone()
     }
 
     /// The VMM's process on the host, the jailed one once it is known.
@@ -211,6 +225,7 @@ struct Listener {
     log: Option<JoinHandle<()>>,
     pids: watch::Sender<Vec<ProcessId>>,
     runs: watch::Sender<bool>,
+    plugs: watch::Sender<u64>,
 }
 
 impl Listener {
@@ -230,6 +245,9 @@ impl Listener {
                 }
                 Ok((Event::Running, _)) => {
                     self.runs.send_replace(true);
+                }
+                Ok((Event::MemoryPlugged { mib }, _)) => {
+                    self.plugs.send_replace(mib);
                 }
                 Ok((Event::Done(outcome), _)) => {
                     log::warn!("an answer from the VMM without a question: {outcome:?}");

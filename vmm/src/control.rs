@@ -75,6 +75,8 @@ enum Refused {
     Running,
     #[error("request without its descriptor")]
     Descriptor,
+    #[error("no memory can be plugged")]
+    NoMemory,
     #[error("disk slot {0}: there is no such slot")]
     NoDisk(u8),
     #[error("network slot {0}: there is no such slot")]
@@ -107,6 +109,14 @@ impl ControlService {
             }
             // Address and MTU are the agent's to set: a driver looks for them only once, long before there is a tap.
             Request::AttachNet { slot, .. } => fd.and_then(|fd| self.attach_net(slot, fd)),
+            Request::PlugMemory { mib } => match &self.slots.memory {
+                // The answer comes from the device, once the guest has followed.
+                Some(memory) => {
+                    lock(memory).request(mib.saturating_mul(1 << 20));
+                    return Ok(());
+                }
+                None => Err(Refused::NoMemory),
+            },
             Request::Connect { port } => {
                 // The answer is the connection itself: it opens, or it is closed.
                 let Ok(fd) = fd else { return Ok(()) };

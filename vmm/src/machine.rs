@@ -18,16 +18,18 @@ use crate::end::{End, Ended};
 use crate::i8042::{self, I8042};
 use crate::jail::Room;
 use crate::kvm::{self, Vm};
-use crate::memory::{self, BARS, GuestMemory};
+use crate::memory::{self, BARS, GuestMemory, Pluggable};
 use crate::mptable::MAX_VCPUS;
 use crate::pci::{self, BAR_SIZE, PciBus, VirtioPci};
 use crate::seccomp::{self, Kind};
 use crate::serial::{self, Serial};
 use crate::vcpu::Vcpu;
 use crate::virtio::VirtioDevice;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::Console;
 use crate::virtio::fs::Fs;
+use crate::virtio::mem::{Mem, Told};
 use crate::virtio::net::Net;
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
@@ -38,7 +40,7 @@ use crate::virtio::vsock::{Incoming, Vsock};
 /// not have.
 const KERNEL_PARAMETERS: &str = "console=hvc0 earlyprintk=ttyS0 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always \
     rootwait=5 ro init=/sbin/init reboot=k panic=-1 pci=conf1 no_timer_check tsc=reliable cryptomgr.notests \
-    dummy.numdummies=0";
+    dummy.numdummies=0 memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
 /// The files that the machine works with.
 pub struct Files {
@@ -53,9 +55,9 @@ pub struct Files {
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No vCPU, or more than the MP table can hold.
-    #[error("{0} vCPUs: not between 1 and {MAX_VCPUS}")]
-    Vcpus(u8),
+    /// No vCPU, more than there are, or more than the MP table can hold.
+    #[error("{0} of {1} vCPUs: not between 1 and {MAX_VCPUS}")]
+    Vcpus(u8, u8),
     /// More devices than slots.
     #[error("too many devices: the PCI bus has {} slots", pci::SLOTS)]
     Slots,
@@ -108,6 +110,8 @@ pub struct Slots {
     pub disks: Vec<Arc<Mutex<Blk>>>,
     /// Network slots.
     pub nets: Vec<Arc<Mutex<Net>>>,
+    /// Memory that can be plugged, if there is any.
+    pub memory: Option<Arc<Mutex<Mem>>>,
 }
 
 /// A machine that is put together but does not run yet.
@@ -119,7 +123,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Puts the machine together; answers it and what can be attached to. `incoming` is told of every stream that the guest opens.
+    /// Puts the machine together; answers it and what can be attached to. `incoming` is told of every stream that the guest
+    /// opens, `plugged` of the memory that it has plugged.
     ///
     /// # Errors
     /// When something is missing or wrong; the text names it.
@@ -128,21 +133,25 @@ impl Machine {
         mut files: Files,
         room: Room,
         incoming: Incoming,
+        plugged: Told,
     ) -> Result<(Self, Slots), Error> {
-        if !(1..=MAX_VCPUS).contains(&shape.vcpus) {
-            return Err(Error::Vcpus(shape.vcpus));
+        if !(1..=shape.max_vcpus).contains(&shape.vcpus) || shape.max_vcpus > MAX_VCPUS {
+            return Err(Error::Vcpus(shape.vcpus, shape.max_vcpus));
         }
-        let mut vm = Vm::new(files.kvm, shape.vcpus)?;
-        let memory = memory::create(shape.memory_mib)?;
-        vm.add_memory(&memory)?;
+        let mut vm = Vm::new(files.kvm, shape.max_vcpus)?;
         let image = memory::map_image(&files.image)?;
+        let pluggable = memory::pluggable_range(shape.memory_mib, image.size(), shape.pluggable_mib);
+        let memory = memory::create(shape.memory_mib, pluggable)?;
+        vm.add_memory(&memory)?;
         let image_address = memory::image_address(shape.memory_mib);
         vm.add_read_only(image_address, &image)?;
 
         let parameters = kernel_parameters(shape);
-        let entry = boot::load(&memory, &mut files.kernel, &parameters, shape.memory_mib, shape.vcpus)?;
+        let entry = boot::load(&memory, &mut files.kernel, &parameters, shape.memory_mib, shape.max_vcpus)?;
 
         let console = ConsoleRing::new(shape.debug);
+        let pluggable = pluggable.map(|range| Pluggable::new(memory.clone(), range)).transpose();
+        let pluggable = pluggable.map_err(|error| Error::Host { what: "memory to be plugged", error })?;
         let mut devices = Devices::new(vm, memory)?;
         let output = console.clone();
         devices.add("virtio-console", Console::new(Arc::new(move |bytes| output.push(bytes))))?;
@@ -150,6 +159,9 @@ impl Machine {
         devices.add("virtio-fs", Fs::new(SHARE_TAG, room.proc_self_fd))?;
         let vsock = devices.add("virtio-vsock", Vsock::new(incoming))?;
         devices.add("virtio-rng", Rng::new())?;
+        devices.add("virtio-balloon", Balloon::new())?;
+        let memory =
+            pluggable.map(|range| devices.add("virtio-mem", Mem::new(range, plugged))).transpose()?;
         let disk = |slot| devices.add("virtio-blk", Blk::new(&format!("disk{slot}")));
         let disks = (0..shape.disk_slots).map(disk).collect::<Result<_, _>>()?;
         let net = |slot| devices.add("virtio-net", Net::new([0x02, 0, 0, 0, 0, slot]));
@@ -160,7 +172,7 @@ impl Machine {
         events.add_subscriber(Box::new(EndWatch(end.clone())));
         let ports = ports(pci, &console, &end)?;
         let vcpus = vcpus(&vm, shape, &entry, &Arc::new(ports), &Arc::new(addresses), &end)?;
-        Ok((Self { vcpus, events, console, end }, Slots { vsock, disks, nets }))
+        Ok((Self { vcpus, events, console, end }, Slots { vsock, disks, nets, memory }))
     }
 
     /// Starts the vCPUs, and confines this thread.
@@ -218,7 +230,8 @@ impl Machine {
 fn kernel_parameters(shape: &Shape) -> String {
     // Parameters take effect in their order: `quiet` after `earlyprintk` would come too late for the first lines.
     let volume = if shape.debug { "" } else { "quiet " };
-    format!("{volume}{KERNEL_PARAMETERS} {}", shape.kernel_params).trim_end().to_owned()
+    let vcpus = shape.vcpus;
+    format!("{volume}{KERNEL_PARAMETERS} maxcpus={vcpus} {}", shape.kernel_params).trim_end().to_owned()
 }
 
 /// The devices as they come: each takes the next slot of the bus, and the addresses that belong to it.
@@ -278,13 +291,13 @@ fn vcpus(
     addresses: &Arc<Bus>,
     end: &Arc<End>,
 ) -> Result<Vec<Vcpu>, Error> {
-    let topology = Topology { vcpus: shape.vcpus, tsc_deadline: vm.tsc_deadline };
+    let topology = Topology { vcpus: shape.max_vcpus, tsc_deadline: vm.tsc_deadline };
     let vcpu = |number| {
         let fd = vm.create_vcpu(number)?;
         cpu::set_up(&fd, number, &vm.cpuid, &topology, entry)?;
         Ok(Vcpu { fd, number, ports: ports.clone(), addresses: addresses.clone(), end: end.clone() })
     };
-    (0..shape.vcpus).map(vcpu).collect()
+    (0..shape.max_vcpus).map(vcpu).collect()
 }
 
 /// Wakes the event loop at the end.

@@ -84,7 +84,13 @@ fn run(control: &Control) -> Result<(), Error> {
     let incoming = Box::new(move |port, stream: OwnedFd| {
         streams.hand_over(port, stream.as_fd()).map_err(io::Error::other)
     });
-    let (mut machine, slots) = Machine::build(&shape, files, room, incoming)?;
+    let teller = control.clone();
+    let plugged = Box::new(move |bytes: u64| {
+        if let Err(error) = teller.tell(&Event::MemoryPlugged { mib: bytes >> 20 }) {
+            log::warn!("control socket: {error}");
+        }
+    });
+    let (mut machine, slots) = Machine::build(&shape, files, room, incoming, plugged)?;
     machine.subscribe(ControlService::new(control.clone(), slots, machine.end()));
     machine.start()?;
     control.tell(&Event::Running)?;

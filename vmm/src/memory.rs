@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr;
 
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemory as _};
 
 /// Guest memory as every device sees it. The bitmap type is the one that virtiofsd's readers and writers ask
 /// for; nothing is tracked with it.
@@ -33,6 +33,8 @@ pub const ONE_MIB: u64 = 0x10_0000;
 const IMAGE_ALIGNMENT: u64 = 2 << 20;
 /// Linux's memory sections: the image shares none with RAM.
 const SECTION: u64 = 128 << 20;
+/// Large guests have memory blocks of up to 2 GiB (arch/x86/mm/init_64.c).
+const PLUGGABLE_ALIGNMENT: u64 = 2 << 30;
 /// Enough to boot at all.
 const SMALLEST_MIB: u64 = 32;
 /// 1 TiB: below what 40 address bits of the oldest CPUs with KVM reach.
@@ -75,17 +77,93 @@ pub enum Error {
     },
 }
 
-/// Maps `mib` MiB of memory; pages come when they are touched.
+/// Maps `mib` MiB of memory and what can be plugged later; pages come when they are touched.
 ///
 /// # Errors
 /// When the amount makes no sense or the host refuses.
-pub fn create(mib: u64) -> Result<GuestMemory, Error> {
-    if !(SMALLEST_MIB..=LARGEST_MIB).contains(&mib) {
-        return Err(Error::Size(mib));
+pub fn create(mib: u64, pluggable: Option<Range>) -> Result<GuestMemory, Error> {
+    let plugged = pluggable.map_or(0, |(_, size)| size >> 20);
+    let total = mib.saturating_add(plugged);
+    if mib < SMALLEST_MIB || total > LARGEST_MIB {
+        return Err(Error::Size(total));
     }
-    let ranges: Vec<_> =
-        ranges(mib << 20).map(|(start, size)| (GuestAddress(start), size as usize)).collect();
+    let ranges = ranges(mib << 20).chain(pluggable);
+    let ranges: Vec<_> = ranges.map(|(start, size)| (GuestAddress(start), size as usize)).collect();
     Ok(GuestMemory::from_ranges(&ranges)?)
+}
+
+/// Start and size, bytes.
+pub type Range = (u64, u64);
+
+/// Memory that the guest gets and loses in pieces while it runs. What it does not have cannot be accessed, neither by
+/// the guest nor by a device.
+pub struct Pluggable {
+    memory: GuestMemory,
+    start: u64,
+    size: u64,
+}
+
+impl Pluggable {
+    /// Takes a whole range of `memory` from the guest.
+    ///
+    /// # Errors
+    /// When the range is none of those that `memory` was made of, or the host refuses.
+    pub fn new(memory: GuestMemory, (start, size): Range) -> io::Result<Self> {
+        let pluggable = Self { memory, start, size };
+        pluggable.shut(0, size)?;
+        Ok(pluggable)
+    }
+
+    /// Where it begins for the guest.
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Gives the guest a piece, which is full of zeros.
+    ///
+    /// # Errors
+    /// When the host has too many mappings.
+    pub fn open(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.protect(offset, length, libc::PROT_READ | libc::PROT_WRITE)
+    }
+
+    /// Takes a piece back.
+    ///
+    /// # Errors
+    /// When the host has too many mappings.
+    pub fn shut(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.protect(offset, length, libc::PROT_NONE)?;
+        let address = self.host(offset, length)?;
+        // SAFETY: the range is guest memory, which holds no Rust objects.
+        match unsafe { libc::madvise(address, length as usize, libc::MADV_DONTNEED) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn protect(&self, offset: u64, length: u64, protection: libc::c_int) -> io::Result<()> {
+        let address = self.host(offset, length)?;
+        // SAFETY: the range is guest memory, which holds no Rust objects and is only reached by checked pointers; an access
+        // to what the guest does not have ends this process, as it should.
+        match unsafe { libc::mprotect(address, length as usize, protection) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn host(&self, offset: u64, length: u64) -> io::Result<*mut libc::c_void> {
+        let inside = offset.checked_add(length).is_some_and(|end| end <= self.size);
+        let slice = self.memory.get_slice(GuestAddress(self.start + offset), length as usize);
+        match slice {
+            Ok(slice) if inside => Ok(slice.ptr_guard_mut().as_ptr().cast()),
+            _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+        }
+    }
 }
 
 /// Start and size of each range of memory.
@@ -98,6 +176,13 @@ pub fn ranges(bytes: u64) -> impl Iterator<Item = (u64, u64)> {
 pub fn image_address(mib: u64) -> u64 {
     let end = ranges(mib << 20).map(|(start, size)| start + size).max().unwrap_or(0);
     end.max(HIGH).next_multiple_of(SECTION)
+}
+
+/// Where memory to be plugged goes, which Linux takes in sections: above the image.
+pub fn pluggable_range(mib: u64, image: u64, pluggable_mib: u64) -> Option<Range> {
+    let size = (pluggable_mib << 20) / SECTION * SECTION;
+    let start = (image_address(mib) + image).next_multiple_of(PLUGGABLE_ALIGNMENT);
+    (size > 0).then_some((start, size))
 }
 
 /// A file in this process's memory, for good: mappings are never undone, since the guest runs on them.
@@ -179,8 +264,37 @@ mod tests {
         assert_eq!(at(3073), [(0, HOLE), (HIGH, 1 << 20)]);
         assert_eq!(image_address(512), HIGH);
         assert_eq!(image_address(3073), HIGH + SECTION);
-        assert!(matches!(create(0), Err(Error::Size(0))));
-        assert!(matches!(create(u64::MAX), Err(Error::Size(_))));
+        assert!(matches!(create(0, None), Err(Error::Size(0))));
+        assert!(matches!(create(u64::MAX, None), Err(Error::Size(_))));
+        assert_eq!(pluggable_range(512, 4 << 20, 300), Some((6 << 30, 256 << 20)));
+        assert_eq!(pluggable_range(512, 4 << 20, 100), None);
+    }
+
+    #[test]
+    fn what_is_not_plugged_is_not_there() {
+        use std::os::fd::FromRawFd;
+        use vm_memory::Bytes;
+
+        let range = pluggable_range(64, 2 << 20, 128).unwrap();
+        let memory = create(64, Some(range)).unwrap();
+        let pluggable = Pluggable::new(memory.clone(), range).unwrap();
+        let start = GuestAddress(range.0);
+        pluggable.open(0, 4096).unwrap();
+        memory.write_slice(&[1; 4096], start).unwrap();
+        pluggable.shut(0, 4096).unwrap();
+        // The kernel is asked, since an access of our own would end this process.
+        let (mut ends, slice) = ([0; 2], memory.get_slice(start, 4096).unwrap());
+        // SAFETY: `ends` has room for two descriptors, which nobody else knows.
+        let [_read, write] = unsafe {
+            assert_eq!(libc::pipe(ends.as_mut_ptr()), 0);
+            ends.map(|end| std::os::fd::OwnedFd::from_raw_fd(end))
+        };
+        // SAFETY: write checks that the memory can be read.
+        let written = unsafe { libc::write(write.as_raw_fd(), slice.ptr_guard().as_ptr().cast(), 16) };
+        assert_eq!((written, io::Error::last_os_error().raw_os_error()), (-1, Some(libc::EFAULT)));
+        pluggable.open(0, 4096).unwrap();
+        assert_eq!(memory.read_obj::<u64>(start).unwrap(), 0);
+        assert!(pluggable.open(range.1, 4096).is_err() && pluggable.open(range.1 - 4096, 8192).is_err());
     }
 
     fn file(bytes: &[u8]) -> File {

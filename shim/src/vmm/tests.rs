@@ -47,6 +47,8 @@ async fn what_the_vmm_says_counts() {
     vmm.boot(
         Machine {
             vcpus: 1,
+            max_vcpus: 1,
+            pluggable_mib: 0,
             memory_mib: 1,
             kernel_params: String::new(),
             net_slots: 0,

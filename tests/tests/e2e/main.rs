@@ -11,6 +11,7 @@ mod guest;
 mod io;
 mod leaks;
 mod run;
+mod size;
 mod task;
 mod tool;
 mod workload;

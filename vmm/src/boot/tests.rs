@@ -50,7 +50,7 @@ impl Image {
     }
 
     fn load(&self, parameters: &str) -> (Result<Entry, Error>, GuestMemory) {
-        let memory = crate::memory::create(MIB).unwrap();
+        let memory = crate::memory::create(MIB, None).unwrap();
         let mut file = TempFile::new().unwrap().into_file();
         file.write_all(&self.bytes).unwrap();
         (load(&memory, &mut file, parameters, MIB, 2), memory)

@@ -47,7 +47,7 @@ fn bench(code: &[u8]) -> Option<Bench> {
         return None;
     };
     let mut vm = Vm::new(dev_kvm.into(), 1).unwrap();
-    let memory = crate::memory::create(32).unwrap();
+    let memory = crate::memory::create(32, None).unwrap();
     vm.add_memory(&memory).unwrap();
     memory.write_slice(code, GuestAddress(CODE)).unwrap();
 

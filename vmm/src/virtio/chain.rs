@@ -16,6 +16,8 @@ use crate::memory::GuestMemory;
 
 /// Longest chain; as many pieces as readv(2) and its relatives take (UIO_MAXIOV).
 pub const MAX_DESCRIPTORS: usize = 1024;
+/// Bytes of a page of the host.
+const PAGE: usize = 4096;
 
 /// What is wrong with a chain.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -250,6 +252,27 @@ impl<'m> Buffers<'m> {
     /// In how many pieces the memory lies.
     pub fn pieces(&self) -> usize {
         self.pieces.len()
+    }
+
+    /// Gives the memory of all whole pages back to the host. They read as zeros, or as the file that is mapped there.
+    ///
+    /// # Errors
+    /// What madvise(2) says.
+    pub fn discard(&self) -> io::Result<()> {
+        for piece in &self.pieces {
+            let guard = piece.ptr_guard_mut();
+            let skip = guard.as_ptr().align_offset(PAGE).min(guard.len());
+            let length = (guard.len() - skip) / PAGE * PAGE;
+            if length == 0 {
+                continue;
+            }
+            // SAFETY: the range lies in guest memory, which holds no Rust objects; whoever reads it next expects nothing.
+            let done = unsafe { libc::madvise(guard.as_ptr().add(skip).cast(), length, libc::MADV_DONTNEED) };
+            if done != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
     }
 
     /// Fills the memory with random bytes, up to `limit` of them; tells how many.

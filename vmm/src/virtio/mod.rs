@@ -1,11 +1,13 @@
 //! virtio devices, virtio 1.2. A device knows its queues, its features and its configuration space; how the
 //! guest reaches them is the business of the transport (`crate::pci`).
 
+pub mod balloon;
 mod base;
 pub mod blk;
 mod chain;
 pub mod console;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod pmem;
 mod queue;

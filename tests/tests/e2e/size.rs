@@ -1,0 +1,59 @@
+//! The pod's machine is as large as its containers' limits need, and gives back what it does not use.
+
+use katana_tests::environment::is_vm_or_say;
+use katana_tests::host::eventually;
+use katana_tests::process::Process;
+use katana_tests::turn::shared;
+use katana_tests::{BUSYBOX, Run};
+
+const MIB: u64 = 1 << 20;
+const REPORT: &str =
+    "echo cpus=$(nproc); echo kib=$(sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)";
+
+#[test]
+fn without_limits_it_is_the_configured_one() {
+    let _turn = shared();
+    if is_vm_or_say("this is about virtual machines") {
+        let output = Run::new(BUSYBOX).sh(REPORT).output().ok();
+        output.expect_values(&[("cpus", "1")]);
+    }
+}
+
+#[test]
+fn limits_add_processors_and_memory() {
+    let _turn = shared();
+    if !is_vm_or_say("this is about virtual machines") {
+        return;
+    }
+    // More than the base has, all of it used.
+    let fill = "head -c 608174080 /dev/zero > /dev/shm/block && echo filled=$(stat -c %s /dev/shm/block)";
+    let options =
+        "--cpus 1.5 --memory-limit 1073741824 --mount type=tmpfs,src=tmpfs,dst=/dev/shm,options=size=900m";
+    let output = Run::new(BUSYBOX).options(options).sh(&format!("{REPORT}; {fill}")).output().ok();
+    let kib: u64 = output.value("kib").and_then(|value| value.parse().ok()).unwrap_or_default();
+    assert!((1400 * MIB..1600 * MIB).contains(&(kib << 10)), "512 MiB and a limit of 1024\n{output}");
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from).min(2).to_string();
+    output.expect_values(&[("cpus", &cpus), ("filled", "608174080")]);
+}
+
+#[test]
+fn freed_memory_goes_back_to_the_host() {
+    let _turn = shared();
+    if !is_vm_or_say("this is about virtual machines") {
+        return;
+    }
+    let options = "--mount type=tmpfs,src=tmpfs,dst=/dev/shm,options=size=300m";
+    let container = Run::new(BUSYBOX).options(options).command(&["sleep", "10000"]).start();
+    let vmm = Process::vmm_of(container.id());
+    let resident = || {
+        let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", vmm.pid)).unwrap_or_default();
+        let line = rollup.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap_or_default();
+        line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or_default() << 10
+    };
+    let before = resident();
+    container.sh("head -c 209715200 /dev/zero > /dev/shm/block").ok();
+    let full = resident();
+    assert!(full > before + 190 * MIB, "{before} bytes before and {full} after 200 MiB were written");
+    container.sh("rm /dev/shm/block").ok();
+    assert!(eventually(|| resident() < before + 60 * MIB), "{} bytes stay of {full}", resident());
+}
