@@ -4,7 +4,7 @@ use katana_tests::environment::is_vm_or_say;
 use katana_tests::host::eventually;
 use katana_tests::process::Process;
 use katana_tests::turn::shared;
-use katana_tests::{BUSYBOX, Run};
+use katana_tests::{BUSYBOX, Configuration, Run, Scratch};
 
 const MIB: u64 = 1 << 20;
 const REPORT: &str =
@@ -25,15 +25,19 @@ fn limits_add_processors_and_memory() {
     if !is_vm_or_say("this is about virtual machines") {
         return;
     }
+    let scratch = Scratch::new();
+    let small = Configuration::installed().set("hypervisor.katana.default_memory", 128).to_toml();
+    let small = scratch.file("configuration.toml", small);
     // More than the base has, all of it used.
-    let fill = "head -c 608174080 /dev/zero > /dev/shm/block && echo filled=$(stat -c %s /dev/shm/block)";
+    let fill = "head -c 188743680 /dev/zero > /dev/shm/block && echo filled=$(stat -c %s /dev/shm/block)";
     let options =
-        "--cpus 1.5 --memory-limit 1073741824 --mount type=tmpfs,src=tmpfs,dst=/dev/shm,options=size=900m";
-    let output = Run::new(BUSYBOX).options(options).sh(&format!("{REPORT}; {fill}")).output().ok();
+        "--cpus 1.5 --memory-limit 268435456 --mount type=tmpfs,src=tmpfs,dst=/dev/shm,options=size=200m";
+    let run = Run::new(BUSYBOX).configuration(&small).options(options);
+    let output = run.sh(&format!("{REPORT}; {fill}")).output().ok();
     let kib: u64 = output.value("kib").and_then(|value| value.parse().ok()).unwrap_or_default();
-    assert!((1400 * MIB..1600 * MIB).contains(&(kib << 10)), "512 MiB and a limit of 1024\n{output}");
+    assert!((330 * MIB..384 * MIB).contains(&(kib << 10)), "128 MiB and a limit of 256\n{output}");
     let cpus = std::thread::available_parallelism().map_or(1, usize::from).min(2).to_string();
-    output.expect_values(&[("cpus", &cpus), ("filled", "608174080")]);
+    output.expect_values(&[("cpus", &cpus), ("filled", "188743680")]);
 }
 
 #[test]
