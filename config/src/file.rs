@@ -115,22 +115,12 @@ impl Loader {
     }
 
     /// Checks what only the whole can tell.
-    pub(crate) fn finish(mut self) -> Result<Config, Error> {
-        // The base is there in any case.
-        let hypervisor = &mut self.config.hypervisor;
-        hypervisor.default_maxmemory = hypervisor.default_maxmemory.max(hypervisor.default_memory);
-        let Hypervisor { default_vcpus, default_maxvcpus, .. } = self.config.hypervisor;
-        if default_vcpus > default_maxvcpus {
-            let (section, key) = ("hypervisor.katana", "default_vcpus");
-            let unset = || Place { path: self.config.path.clone(), line: 1 };
-            return Err(Error::Value {
-                place: self.places.get(&(section, key)).cloned().unwrap_or_else(unset),
-                section: section.to_owned(),
-                key: key.to_owned(),
-                why: format!("{default_vcpus} is more than default_maxvcpus, which is {default_maxvcpus}"),
-            });
-        }
-        Ok(self.config)
+    pub(crate) fn finish(self) -> Result<Config, Error> {
+        let unset = || Place { path: self.config.path.clone(), line: 1 };
+        let (section, key) = ("hypervisor.katana", "default_vcpus");
+        let place = self.places.get(&(section, key)).cloned().unwrap_or_else(unset);
+        let (section, key) = (section.to_owned(), key.to_owned());
+        self.config.checked().map_err(|why| Error::Value { place, section, key, why })
     }
 
     /// The keys that were set, by section and name.

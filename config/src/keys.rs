@@ -6,6 +6,7 @@ use std::thread;
 use toml::de::DeValue;
 
 use crate::Config;
+use crate::annotations::expression;
 
 /// MiB of memory. The guest's kernel keeps some 20 for itself; with less than this no room is left for containers.
 const LEAST_MEMORY: i64 = 64;
@@ -27,7 +28,7 @@ pub(crate) struct Key {
     pub(crate) set: fn(&mut Config, &DeValue<'_>) -> Result<(), String>,
 }
 
-const HYPERVISOR: &str = "hypervisor.katana";
+pub(crate) const HYPERVISOR: &str = "hypervisor.katana";
 const AGENT: &str = "agent.kata";
 const RUNTIME: &str = "runtime";
 
@@ -58,6 +59,11 @@ pub(crate) const KEYS: &[Key] = &[
         set: |c, v| most_memory(v, &mut c.hypervisor.default_maxmemory),
     },
     Key { section: HYPERVISOR, name: "enable_debug", set: |c, v| boolean(v, &mut c.hypervisor.enable_debug) },
+    Key {
+        section: HYPERVISOR,
+        name: "enable_annotations",
+        set: |c, v| expressions(v, &mut c.hypervisor.enable_annotations),
+    },
     Key {
         section: AGENT,
         name: "debug_console_enabled",
@@ -167,6 +173,16 @@ fn most_memory(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
 
 fn string<'v>(value: &'v DeValue<'_>) -> Result<&'v str, String> {
     value.as_str().ok_or_else(|| mistyped("a string", value))
+}
+
+fn expressions(value: &DeValue<'_>, to: &mut Vec<String>) -> Result<(), String> {
+    let wanted = || mistyped("an array of strings", value);
+    let texts = value.as_array().ok_or_else(wanted)?;
+    let texts: Vec<_> =
+        texts.iter().map(|text| text.get_ref().as_str()).collect::<Option<_>>().ok_or_else(wanted)?;
+    texts.iter().try_for_each(|text| expression(text).map(drop))?;
+    *to = texts.into_iter().map(String::from).collect();
+    Ok(())
 }
 
 fn path(value: &DeValue<'_>, to: &mut PathBuf) -> Result<(), String> {

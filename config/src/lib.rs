@@ -4,6 +4,7 @@
 //! Nothing is ignored: an unknown section or key, a wrong type and a value out of range are errors that name
 //! file, line and key.
 
+mod annotations;
 mod file;
 mod keys;
 #[cfg(test)]
@@ -57,6 +58,8 @@ pub struct Hypervisor {
     pub default_maxmemory: u32,
     /// Log the guest's console and boot its kernel verbosely.
     pub enable_debug: bool,
+    /// The keys that pods may set by annotations, as regular expressions.
+    pub enable_annotations: Vec<String>,
 }
 
 /// The guest's agent.
@@ -92,6 +95,9 @@ impl Default for Hypervisor {
             default_memory: 512,
             default_maxmemory: keys::host_memory(),
             enable_debug: false,
+            enable_annotations: ["default_vcpus", "default_memory", "kernel_params"]
+                .map(String::from)
+                .to_vec(),
         }
     }
 }
@@ -105,6 +111,21 @@ impl Default for Agent {
 impl Default for Runtime {
     fn default() -> Self {
         Self { enable_debug: false, sandbox_cgroup_only: true }
+    }
+}
+
+impl Config {
+    /// What only the whole can tell: the base of a machine's memory is there in any case, its processors are not.
+    fn checked(mut self) -> Result<Self, String> {
+        let Hypervisor { default_vcpus, default_maxvcpus, default_memory, default_maxmemory, .. } =
+            &mut self.hypervisor;
+        *default_maxmemory = (*default_memory).max(*default_maxmemory);
+        if default_vcpus > default_maxvcpus {
+            return Err(format!(
+                "{default_vcpus} is more than default_maxvcpus, which is {default_maxvcpus}"
+            ));
+        }
+        Ok(self)
     }
 }
 
@@ -159,6 +180,14 @@ pub enum Error {
         /// Its name.
         key: String,
         /// What is wrong with the value.
+        why: String,
+    },
+    /// A pod's annotation that cannot be followed.
+    #[error("annotation {name}: {why}")]
+    Annotation {
+        /// Its name.
+        name: String,
+        /// Why not.
         why: String,
     },
 }

@@ -137,6 +137,41 @@ fn the_most_memory_is_the_hosts_and_never_below_the_base() {
 }
 
 #[test]
+fn a_pod_sets_what_it_may_set() {
+    let text = "hypervisor.katana.enable_annotations = [\"default_.*\", \"kernel_params\"]";
+    let annotate = |list: &[(&str, &str)]| {
+        let named = |(name, value): &(&str, &str)| (format!("io.katacontainers.{name}"), (*value).to_owned());
+        parse(text).unwrap().annotated(&list.iter().map(named).collect())
+    };
+    let config = annotate(&[
+        ("config.hypervisor.default_memory", "900"),
+        ("config.hypervisor.default_max_vcpus", "1"),
+        ("config.hypervisor.kernel_params", "a=\"1\" true"),
+        ("config_path", "/x"),
+        ("other", "1"),
+    ]);
+    let hypervisor = config.unwrap().hypervisor;
+    assert_eq!((hypervisor.default_memory, hypervisor.default_maxvcpus), (900, 1));
+    assert_eq!(hypervisor.kernel_params, "a=\"1\" true");
+    for (name, value, why) in [
+        ("config.hypervisor.default_memory", "much", "must be an integer, not a string"),
+        ("config.hypervisor.default_memory", "1", "must be from 64 to 16777216, not 1"),
+        ("config.hypervisor.default_memory", "1]\n[", "must be an integer, not a string"),
+        ("config.hypervisor.enable_debug", "true", "\"enable_debug\" is not in enable_annotations of"),
+        ("config.hypervisor.kernel", "/etc/passwd", "this key cannot be set by annotations"),
+        ("config.hypervisor.enable_annotations", "x", "this key cannot be set by annotations"),
+        ("config.hypervisor.no_such", "1", "there is no such key"),
+        ("config.runtime.enable_debug", "true", "there is no such key"),
+        ("config.", "true", "there is no such key"),
+    ] {
+        let error = annotate(&[(name, value)]).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("annotation io.katacontainers.{name}: {why}")), "{error}");
+    }
+    let error = parse("hypervisor.katana.enable_annotations = [\"(\"]").unwrap_err().to_string();
+    assert!(error.contains("\"(\" is not a regular expression"), "{error}");
+}
+
+#[test]
 fn more_vcpus_than_the_most_is_an_error() {
     if host_cpus() < 2 {
         return;

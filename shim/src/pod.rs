@@ -174,7 +174,7 @@ impl Pod {
         }
         let annotated = spec.annotation(&[CONFIG_ANNOTATION]).map(PathBuf::from);
         let explicit = config_path(options)?.or(annotated);
-        let config: Config = katana_config::load(explicit.as_deref())?;
+        let config: Config = katana_config::load(explicit.as_deref())?.annotated(&spec.annotations)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
         let launch = Launch { identity: &self.identity, run: Path::new(RUN), spec, limits, config: &config };
         let launched = Sandbox::launch(launch, &self.events).await?;

@@ -20,6 +20,24 @@ fn without_limits_it_is_the_configured_one() {
 }
 
 #[test]
+fn a_pod_sets_its_size_by_annotations_that_are_allowed() {
+    let _turn = shared();
+    if !is_vm_or_say("this is about virtual machines") {
+        return;
+    }
+    let annotated = |key: &str, value: &str| {
+        let options = format!("--annotation io.katacontainers.config.hypervisor.{key}={value}");
+        Run::new(BUSYBOX).options(&options).sh(REPORT).output()
+    };
+    let output = annotated("default_memory", "200").ok();
+    let kib: u64 = output.value("kib").and_then(|value| value.parse().ok()).unwrap_or_default();
+    assert!((150 * MIB..200 * MIB).contains(&(kib << 10)), "{output}");
+    let output = annotated("enable_debug", "true");
+    assert_ne!(output.code, 0, "{output}");
+    output.expect_error_line(&["annotation", "enable_debug", "not in enable_annotations"]);
+}
+
+#[test]
 fn limits_add_processors_and_memory() {
     let _turn = shared();
     if !is_vm_or_say("this is about virtual machines") {
