@@ -48,8 +48,8 @@ fn number(resources: Option<&Map<String, Value>>, group: &str, name: &str) -> Op
 }
 
 /// The machine for a pod: at least the configured size, processors for the quota, and the limit's memory on
-/// top of what the guest itself needs.
-pub fn machine(config: &Config, limits: &Limits, host_memory_mib: u64) -> Machine {
+/// top of what the guest itself needs; and places for its network cards.
+pub fn machine(config: &Config, limits: &Limits, host_memory_mib: u64, net_slots: u8) -> Machine {
     let hypervisor = &config.hypervisor;
     let most =
         u64::from(hypervisor.default_maxvcpus.max(hypervisor.default_vcpus)).clamp(1, u64::from(u8::MAX));
@@ -68,8 +68,8 @@ pub fn machine(config: &Config, limits: &Limits, host_memory_mib: u64) -> Machin
         vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX),
         memory_mib: u64::from(hypervisor.default_memory) + limit,
         kernel_params: kernel_params.trim().to_owned(),
-        // The shim attaches neither cards nor disks, and each slot costs the guest time at boot.
-        net_slots: 0,
+        net_slots,
+        // The shim attaches no disks, and each slot costs the guest time at boot.
         disk_slots: 0,
         debug: hypervisor.enable_debug,
     }

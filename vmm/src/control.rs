@@ -103,8 +103,7 @@ impl ControlService {
             Request::AttachDisk { slot, read_only } => {
                 fd.and_then(|fd| self.attach_disk(slot, read_only, fd))
             }
-            // Address and MTU are the agent's to set: a driver looks for them only once, long before there is a tap.
-            Request::AttachNet { slot, .. } => fd.and_then(|fd| self.attach_net(slot, fd)),
+            Request::AttachNet { slot, mac } => fd.and_then(|fd| self.attach_net(slot, mac, fd)),
             Request::Connect { port } => {
                 // The answer is the connection itself: it opens, or it is closed.
                 let Ok(fd) = fd else { return Ok(()) };
@@ -122,9 +121,11 @@ impl ControlService {
         lock(disk).attach(fd.into(), read_only).map_err(|error| Refused::Disk { slot, error })
     }
 
-    fn attach_net(&self, slot: u8, fd: OwnedFd) -> Result<(), Refused> {
+    fn attach_net(&self, slot: u8, mac: [u8; 6], fd: OwnedFd) -> Result<(), Refused> {
         let net = self.slots.nets.get(usize::from(slot)).ok_or(Refused::NoNet(slot))?;
-        lock(net).attach(fd).map_err(|error| Refused::Net { slot, error })
+        lock(&net.card).attach(fd, mac).map_err(|error| Refused::Net { slot, error })?;
+        net.function.show(true);
+        Ok(())
     }
 }
 
