@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
-use crate::container::{Run, ctr};
+use crate::container::{Run, ctr, new_id};
 use crate::{BUSYBOX, Command, Scratch};
 
 /// A specification that a test changes, and busybox as its root. Both are gone when this is dropped.
@@ -29,6 +29,8 @@ impl Bundle {
             serde_json::from_slice(&ctr(&["oci", "spec"]).output().ok().stdout).expect("JSON");
         spec["root"]["path"] = root.display().to_string().into();
         spec["root"]["readonly"] = false.into();
+        // The one of `ctr` is the whole namespace's.
+        spec["linux"]["cgroupsPath"] = format!("/{}", new_id()).into();
         spec["process"]["args"] = serde_json::json!(["/bin/sh", "-c", script]);
         Self { scratch, root, spec }
     }

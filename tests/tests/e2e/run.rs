@@ -176,7 +176,6 @@ fn limits_and_settings_that_only_a_specification_can_give() {
     spec["linux"]["maskedPaths"] = serde_json::json!(["/proc/version"]);
     spec["linux"]["resources"]["pids"] = serde_json::json!({"limit": 17});
     spec["linux"]["resources"]["unified"] = serde_json::json!({"memory.low": "1048576"});
-    spec["linux"]["cgroupsPath"] = format!("/katana-e2e/{}", std::process::id()).into();
     let output = bundle.run().spawn().finish();
     let output = output.expect_values(&[
         ("pids", "17"),
