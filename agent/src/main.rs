@@ -11,6 +11,7 @@ mod device_filter;
 mod hooks;
 mod init;
 mod launch;
+mod network;
 mod process;
 mod reaper;
 mod sandbox;

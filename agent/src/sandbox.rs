@@ -17,6 +17,7 @@ use nix::unistd::sethostname;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::container::{self, Container, Pod};
+use crate::network;
 use crate::reaper::Reaper;
 use crate::streams::Ports;
 use crate::transport::Transport;
@@ -36,6 +37,9 @@ pub enum Error {
     /// An id that is not one.
     #[error("container id {0:?} is not valid")]
     BadId(String),
+    /// The network cannot be made.
+    #[error(transparent)]
+    Network(#[from] network::Error),
     /// One container fails.
     #[error(transparent)]
     Container(#[from] container::Error),

@@ -9,8 +9,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use katana_protocol::agent::{
     self, Agent, ContainerRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
-    CreateSandboxRequest, Empty, ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, OomResponse,
-    ProcessRequest, ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio,
+    CreateSandboxRequest, Empty, ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, Network,
+    OomResponse, ProcessRequest, ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio,
     UpdateContainerRequest, WaitProcessResponse, create_agent,
 };
 use katana_protocol::{AGENT_PORT, DEBUG_CONSOLE_PORT};
@@ -29,7 +29,7 @@ use crate::reaper::Reaper;
 use crate::sandbox::{self, Sandbox, Settings};
 use crate::streams::{Ports, Stream};
 use crate::transport::Transport;
-use crate::{cgroup, console, cpus, init};
+use crate::{cgroup, console, cpus, init, network};
 
 /// Pause before the next try after the host refused a connection.
 const RECONNECT: Duration = Duration::from_secs(1);
@@ -125,7 +125,7 @@ fn status(error: &sandbox::Error) -> ttrpc::Error {
         sandbox::Error::NoContainer(_) => Code::NOT_FOUND,
         sandbox::Error::ContainerExists(_) => Code::ALREADY_EXISTS,
         sandbox::Error::BadId(_) => Code::INVALID_ARGUMENT,
-        sandbox::Error::Guest(..) => Code::INTERNAL,
+        sandbox::Error::Guest(..) | sandbox::Error::Network(_) => Code::INTERNAL,
         sandbox::Error::Container(error) => match error {
             C::Parse(_) | C::Invalid(_) | C::Seccomp(_) => Code::INVALID_ARGUMENT,
             C::Cgroup(cgroup::Error::Invalid(_)) | C::Devices(device_filter::Error::Rule(..)) => {
@@ -168,12 +168,25 @@ async fn to_the_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 's
     tokio::spawn(work).await.map_err(|e| ttrpc::Error::Others(e.to_string()))
 }
 
+async fn set_network(network: Network) -> ttrpc::Result<Empty> {
+    let configure = async move { network::configure(&network).await.map_err(|e| status(&e.into())) };
+    to_the_end(configure).await??;
+    Ok(Empty::new())
+}
+
 #[async_trait]
 impl Agent for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> ttrpc::Result<Empty> {
-        let CreateSandboxRequest { hostname, clock_ns, entropy, share_tag, .. } = request;
+        let CreateSandboxRequest { hostname, clock_ns, entropy, share_tag, network, .. } = request;
         sandbox::configure(&Settings { hostname, clock_ns, entropy, share_tag }).map_err(|e| status(&e))?;
-        Ok(Empty::new())
+        match network.into_option() {
+            Some(network) => set_network(network).await,
+            None => Ok(Empty::new()),
+        }
+    }
+
+    async fn update_network(&self, _: &TtrpcContext, network: Network) -> ttrpc::Result<Empty> {
+        set_network(network).await
     }
 
     async fn create_container(

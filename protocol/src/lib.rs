@@ -11,6 +11,7 @@ pub mod agent {
     pub use self::messages::agent_ttrpc::*;
 }
 
+pub mod netlink;
 pub mod vmm;
 
 /// The vsock port on the host to which the agent connects as soon as it can serve [`agent::Agent`].

@@ -29,7 +29,8 @@ pub struct Machine {
     pub pluggable_mib: u64,
     /// The whole kernel command line but for what the VMM itself must add (console, root device).
     pub kernel_params: String,
-    /// Number of virtio-net slots, link down until [`Request::AttachNet`].
+    /// Number of virtio-net slots, in which the guest sees no card until [`Request::AttachNet`].
+    /// They are the last functions on the PCI bus, in the order of their numbers.
     pub net_slots: u8,
     /// Number of virtio-blk slots, of capacity 0 until [`Request::AttachDisk`].
     pub disk_slots: u8,
@@ -62,14 +63,13 @@ pub enum Request {
         /// Refuse writes.
         read_only: bool,
     },
-    /// Gives a tap device to a network slot and raises its link. Descriptor: the tap. Answered by [`Event::Done`].
+    /// Gives a tap device to a network slot, in which the guest then finds a card if it looks. Descriptor: the tap.
+    /// Answered by [`Event::Done`].
     AttachNet {
         /// Slot number from 0.
         slot: u8,
         /// The card's address.
         mac: [u8; 6],
-        /// Largest packet, bytes.
-        mtu: u16,
     },
 }
 

@@ -68,14 +68,15 @@ impl Agent {
         }
     }
 
-    /// Clock, entropy, name and share of the pod.
-    pub async fn create_sandbox(&self, hostname: &str) -> Result<()> {
+    /// Clock, entropy, name, share and network of the pod.
+    pub async fn create_sandbox(&self, hostname: &str, network: api::Network) -> Result<()> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let request = api::CreateSandboxRequest {
             hostname: hostname.into(),
             clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             entropy: entropy()?,
             share_tag: SHARE_TAG.into(),
+            network: Some(network).into(),
             ..Default::default()
         };
         let client = self.client.clone();
@@ -88,6 +89,13 @@ impl Agent {
         let request = api::SetCpusRequest { count: count.into(), ..Default::default() };
         let client = self.client.clone();
         self.call("SetCpus", async move { client.set_cpus(limit(), &request).await }).await?;
+        Ok(())
+    }
+
+    /// Makes the guest's network be this.
+    pub async fn update_network(&self, network: api::Network) -> Result<()> {
+        let client = self.client.clone();
+        self.call("UpdateNetwork", async move { client.update_network(limit(), &network).await }).await?;
         Ok(())
     }
 

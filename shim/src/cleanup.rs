@@ -16,6 +16,7 @@ use crate::cgroup;
 use crate::error::{Error, Result, reason};
 use crate::events::timestamp;
 use crate::layout::{Identity, Layout, RUN, check_name};
+use crate::network;
 use crate::pidfd::{PidFd, ProcessId};
 use crate::process::KILLED;
 use crate::share;
@@ -23,12 +24,15 @@ use crate::share;
 /// How long a killed process may take to end.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
-/// Ends the VMM and removes mounts, directories and the cgroup. What fails is logged, the rest is done, and
+/// Ends the VMM, disconnects the network and removes mounts, directories and the cgroup. What fails is logged, the rest is done, and
 /// what was written down stays, so that it can be tried again. Blocks.
 pub fn remove(layout: &Layout) -> io::Result<()> {
     let state = layout.read();
     for process in state.iter().flat_map(|state| &state.vmm) {
         end(process);
+    }
+    if let Some(record) = state.as_ref().and_then(|state| state.network.as_ref()) {
+        network::remove(record);
     }
     share::destroy(&layout.share)?;
     if let Some(cgroup) = state.and_then(|state| state.cgroup) {
@@ -131,6 +135,7 @@ mod tests {
             // The second one's pid was written down with another start time: it has been reused.
             vmm: vec![id(&vmm), ProcessId { start: 1, ..id(&other) }],
             cgroup: Some("/sys/fs/cgroup/nowhere".into()),
+            network: None,
         };
         let reaper = std::thread::spawn(move || vmm.wait().unwrap());
         layout.write(&state).unwrap();

@@ -107,6 +107,10 @@ impl Container {
         container
             .run_hooks("creating", |hooks| [&hooks.prestart[..], &hooks.create_runtime].concat())
             .await?;
+        if container.spec.hooks.is_some() {
+            // That is where container engines without CNI set up a network.
+            container.sandbox.update_network().await?;
+        }
         let pid = container.agent.create_container(&container.id, guest_spec, streams.ports()).await?;
         container.init.exists(pid, streams);
         container.follow(&container.init);
@@ -194,6 +198,7 @@ impl Container {
 
     async fn start_init(self: &Arc<Self>) -> Result<()> {
         may_start(&self.init)?;
+        self.sandbox.starting().await?;
         self.agent.start_container(&self.id).await?;
         self.init.started();
         let (container_id, pid) = (self.id.clone(), self.sandbox.pid());

@@ -29,6 +29,18 @@ pub fn pass(command: &mut Command, fds: &[(BorrowedFd<'_>, RawFd)]) -> io::Resul
     Ok(())
 }
 
+/// Starts the child in this network namespace.
+pub fn enter_network(command: &mut Command, namespace: BorrowedFd<'_>) -> io::Result<()> {
+    let copy = duplicate(namespace)?;
+    // SAFETY: setns takes two integers and is async-signal-safe; the closure allocates nothing.
+    let enter = move || Errno::result(unsafe { libc::setns(copy.as_raw_fd(), libc::CLONE_NEWNET) }).map(drop);
+    // SAFETY: as above, and the child has one thread.
+    unsafe {
+        command.pre_exec(move || Ok(enter()?));
+    }
+    Ok(())
+}
+
 fn duplicate(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let copy = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(10))?;
     // SAFETY: the kernel has just made this descriptor for us.

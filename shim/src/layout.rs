@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::network::Record;
 use crate::pidfd::ProcessId;
 
 /// The root of everything that lives as long as pods do.
@@ -50,6 +51,8 @@ pub struct State {
     pub vmm: Vec<ProcessId>,
     /// The VMM's cgroup on the host.
     pub cgroup: Option<PathBuf>,
+    /// The network namespace, if it lives longer than the pod.
+    pub network: Option<Record>,
 }
 
 impl Identity {
@@ -164,6 +167,7 @@ mod tests {
             shim: me,
             vmm: vec![me],
             cgroup: Some("/x".into()),
+            network: None,
         };
         layout.write(&state).unwrap();
         assert_eq!(layout.read(), Some(state));

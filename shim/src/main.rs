@@ -18,6 +18,7 @@ mod logger;
 mod logger_binary;
 mod machine;
 mod mounts;
+mod network;
 mod pidfd;
 mod pod;
 mod ports;

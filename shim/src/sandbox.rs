@@ -3,11 +3,12 @@
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskOOM;
 use katana_config::Config;
-use katana_protocol::AGENT_PORT;
+use katana_protocol::{AGENT_PORT, agent as api};
 use tokio::sync::watch;
 
 use crate::agent::Agent;
@@ -17,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::layout::{Identity, Layout, State};
 use crate::machine;
+use crate::network::{Network, Record};
 use crate::pidfd::ProcessId;
 use crate::ports::{Ports, Waiter};
 use crate::share::Share;
@@ -38,6 +40,11 @@ pub struct Sandbox {
     /// The ports that the guest may connect to.
     pub ports: Arc<Ports>,
     vmm: Vmm,
+    network: Network,
+    /// The network as the guest knows it.
+    told: tokio::sync::Mutex<api::Network>,
+    /// Whether a container has been started; the pod's network is complete then.
+    started: AtomicBool,
     layout: Layout,
     agent: watch::Receiver<Option<Result<Agent>>>,
     bounds: Bounds,
@@ -75,20 +82,26 @@ impl Sandbox {
     async fn try_launch(launch: &Launch<'_>, layout: Layout, events: &Arc<Publisher>) -> Result<Arc<Self>> {
         let Launch { config, identity, spec, .. } = launch;
         let files = machine::open_files(config)?;
-        let cgroup = cgroup_of(spec, identity);
-        write_state(&layout, identity, cgroup.as_ref(), Vec::new())?;
+        let network = Network::open(spec, &identity.namespace).await?;
+        let record = Written {
+            layout: layout.clone(),
+            identity: (*identity).clone(),
+            cgroup: cgroup_of(spec, identity),
+            network: network.record(),
+        };
+        record.write(Vec::new())?;
         let path = layout.share.clone();
         let share = crate::blocking(move || Share::create(&path)).await?;
         let ports = Ports::new();
         let agent_port = ports.open(AGENT_PORT);
-        let vmm = Vmm::spawn(&config.hypervisor.path, Arc::clone(&ports), |pid| {
+        let vmm = Vmm::spawn(&config.hypervisor.path, network.namespace(), Arc::clone(&ports), |pid| {
             let process = i32::try_from(pid).ok().and_then(|pid| ProcessId::of(pid).ok());
-            write_state(&layout, identity, cgroup.as_ref(), process.into_iter().collect())?;
-            cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup::enter(cgroup, pid))
+            record.write(process.into_iter().collect())?;
+            record.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup::enter(cgroup, pid))
         })?;
         let bounds = Bounds::of(config);
         let size = bounds.size(&launch.limits);
-        let machine = machine::machine(config, &bounds, size.vcpus);
+        let machine = machine::machine(config, &bounds, size.vcpus, network.slots());
         let (vcpus, mib) = (machine.vcpus, machine.memory_mib);
         log::info!("boot a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
         let directory = share.open()?;
@@ -99,10 +112,12 @@ impl Sandbox {
             vmm.plug_memory(size.plugged_mib)?;
         }
 
-        tokio::spawn(record_processes(vmm.processes(), layout.clone(), (*identity).clone(), cgroup));
+        tokio::spawn(record.follow(vmm.processes()));
         let (sender, agent) = watch::channel(None);
-        let (share, size) = (Arc::new(share), tokio::sync::Mutex::new(size));
-        let sandbox = Arc::new(Self { share, ports, vmm, layout, agent, bounds, size });
+        let (share, told, started) = (Arc::new(share), tokio::sync::Mutex::default(), AtomicBool::new(false));
+        let size = tokio::sync::Mutex::new(size);
+        let sandbox =
+            Arc::new(Self { share, ports, vmm, network, told, started, layout, agent, bounds, size });
         let limit = Duration::from_secs(u64::from(config.agent.dial_timeout.max(1)));
         let hostname = spec.hostname.clone().unwrap_or_default();
         let (connecting, events) = (Arc::clone(&sandbox), Arc::clone(events));
@@ -116,8 +131,18 @@ impl Sandbox {
         Ok(sandbox)
     }
 
-    /// Waits for the agent's connection and introduces the pod to it.
+    /// Connects the network while the guest boots, and introduces the pod to the agent.
     async fn connect(&self, port: Waiter, limit: Duration, hostname: &str) -> Result<Agent> {
+        let mut told = self.told.lock().await;
+        let (agent, network) = tokio::join!(self.connect_agent(port, limit), self.network.connect(&self.vmm));
+        // Whatever was wrong with the network, that there is no agent says more.
+        let (agent, network) = (agent?, network?);
+        agent.create_sandbox(hostname, network.clone()).await?;
+        *told = network;
+        Ok(agent)
+    }
+
+    async fn connect_agent(&self, port: Waiter, limit: Duration) -> Result<Agent> {
         let mut ended = self.vmm.ended();
         let Ok(connection) = tokio::time::timeout(limit, port.connection()).await else {
             let end = self.vmm.stop(LAST_WORDS).await;
@@ -127,9 +152,36 @@ impl Sandbox {
         let Some(connection) = connection else {
             return Err(Error::Unavailable(wait_end(&mut ended).await.to_string()));
         };
-        let agent = Agent::new(connection, ended)?;
-        agent.create_sandbox(hostname).await?;
-        Ok(agent)
+        Agent::new(connection, ended)
+    }
+
+    /// Brings the guest's network up to date, after something may have changed it on the host.
+    ///
+    /// On a task of its own: it must not stop halfway when containerd drops its request.
+    pub async fn update_network(self: &Arc<Self>) -> Result<()> {
+        let sandbox = Arc::clone(self);
+        let updated = tokio::spawn(async move { sandbox.try_update_network().await });
+        updated.await.map_err(|e| Error::Host(format!("network: {e}")))?
+    }
+
+    async fn try_update_network(&self) -> Result<()> {
+        let agent = self.agent().await?;
+        let mut told = self.told.lock().await;
+        let network = self.network.connect(&self.vmm).await?;
+        if *told != network {
+            agent.update_network(network.clone()).await?;
+            *told = network;
+        }
+        Ok(())
+    }
+
+    /// To be called before a container's start. Before the first one, clients add to the pod's network.
+    pub async fn starting(self: &Arc<Self>) -> Result<()> {
+        if !self.started.load(Ordering::Relaxed) {
+            self.update_network().await?;
+            self.started.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// Waits until the VMM is in its jail. What is mounted below the share from now on appears there; before, a
@@ -195,39 +247,40 @@ fn cgroup_of(spec: &Spec, identity: &Identity) -> Option<PathBuf> {
     cgroup::path(spec.linux.as_ref()?.cgroups_path.as_deref(), &identity.sandbox)
 }
 
-fn write_state(
-    layout: &Layout,
-    identity: &Identity,
-    cgroup: Option<&PathBuf>,
-    vmm: Vec<ProcessId>,
-) -> Result<()> {
-    let pid = i32::try_from(std::process::id()).unwrap_or_default();
-    let written = ProcessId::of(pid).and_then(|shim| {
-        layout.write(&State {
-            namespace: identity.namespace.clone(),
-            sandbox: identity.sandbox.clone(),
-            shim,
-            vmm,
-            cgroup: cgroup.cloned(),
-        })
-    });
-    written.map_err(|e| Error::io(layout.state.display(), &e))
-}
-
-/// Writes the VMM's processes down as they become known.
-async fn record_processes(
-    mut processes: watch::Receiver<Vec<ProcessId>>,
+/// What is written down of a pod, but for its processes.
+struct Written {
     layout: Layout,
     identity: Identity,
     cgroup: Option<PathBuf>,
-) {
-    while processes.changed().await.is_ok() {
-        let processes = processes.borrow_and_update().clone();
-        // Once the state is gone the pod is, and must not come back.
-        if layout.read().is_some()
-            && let Err(e) = write_state(&layout, &identity, cgroup.as_ref(), processes)
-        {
-            log::error!("{e}");
+    network: Option<Record>,
+}
+
+impl Written {
+    fn write(&self, vmm: Vec<ProcessId>) -> Result<()> {
+        let pid = i32::try_from(std::process::id()).unwrap_or_default();
+        let written = ProcessId::of(pid).and_then(|shim| {
+            self.layout.write(&State {
+                namespace: self.identity.namespace.clone(),
+                sandbox: self.identity.sandbox.clone(),
+                shim,
+                vmm,
+                cgroup: self.cgroup.clone(),
+                network: self.network.clone(),
+            })
+        });
+        written.map_err(|e| Error::io(self.layout.state.display(), &e))
+    }
+
+    /// Writes the VMM's processes down as they become known.
+    async fn follow(self, mut processes: watch::Receiver<Vec<ProcessId>>) {
+        while processes.changed().await.is_ok() {
+            let processes = processes.borrow_and_update().clone();
+            // Once the state is gone the pod is, and must not come back.
+            if self.layout.read().is_some()
+                && let Err(e) = self.write(processes)
+            {
+                log::error!("{e}");
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ use nix::sys::wait::WaitStatus;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncBufReadExt, BufReader, Interest};
 use tokio::net::unix::pipe;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::error::{Error, Result, one_line};
@@ -32,6 +32,8 @@ const TAIL: usize = 10;
 /// A VMM process.
 pub struct Vmm {
     control: Arc<AsyncFd<OwnedFd>>,
+    /// The answers to requests to attach; whoever has asked takes the next one.
+    answers: tokio::sync::Mutex<mpsc::UnboundedReceiver<Option<String>>>,
     processes: watch::Receiver<Vec<ProcessId>>,
     running: watch::Receiver<bool>,
     plugged: watch::Receiver<u64>,
@@ -58,11 +60,16 @@ impl std::fmt::Display for End {
 type Said = Arc<Mutex<VecDeque<String>>>;
 
 impl Vmm {
-    /// Starts the VMM. `spawned` is called with its pid before it is told anything, so that all it does
-    /// happens in its cgroup and after its pid is written down.
+    /// Starts the VMM in a network namespace. `spawned` is called with its pid before it is told anything, so that all
+    /// it does happens in its cgroup and after its pid is written down.
     ///
     /// The VMM ends with the thread that calls this (PR_SET_PDEATHSIG), so it must be the one that serves.
-    pub fn spawn(program: &Path, ports: Arc<Ports>, spawned: impl FnOnce(u32) -> Result<()>) -> Result<Self> {
+    pub fn spawn(
+        program: &Path,
+        network: BorrowedFd<'_>,
+        ports: Arc<Ports>,
+        spawned: impl FnOnce(u32) -> Result<()>,
+    ) -> Result<Self> {
         let failed = |e: &io::Error| Error::io(format_args!("start \"{}\"", program.display()), e);
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
@@ -75,6 +82,7 @@ impl Vmm {
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
         fds::pass(&mut command, &[(theirs.as_fd(), CONTROL_FD)]).map_err(|e| failed(&e))?;
+        fds::enter_network(&mut command, network).map_err(|e| failed(&e))?;
         let mut child = command.spawn().map_err(|e| failed(&e))?;
         // The command holds a copy as well, and only the VMM's must be left.
         drop((theirs, command));
@@ -112,8 +120,9 @@ impl Vmm {
         let (runs, running) = watch::channel(false);
         let (plugs, plugged) = watch::channel(0);
         let (end, ended) = watch::channel(None);
+        let (answer, answers) = mpsc::unbounded_channel();
         let listener =
-            Listener { control: Arc::clone(&control), process, ports, said, log, pids, runs, plugs };
+            Listener { control: Arc::clone(&control), process, ports, said, log, pids, runs, plugs, answer };
         tokio::spawn(async move {
             let ports = Arc::clone(&listener.ports);
             let told = listener.run().await;
@@ -121,7 +130,7 @@ impl Vmm {
             ports.close();
             end.send_replace(Some(Arc::new(told)));
         });
-        Ok(Self { control, processes, running, plugged, ended })
+        Ok(Self { control, answers: answers.into(), processes, running, plugged, ended })
     }
 
     /// Tells the VMM to boot a machine.
@@ -139,6 +148,21 @@ impl Vmm {
     /// Follows what the guest has plugged, in MiB.
     pub fn plugged(&self) -> watch::Receiver<u64> {
         self.plugged.clone()
+    }
+
+    /// Gives a tap to a network slot. The VMM serves requests in their order, so it need not run yet.
+    /// Must be awaited to the end: the next one would take this one's answer for its own.
+    pub async fn attach_net(&self, slot: u8, mac: [u8; 6], tap: OwnedFd) -> Result<()> {
+        let mut answers = self.answers.lock().await;
+        vmm::send(self.control.get_ref(), &Request::AttachNet { slot, mac }, &[tap.as_fd()])
+            .map_err(|e| Error::Unavailable(format!("kata-vmm: {e}")))?;
+        // A tap is gone when nobody holds it any more, which is to be the VMM's doing alone.
+        drop(tap);
+        match answers.recv().await {
+            Some(None) => Ok(()),
+            Some(Some(why)) => Err(Error::Host(format!("kata-vmm: {}", one_line(&why)))),
+            None => Err(Error::Unavailable(wait_end(&mut self.ended()).await.to_string())),
+        }
     }
 
     /// The VMM's process on the host, the jailed one once it is known.
@@ -226,6 +250,7 @@ struct Listener {
     pids: watch::Sender<Vec<ProcessId>>,
     runs: watch::Sender<bool>,
     plugs: watch::Sender<u64>,
+    answer: mpsc::UnboundedSender<Option<String>>,
 }
 
 impl Listener {
@@ -250,7 +275,8 @@ impl Listener {
                     self.plugs.send_replace(mib);
                 }
                 Ok((Event::Done(outcome), _)) => {
-                    log::warn!("an answer from the VMM without a question: {outcome:?}");
+                    // Without a receiver, nobody will ask again.
+                    let _ = self.answer.send(outcome);
                 }
                 Err(vmm::Error::Closed) => break None,
                 Err(e) => {

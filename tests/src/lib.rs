@@ -1,17 +1,20 @@
 //! What the end-to-end tests and the benchmark share: they drive containerd's own `ctr` as a user would, and look at
 //! the host from outside.
 
+pub mod bundle;
 pub mod command;
 pub mod configuration;
 pub mod container;
 pub mod environment;
 pub mod events;
 pub mod host;
+pub mod network;
 pub mod process;
 pub mod scratch;
 pub mod terminal;
 pub mod turn;
 
+pub use bundle::Bundle;
 pub use command::{Command, Output, Running};
 pub use configuration::Configuration;
 pub use container::{Container, Run, ctr};

@@ -75,8 +75,6 @@ enum Refused {
     Running,
     #[error("request without its descriptor")]
     Descriptor,
-    #[error("no memory can be plugged")]
-    NoMemory,
     #[error("disk slot {0}: there is no such slot")]
     NoDisk(u8),
     #[error("network slot {0}: there is no such slot")]
@@ -107,16 +105,15 @@ impl ControlService {
             Request::AttachDisk { slot, read_only } => {
                 fd.and_then(|fd| self.attach_disk(slot, read_only, fd))
             }
-            // Address and MTU are the agent's to set: a driver looks for them only once, long before there is a tap.
-            Request::AttachNet { slot, .. } => fd.and_then(|fd| self.attach_net(slot, fd)),
-            Request::PlugMemory { mib } => match &self.slots.memory {
+            Request::AttachNet { slot, mac } => fd.and_then(|fd| self.attach_net(slot, mac, fd)),
+            Request::PlugMemory { mib } => {
                 // The answer comes from the device, once the guest has followed.
-                Some(memory) => {
-                    lock(memory).request(mib.saturating_mul(1 << 20));
-                    return Ok(());
+                match &self.slots.memory {
+                    Some(memory) => lock(memory).request(mib.saturating_mul(1 << 20)),
+                    None => log::warn!("{mib} MiB are to be plugged, and no memory can be"),
                 }
-                None => Err(Refused::NoMemory),
-            },
+                return Ok(());
+            }
             Request::Connect { port } => {
                 // The answer is the connection itself: it opens, or it is closed.
                 let Ok(fd) = fd else { return Ok(()) };
@@ -134,9 +131,11 @@ impl ControlService {
         lock(disk).attach(fd.into(), read_only).map_err(|error| Refused::Disk { slot, error })
     }
 
-    fn attach_net(&self, slot: u8, fd: OwnedFd) -> Result<(), Refused> {
+    fn attach_net(&self, slot: u8, mac: [u8; 6], fd: OwnedFd) -> Result<(), Refused> {
         let net = self.slots.nets.get(usize::from(slot)).ok_or(Refused::NoNet(slot))?;
-        lock(net).attach(fd).map_err(|error| Refused::Net { slot, error })
+        lock(&net.card).attach(fd, mac).map_err(|error| Refused::Net { slot, error })?;
+        net.function.show(true);
+        Ok(())
     }
 }
 

@@ -109,9 +109,18 @@ pub struct Slots {
     /// Disk slots.
     pub disks: Vec<Arc<Mutex<Blk>>>,
     /// Network slots.
-    pub nets: Vec<Arc<Mutex<Net>>>,
+    pub nets: Vec<NetSlot>,
     /// Memory that can be plugged, if there is any.
     pub memory: Option<Arc<Mutex<Mem>>>,
+}
+
+/// A place for a network card. The guest sees a card in it once it is attached: a card's driver asks for address and
+/// link when it starts, and a card without a network would be one more interface in every container.
+pub struct NetSlot {
+    /// The card.
+    pub card: Arc<Mutex<Net>>,
+    /// Its function on the bus.
+    pub function: Arc<VirtioPci>,
 }
 
 /// A machine that is put together but does not run yet.
@@ -164,8 +173,7 @@ impl Machine {
             pluggable.map(|range| devices.add("virtio-mem", Mem::new(range, plugged))).transpose()?;
         let disk = |slot| devices.add("virtio-blk", Blk::new(&format!("disk{slot}")));
         let disks = (0..shape.disk_slots).map(disk).collect::<Result<_, _>>()?;
-        let net = |slot| devices.add("virtio-net", Net::new([0x02, 0, 0, 0, 0, slot]));
-        let nets = (0..shape.net_slots).map(net).collect::<Result<_, _>>()?;
+        let nets = (0..shape.net_slots).map(|_| devices.add_net_slot()).collect::<Result<_, _>>()?;
 
         let end = Arc::new(End::new().map_err(|error| Error::Host { what: "eventfd", error })?);
         let Devices { vm, pci, addresses, mut events, .. } = devices;
@@ -253,6 +261,23 @@ impl Devices {
     where
         D: VirtioDevice + 'static,
     {
+        Ok(self.place(name, device)?.0)
+    }
+
+    fn add_net_slot(&mut self) -> Result<NetSlot, Error> {
+        let (card, function) = self.place("virtio-net", Net::new())?;
+        function.show(false);
+        Ok(NetSlot { card, function })
+    }
+
+    fn place<D>(
+        &mut self,
+        name: &'static str,
+        device: io::Result<D>,
+    ) -> Result<(Arc<Mutex<D>>, Arc<VirtioPci>), Error>
+    where
+        D: VirtioDevice + 'static,
+    {
         let device = device.map_err(|error| Error::Device { device: name, error })?;
         let slot = self.pci.next_slot().ok_or(Error::Slots)?;
         let bar = BARS as u32 + slot as u32 * BAR_SIZE;
@@ -269,9 +294,9 @@ impl Devices {
             self.vm.add_doorbell(&doorbell)?;
         }
         self.addresses.insert(u64::from(bar)..u64::from(bar) + u64::from(BAR_SIZE), function.clone())?;
-        self.pci.push(function);
+        self.pci.push(function.clone());
         self.events.add_subscriber(Box::new(shared));
-        Ok(device)
+        Ok((device, function))
     }
 }
 

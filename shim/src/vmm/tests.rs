@@ -11,9 +11,13 @@ fn program(name: &str, script: &str) -> PathBuf {
     path
 }
 
+fn own_network() -> fs::File {
+    fs::File::open("/proc/self/ns/net").unwrap()
+}
+
 async fn run(name: &str, script: &str) -> Arc<End> {
     let path = program(name, script);
-    let vmm = Vmm::spawn(&path, Ports::new(), |_| Ok(())).unwrap();
+    let vmm = Vmm::spawn(&path, own_network().as_fd(), Ports::new(), |_| Ok(())).unwrap();
     let end = tokio::time::timeout(Duration::from_secs(10), wait_end(&mut vmm.ended())).await.unwrap();
     fs::remove_file(path).unwrap();
     end
@@ -21,7 +25,9 @@ async fn run(name: &str, script: &str) -> Arc<End> {
 
 #[tokio::test]
 async fn a_vmm_that_cannot_be_started_is_named() {
-    let error = Vmm::spawn(Path::new("/nowhere/kata-vmm"), Ports::new(), |_| Ok(())).err().unwrap();
+    let error = Vmm::spawn(Path::new("/nowhere/kata-vmm"), own_network().as_fd(), Ports::new(), |_| Ok(()))
+        .err()
+        .unwrap();
     assert_eq!(error.to_string(), "start \"/nowhere/kata-vmm\": No such file or directory");
 }
 

@@ -314,8 +314,10 @@ fn bundle(directory: &Path, id: &str, changes: &Value) -> PathBuf {
         nix::unistd::mkfifo(&bundle.join("log"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         relay_log(&bundle.join("log"), LOGS.fetch_add(1, Ordering::Relaxed));
     }
-    let namespaces: Vec<_> =
-        ["mount", "pid", "ipc", "uts", "cgroup"].iter().map(|kind| json!({"type": kind})).collect();
+    let namespaces: Vec<_> = ["mount", "pid", "ipc", "uts", "cgroup", "network"]
+        .iter()
+        .map(|kind| json!({"type": kind}))
+        .collect();
     let mut spec = json!({
         "ociVersion": "1.2.0",
         "root": {"path": "rootfs"},

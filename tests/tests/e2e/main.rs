@@ -10,6 +10,7 @@ mod failures;
 mod guest;
 mod io;
 mod leaks;
+mod network;
 mod run;
 mod size;
 mod task;

@@ -1,8 +1,7 @@
 //! `ctr run` and its options.
 
 use katana_tests::turn::shared;
-use katana_tests::{BUSYBOX, CGROUP_MOUNT, ENTER_CGROUP, Run, Scratch, ctr};
-use nix::mount::umount;
+use katana_tests::{BUSYBOX, Bundle, CGROUP_MOUNT, ENTER_CGROUP, Run, Scratch, ctr};
 
 use crate::guest;
 
@@ -159,20 +158,13 @@ fn memory_and_cpu_limits_are_in_the_containers_cgroup() {
 #[test]
 fn limits_and_settings_that_only_a_specification_can_give() {
     let _turn = shared();
-    let scratch = Scratch::new();
-    let root = scratch.directory("root");
-    let root_text = root.display().to_string();
-    ctr(&["images", "mount", "--rw", BUSYBOX, &root_text]).output().ok();
-    let mut spec: serde_json::Value =
-        serde_json::from_slice(&ctr(&["oci", "spec"]).output().ok().stdout).expect("JSON");
     let script = "echo pids=$(cat /sys/fs/cgroup/pids.max); echo low=$(cat /sys/fs/cgroup/memory.low)
         echo files=$(ulimit -n); echo hard=$(ulimit -Hn); echo oom=$(cat /proc/self/oom_score_adj)
         echo sysctl=$(cat /proc/sys/net/ipv4/ip_local_port_range | tr '\\t' ' '); echo umask=$(umask); echo root=$(cat /proc/self/cgroup)
         echo masked=$(wc -c < /proc/version); touch /proc/sys/kernel/domainname 2>/dev/null || echo readonly=yes
         for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do sleep 5 & done 2>&1; echo unreachable=no";
-    spec["root"]["path"] = root_text.as_str().into();
-    spec["root"]["readonly"] = false.into();
-    spec["process"]["args"] = serde_json::json!(["/bin/sh", "-c", script]);
+    let mut bundle = Bundle::new(script);
+    let spec = &mut bundle.spec;
     spec["process"]["rlimits"] = serde_json::json!([{"type": "RLIMIT_NOFILE", "soft": 333, "hard": 444}]);
     spec["process"]["oomScoreAdj"] = 123.into();
     spec["process"]["user"]["umask"] = 0o027.into();
@@ -184,12 +176,7 @@ fn limits_and_settings_that_only_a_specification_can_give() {
     spec["linux"]["maskedPaths"] = serde_json::json!(["/proc/version"]);
     spec["linux"]["resources"]["pids"] = serde_json::json!({"limit": 17});
     spec["linux"]["resources"]["unified"] = serde_json::json!({"memory.low": "1048576"});
-    spec["linux"]["cgroupsPath"] = format!("/katana-e2e/{}", std::process::id()).into();
-    let path = scratch.file("spec.json", spec.to_string());
-    let output = Run::new(BUSYBOX).options(&format!("--config {}", path.display())).spawn().finish();
-    // Unmounting is what the next run of these tests relies on, also after a failure.
-    let unmounted = umount(&root);
-    let removed = ctr(&["snapshots", "rm", &root_text]).output();
+    let output = bundle.run().spawn().finish();
     let output = output.expect_values(&[
         ("pids", "17"),
         ("low", "1048576"),
@@ -203,8 +190,6 @@ fn limits_and_settings_that_only_a_specification_can_give() {
         ("readonly", "yes"),
     ]);
     assert!(output.text().contains("an't fork"), "the seventeenth process must be refused\n{output}");
-    unmounted.expect("unmount the root file system");
-    removed.ok();
 }
 
 #[test]

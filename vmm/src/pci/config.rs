@@ -66,7 +66,8 @@ impl ConfigSpace {
         space
     }
 
-    fn put(&mut self, at: usize, bytes: &[u8]) {
+    /// Sets what the driver reads.
+    pub fn put(&mut self, at: usize, bytes: &[u8]) {
         self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
     }
 

@@ -58,6 +58,13 @@ pub struct VirtioPci {
     queues: Vec<(Arc<EventFd>, Arc<Source>)>,
     msix_capability: usize,
     window_capability: usize,
+    structures: Vec<Structure>,
+}
+
+/// Where a capability says which structure it is for, and which that is.
+struct Structure {
+    at: usize,
+    kind: u8,
 }
 
 /// A doorbell: a write to `address`, whatever its value, must make `event` readable.
@@ -120,7 +127,8 @@ impl VirtioPci {
         };
         let config_interrupt = source(ISR_CONFIG, Some(generation.clone()));
         let queues = kicks.into_iter().map(|kick| (Arc::new(kick), source(ISR_QUEUE, None))).collect();
-        let (space, msix_capability, window_capability) = config_space(kind, address, msix.vectors());
+        let Layout { space, msix: msix_capability, window: window_capability, structures } =
+            config_space(kind, address, msix.vectors());
         Self {
             device,
             memory,
@@ -133,6 +141,17 @@ impl VirtioPci {
             queues,
             msix_capability,
             window_capability,
+            structures,
+        }
+    }
+
+    /// Shows the structures to drivers, or hides them. A function without them is one that no driver takes (4.1.4:
+    /// a driver ignores structures of a type that it does not know), but its place on the bus and its addresses are
+    /// assigned when the guest boots. A driver that looks for the first time when they are shown finds a new device.
+    pub fn show(&self, shown: bool) {
+        let mut space = lock(&self.space);
+        for structure in &self.structures {
+            space.put(structure.at, &[if shown { structure.kind } else { 0 }]);
         }
     }
 
@@ -216,8 +235,15 @@ impl VirtioPci {
 /// Where the window's data are in its capability.
 const WINDOW_DATA: usize = 16;
 
-/// The configuration space of a device, and where in it MSI-X and the window to the BAR are.
-fn config_space(kind: u32, address: u32, vectors: u16) -> (ConfigSpace, usize, usize) {
+/// The configuration space of a device, and where in it MSI-X, the window to the BAR and the structures' types are.
+struct Layout {
+    space: ConfigSpace,
+    msix: usize,
+    window: usize,
+    structures: Vec<Structure>,
+}
+
+fn config_space(kind: u32, address: u32, vectors: u16) -> Layout {
     let mut space = ConfigSpace::new(&Identity {
         vendor: VENDOR,
         device: DEVICE_ID_BASE + kind as u16,
@@ -226,30 +252,30 @@ fn config_space(kind: u32, address: u32, vectors: u16) -> (ConfigSpace, usize, u
         subsystem: 0x40,
     });
     space.set_bar(address, BAR_SIZE);
-    let structure = |kind: u8, offset: u64, length: u64, more: &[u8]| {
+    let mut structures = Vec::new();
+    let mut add = |kind: u8, offset: u64, length: u64, more: &[u8], writable: &[u8]| {
         let mut body = vec![16 + more.len() as u8, kind, 0, 0, 0, 0];
         body.extend_from_slice(&(offset as u32).to_le_bytes());
         body.extend_from_slice(&(length as u32).to_le_bytes());
         body.extend_from_slice(more);
-        body
+        let start = space.add_capability(CAPABILITY_VENDOR, &body, writable);
+        structures.push(Structure { at: start + 3, kind });
+        start
     };
-    space.add_capability(CAPABILITY_VENDOR, &structure(kind::COMMON, COMMON, COMMON_SIZE, &[]), &[]);
-    space.add_capability(CAPABILITY_VENDOR, &structure(kind::ISR, ISR, 1, &[]), &[]);
-    space.add_capability(CAPABILITY_VENDOR, &structure(kind::DEVICE, DEVICE, PAGE, &[]), &[]);
-    let multiplier = (NOTIFY_MULTIPLIER as u32).to_le_bytes();
-    space.add_capability(CAPABILITY_VENDOR, &structure(kind::NOTIFY, NOTIFY, PAGE, &multiplier), &[]);
-
-    let window = structure(kind::PCI, 0, 0, &[0; 4]);
+    add(kind::COMMON, COMMON, COMMON_SIZE, &[], &[]);
+    add(kind::ISR, ISR, 1, &[], &[]);
+    add(kind::DEVICE, DEVICE, PAGE, &[], &[]);
+    add(kind::NOTIFY, NOTIFY, PAGE, &(NOTIFY_MULTIPLIER as u32).to_le_bytes(), &[]);
     // The driver writes bar, offset and length, then reads or writes the data.
     let mut writable = vec![0, 0, 0xff, 0, 0, 0];
     writable.extend_from_slice(&[0xff; 12]);
-    let window = space.add_capability(CAPABILITY_VENDOR, &window, &writable);
+    let window = add(kind::PCI, 0, 0, &[0; 4], &writable);
 
     let mut body = vectors.wrapping_sub(1).to_le_bytes().to_vec();
     body.extend_from_slice(&(TABLE as u32).to_le_bytes());
     body.extend_from_slice(&(PENDING as u32).to_le_bytes());
     let msix = space.add_capability(CAPABILITY_MSIX, &body, &CONTROL_WRITABLE.to_le_bytes());
-    (space, msix, window)
+    Layout { space, msix, window, structures }
 }
 
 /// Class codes, for tools that print them; drivers go by the device id.

@@ -1,11 +1,10 @@
 //! virtio-net (virtio 1.2, 5.1): a slot for a network card whose tap may come later.
 //!
-//! Wiring: `Net::new(mac)` makes a card with its link down. `attach(tap)`, on the device thread, connects it to a tap
-//! that was opened with IFF_VNET_HDR and raises the link.
+//! Wiring: `Net::new()` makes a card with its link down. `attach(tap, mac)`, on the device thread, connects it to a tap
+//! that was opened with IFF_VNET_HDR, gives it its address and raises the link.
 //!
-//! The card's address and MTU are the guest's to set once it knows them: Linux takes either from the configuration
-//! space only while it probes the device, and that is long before a network is attached. So the address here
-//! is a preliminary one, and F_MTU, which would limit what can be set later, is not offered.
+//! Linux takes address and MTU from the configuration space only while it probes the device, so a slot is hidden from
+//! the guest until it is attached. F_MTU is not offered: it would limit what can be set later.
 //!
 //! Packets move between tap and guest memory without a copy in between, with the 12 bytes of virtio_net_hdr that
 //! the tap itself writes and reads.
@@ -82,19 +81,19 @@ pub enum AttachError {
 }
 
 impl Net {
-    /// A card without a network, known to the guest by `mac` until that sets another one.
+    /// A card without a network.
     ///
     /// # Errors
     /// When the process is out of descriptors.
-    pub fn new(mac: [u8; 6]) -> io::Result<Self> {
-        Ok(Self { base: Base::new("net")?, mac, tap: None })
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { base: Base::new("net")?, mac: [0; 6], tap: None })
     }
 
-    /// Connects the card to `tap` and raises its link.
+    /// Connects the card to `tap`, gives it its address and raises its link.
     ///
     /// # Errors
     /// When the card is connected already, or it is not a tap with IFF_VNET_HDR.
-    pub fn attach(&mut self, tap: OwnedFd) -> Result<(), AttachError> {
+    pub fn attach(&mut self, tap: OwnedFd, mac: [u8; 6]) -> Result<(), AttachError> {
         if self.tap.is_some() {
             return Err(AttachError::InUse);
         }
@@ -104,11 +103,11 @@ impl Net {
         if unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) } != 0 {
             return Err(AttachError::Tap("TUNSETVNETHDRSZ", io::Error::last_os_error()));
         }
-        self.connect(tap)
+        self.connect(tap, mac)
     }
 
     /// The part of [`Self::attach`] for which anything does that keeps packets apart.
-    fn connect(&mut self, tap: OwnedFd) -> Result<(), AttachError> {
+    fn connect(&mut self, tap: OwnedFd, mac: [u8; 6]) -> Result<(), AttachError> {
         fcntl(&tap, FcntlArg::F_GETFL)
             .and_then(|flags| {
                 fcntl(&tap, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK))
@@ -118,6 +117,7 @@ impl Net {
             .sources()
             .add(tap.as_fd(), TAP, EventSet::IN | EventSet::OUT)
             .map_err(|error| AttachError::Tap("epoll", error))?;
+        self.mac = mac;
         self.tap = Some(Tap { fd: tap, readable: false, offloads: 0 });
         self.base.config_changed();
         Ok(())

@@ -12,8 +12,8 @@ const BUFFERS: u64 = 0x10_0000;
 fn bench(features: u64) -> (Bench<Net>, UnixDatagram) {
     let (near, far) = UnixDatagram::pair().unwrap();
     near.set_nonblocking(true).unwrap();
-    let mut bench = Bench::new(Net::new([2, 0, 0, 0, 0, 1]).unwrap());
-    bench.device().connect(far.into()).unwrap();
+    let mut bench = Bench::new(Net::new().unwrap());
+    bench.device().connect(far.into(), [2, 0, 0, 0, 0, 1]).unwrap();
     bench.activate(features);
     (bench, near)
 }
@@ -29,21 +29,21 @@ fn fill(bench: &mut Bench<Net>, count: u16, length: u32) {
 
 #[test]
 fn the_link_comes_up_with_the_tap() {
-    let mut bench = Bench::new(Net::new([2, 1, 2, 3, 4, 5]).unwrap());
+    let mut bench = Bench::new(Net::new().unwrap());
     bench.activate(0);
-    assert_eq!(bench.config(0, 9), [2, 1, 2, 3, 4, 5, 0, 0, 0]);
+    assert_eq!(bench.config(0, 9), [0; 9]);
     let packet = bench.data(&[0; 60]);
     bench.offer(TRANSMIT, &[(packet, 60, READ)]);
     assert_eq!(bench.used(TRANSMIT), Some((0, 0)));
 
     let (_near, far) = UnixDatagram::pair().unwrap();
-    bench.device().connect(far.into()).unwrap();
-    assert_eq!((bench.config(6, 2), bench.config_interrupts()), (vec![1, 0], 1));
+    bench.device().connect(far.into(), [2, 1, 2, 3, 4, 5]).unwrap();
+    assert_eq!((bench.config(0, 8), bench.config_interrupts()), (vec![2, 1, 2, 3, 4, 5, 1, 0], 1));
     let (_, other) = UnixDatagram::pair().unwrap();
-    assert!(matches!(bench.device().attach(other.into()), Err(AttachError::InUse)));
-    let mut card = Net::new([0; 6]).unwrap();
+    assert!(matches!(bench.device().attach(other.into(), [0; 6]), Err(AttachError::InUse)));
+    let mut card = Net::new().unwrap();
     let (_, no_tap) = UnixDatagram::pair().unwrap();
-    assert!(matches!(card.attach(no_tap.into()), Err(AttachError::Tap("TUNGETIFF", _))));
+    assert!(matches!(card.attach(no_tap.into(), [0; 6]), Err(AttachError::Tap("TUNGETIFF", _))));
 }
 
 #[test]
@@ -180,8 +180,8 @@ fn tap(name: &[u8], flags: libc::c_int) -> Option<OwnedFd> {
 fn a_real_tap_carries_packets() {
     let needed = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let Some(tap) = tap(b"ktest0", needed) else { return };
-    let mut bench = Bench::new(Net::new([2, 0, 0, 0, 0, 1]).unwrap());
-    bench.device().attach(tap).unwrap();
+    let mut bench = Bench::new(Net::new().unwrap());
+    bench.device().attach(tap, [2, 0, 0, 0, 0, 1]).unwrap();
     let features = bench.device().features();
     bench.activate(features);
     bench.memory.write_slice(&[0; 12], GuestAddress(BUFFERS)).unwrap();
@@ -194,5 +194,5 @@ fn a_real_tap_carries_packets() {
 #[test]
 fn a_tap_without_the_header_is_refused() {
     let Some(tap) = tap(b"ktest1", libc::IFF_TAP | libc::IFF_NO_PI) else { return };
-    assert!(matches!(Net::new([0; 6]).unwrap().attach(tap), Err(AttachError::Flags(0x1002))));
+    assert!(matches!(Net::new().unwrap().attach(tap, [0; 6]), Err(AttachError::Flags(0x1002))));
 }

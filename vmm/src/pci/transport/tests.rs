@@ -321,3 +321,35 @@ fn doorbells_are_where_the_driver_rings() {
     bench.function.write(0x16, &[1, 0]);
     assert_eq!(bench.get::<2>(0x1e), [1, 0]);
 }
+
+/// What a driver looks for: the types of the structures in the list of capabilities.
+fn structures(function: &VirtioPci) -> Vec<u8> {
+    let byte = |at: u8| {
+        let mut data = [0];
+        function.read_config(at.into(), &mut data);
+        data[0]
+    };
+    let mut found = Vec::new();
+    let mut at = byte(0x34);
+    while at != 0 {
+        if byte(at) == CAPABILITY_VENDOR {
+            found.push(byte(at + 3));
+        }
+        at = byte(at + 1);
+    }
+    found
+}
+
+#[test]
+fn a_hidden_function_has_no_structures_but_keeps_its_place() {
+    let bench = bench();
+    let all = structures(&bench.function);
+    assert_eq!(all, [kind::COMMON, kind::ISR, kind::DEVICE, kind::NOTIFY, kind::PCI]);
+    bench.function.show(false);
+    assert_eq!(structures(&bench.function), [0; 5]);
+    let mut bar = [0; 4];
+    bench.function.read_config(0x10, &mut bar);
+    assert_eq!(bar, 0xe000_0000_u32.to_le_bytes());
+    bench.function.show(true);
+    assert_eq!(structures(&bench.function), all);
+}

@@ -1,0 +1,60 @@
+//! Containers for which `ctr run` has no options: those of a specification, with a root that is a plain directory.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::container::{Run, ctr, new_id};
+use crate::{BUSYBOX, Command, Scratch};
+
+/// A specification that a test changes, and busybox as its root. Both are gone when this is dropped.
+pub struct Bundle {
+    scratch: Scratch,
+    root: PathBuf,
+    /// The specification.
+    pub spec: Value,
+}
+
+impl Bundle {
+    /// `ctr`'s own specification for a shell script.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    #[track_caller]
+    pub fn new(script: &str) -> Self {
+        let scratch = Scratch::new();
+        let root = scratch.directory("root");
+        ctr(&["images", "mount", "--rw", BUSYBOX, &root.display().to_string()]).output().ok();
+        let mut spec: Value =
+            serde_json::from_slice(&ctr(&["oci", "spec"]).output().ok().stdout).expect("JSON");
+        spec["root"]["path"] = root.display().to_string().into();
+        spec["root"]["readonly"] = false.into();
+        // The one of `ctr` is the whole namespace's.
+        spec["linux"]["cgroupsPath"] = format!("/{}", new_id()).into();
+        spec["process"]["args"] = serde_json::json!(["/bin/sh", "-c", script]);
+        Self { scratch, root, spec }
+    }
+
+    /// A directory for more files.
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
+    }
+
+    /// The container.
+    ///
+    /// # Panics
+    /// When the specification cannot be written.
+    pub fn run(&self) -> Run {
+        let path = self.scratch.file("spec.json", self.spec.to_string());
+        Run::new(BUSYBOX).options(&format!("--config {}", path.display()))
+    }
+}
+
+impl Drop for Bundle {
+    fn drop(&mut self) {
+        // The next run of the tests relies on this, also after a failure.
+        let root = self.root.display().to_string();
+        drop(Command::new(&["umount", "--lazy", &root]).output());
+        drop(ctr(&["snapshots", "rm", &root]).output());
+    }
+}
