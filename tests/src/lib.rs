@@ -4,6 +4,7 @@
 pub mod command;
 pub mod configuration;
 pub mod container;
+pub mod cri;
 pub mod environment;
 pub mod events;
 pub mod host;
