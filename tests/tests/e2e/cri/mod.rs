@@ -5,7 +5,12 @@
 
 use katana_tests::environment;
 
+mod exec;
 mod life;
+mod resources;
+mod security;
+mod sharing;
+mod volumes;
 
 /// Makes two tests of each case, `kata::CASE` and `runc::CASE`. A case is a function of the runtime handler.
 macro_rules! cases {
