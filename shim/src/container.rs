@@ -76,16 +76,26 @@ impl Container {
 
     async fn try_create(parts: Parts, sandbox: Arc<Sandbox>, events: Arc<Publisher>) -> Result<Arc<Self>> {
         let Parts { id, namespace, bundle, spec, layers, paths, pod } = parts;
-        let sources = spec.sources(&bundle);
-        let guest_spec = spec.for_guest(&id, paths.terminal, &sources, pod)?;
+        let pause = spec.is_sandbox();
+        let sources = spec.sources(&bundle, &pod);
+        let guest_spec = if pause {
+            spec.for_pause().for_guest(&id, paths.terminal, &[], &pod)?
+        } else {
+            spec.for_guest(&id, paths.terminal, &sources, &pod)?
+        };
         let streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
-        sandbox.running().await?;
-        let share = Arc::clone(&sandbox.share);
-        let (spec, id, bundle) = crate::blocking(move || {
-            share.add(&id, &bundle, &spec, &layers, &sources)?;
-            Ok((spec, id, bundle))
-        })
-        .await?;
+        let (spec, id, bundle) = if pause {
+            // Neither its root nor its mounts are of use to anybody.
+            (spec, id, bundle)
+        } else {
+            sandbox.running().await?;
+            let share = Arc::clone(&sandbox.share);
+            crate::blocking(move || {
+                share.add(&id, &bundle, &spec, &layers, &sources)?;
+                Ok((spec, id, bundle))
+            })
+            .await?
+        };
         let agent = sandbox.agent().await?;
         let name = ProcessName { container: id.clone(), exec: String::new() };
         let container = Arc::new(Self {
@@ -103,7 +113,7 @@ impl Container {
         container
             .run_hooks("creating", |hooks| [&hooks.prestart[..], &hooks.create_runtime].concat())
             .await?;
-        let pid = container.agent.create_container(&container.id, guest_spec, streams.ports()).await?;
+        let pid = container.agent.create_container(&container.id, guest_spec, streams.ports(), pause).await?;
         container.init.exists(pid, streams);
         container.follow(&container.init);
         Ok(container)

@@ -34,6 +34,8 @@ pub struct Sandbox {
     pub share: Arc<Share>,
     /// The ports that the guest may connect to.
     pub ports: Arc<Ports>,
+    /// The directory of the host for which the guest has a tmpfs: the pod's /dev/shm.
+    pub shared_memory: Option<PathBuf>,
     vmm: Vmm,
     layout: Layout,
     agent: watch::Receiver<Option<Result<Agent>>>,
@@ -47,6 +49,8 @@ pub struct Launch<'a> {
     pub run: &'a Path,
     /// The first container's specification.
     pub spec: &'a Spec,
+    /// Its bundle.
+    pub bundle: &'a Path,
     /// The configuration.
     pub config: &'a Config,
 }
@@ -66,7 +70,7 @@ impl Sandbox {
     }
 
     async fn try_launch(launch: &Launch<'_>, layout: Layout, events: &Arc<Publisher>) -> Result<Arc<Self>> {
-        let Launch { config, identity, spec, .. } = launch;
+        let Launch { config, identity, spec, bundle, .. } = launch;
         let files = machine::open_files(config)?;
         let cgroup = cgroup_of(spec, identity);
         write_state(&layout, identity, cgroup.as_ref(), Vec::new())?;
@@ -87,12 +91,14 @@ impl Sandbox {
 
         tokio::spawn(record_processes(vmm.processes(), layout.clone(), (*identity).clone(), cgroup));
         let (sender, agent) = watch::channel(None);
-        let sandbox = Arc::new(Self { share: Arc::new(share), ports, vmm, layout, agent });
+        let (shared_memory, shm_bytes) = spec.shared_memory(bundle).unzip();
+        let shm_bytes = shm_bytes.unwrap_or(0);
+        let sandbox = Arc::new(Self { share: Arc::new(share), ports, shared_memory, vmm, layout, agent });
         let limit = Duration::from_secs(u64::from(config.agent.dial_timeout.max(1)));
         let hostname = spec.hostname.clone().unwrap_or_default();
         let (connecting, events) = (Arc::clone(&sandbox), Arc::clone(events));
         tokio::spawn(async move {
-            let agent = connecting.connect(agent_port, limit, &hostname).await;
+            let agent = connecting.connect(agent_port, limit, &hostname, shm_bytes).await;
             if let Ok(agent) = &agent {
                 tokio::spawn(report_oom(agent.clone(), events));
             }
@@ -102,7 +108,7 @@ impl Sandbox {
     }
 
     /// Waits for the agent's connection and introduces the pod to it.
-    async fn connect(&self, port: Waiter, limit: Duration, hostname: &str) -> Result<Agent> {
+    async fn connect(&self, port: Waiter, limit: Duration, hostname: &str, shm_bytes: u64) -> Result<Agent> {
         let mut ended = self.vmm.ended();
         let Ok(connection) = tokio::time::timeout(limit, port.connection()).await else {
             let end = self.vmm.stop(LAST_WORDS).await;
@@ -113,7 +119,7 @@ impl Sandbox {
             return Err(Error::Unavailable(wait_end(&mut ended).await.to_string()));
         };
         let agent = Agent::new(connection, ended)?;
-        agent.create_sandbox(hostname).await?;
+        agent.create_sandbox(hostname, shm_bytes).await?;
         Ok(agent)
     }
 

@@ -3,6 +3,11 @@
 //! Every case runs twice, with the runtime handlers `kata` and `runc`: a case that runc fails is a wrong case, and what
 //! a virtual machine cannot do as runc does is no case here but a line in docs/limitations.md.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "cases are tests, though it is the macro's functions that are marked so"
+)]
+
 use katana_tests::environment;
 
 mod exec;

@@ -101,7 +101,7 @@ fn memory_volumes_keep_their_size(handler: &str) {
     let config = json!({"mounts": [{"host_path": memory.0, "container_path": "/memory"}]});
     let (one, two) = (pod.start(config.clone()), pod.start(config));
     assert_eq!(one.sh("df -k /memory | tail -n 1 | awk '{print $2}'").ok(), "1024");
-    let refused = one.sh("head -c 2000000 /dev/zero > /memory/much");
+    let refused = one.sh("dd if=/dev/zero of=/memory/much bs=1M count=2");
     assert!(refused.stderr.contains("No space left on device"), "{refused:?}");
     one.sh("rm /memory/much; echo shared > /memory/file").ok();
     assert_eq!(two.sh("cat /memory/file").ok(), "shared");
