@@ -40,7 +40,7 @@ mod tests {
 
     #[test]
     fn lines_are_taken_apart() {
-        let line = |text| parse(text).map(|line| (line.stream, line.tag, line.text));
+        let line = |text: &str| parse(text).map(|line| (line.stream, line.tag, line.text));
         let some =
             |stream: &str, tag: &str, text: &str| Some((stream.to_owned(), tag.to_owned(), text.to_owned()));
         let time = "2026-11-21T09:00:00.123456789Z";
