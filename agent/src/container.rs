@@ -72,6 +72,19 @@ pub struct Pod {
     pub ooms: UnboundedSender<String>,
 }
 
+/// What is asked for with a container.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// Its specification as JSON.
+    pub spec: &'a [u8],
+    /// The ports of its streams.
+    pub ports: Ports,
+    /// Whether it is the pod's sandbox container, which runs no program.
+    pub pause: bool,
+}
+
 /// What a container's first process is doing.
 #[derive(Debug)]
 enum Phase {
@@ -105,7 +118,8 @@ pub struct Container {
 
 impl Container {
     /// Makes a container up to where its process waits for the start.
-    pub async fn create(pod: &Pod, id: &str, spec: &[u8], ports: Ports) -> Result<Self> {
+    pub async fn create(pod: &Pod, request: Request<'_>) -> Result<Self> {
+        let Request { id, spec, ports, pause } = request;
         let mut spec: Spec = serde_json::from_slice(spec)?;
         let process = spec.process_mut().take().ok_or(Error::Invalid("process is missing"))?;
         let linux = spec.linux_mut().as_mut().ok_or(Error::Invalid("linux is missing"))?;
@@ -116,7 +130,8 @@ impl Container {
         }
 
         let cgroup = Arc::new(Cgroup::create(linux.cgroups_path().as_deref(), id)?);
-        let built = Self::build(pod, id, spec, process, seccomp, &cgroup, ports).await;
+        let work = Work::Container { id: id.to_owned(), spec: Box::new(spec), pause };
+        let built = Self::build(pod, work, process, seccomp, &cgroup, ports).await;
         if built.is_err()
             && let Err(error) = cgroup.remove().await
         {
@@ -127,20 +142,20 @@ impl Container {
 
     async fn build(
         pod: &Pod,
-        id: &str,
-        spec: Spec,
+        work: Work,
         process: ProcessSpec,
         seccomp: Option<Filter>,
         cgroup: &Arc<Cgroup>,
         ports: Ports,
     ) -> Result<Self> {
+        let Work::Container { id, spec, .. } = &work else { return Err(Error::Invalid("not a container")) };
+        let id = id.clone();
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.map_or(Ok(()), |resources| cgroup.apply(resources))?;
         let devices = DeviceFilter::attach(device_rules(resources), cgroup.path(), None)?;
 
-        let oom = Arc::new(OomCounter::new(id, cgroup, &pod.ooms));
-        let personality = personality(&spec);
-        let work = Work::Container { id: id.to_owned(), spec: Box::new(spec) };
+        let oom = Arc::new(OomCounter::new(&id, cgroup, &pod.ooms));
+        let personality = personality(spec);
         let mut task = Task { cgroups: vec![cgroup.path().to_owned()], process, seccomp, personality, work };
         let surroundings =
             Surroundings { transport: &pod.transport, reaper: &pod.reaper, ports, maps: id_maps(&task.work) };
@@ -152,7 +167,7 @@ impl Container {
         let gate = gate.ok_or(Error::State("the container's process ran off"))?;
         let Work::Container { spec, .. } = task.work else { return Err(Error::Invalid("not a container")) };
         Ok(Self {
-            id: id.to_owned(),
+            id,
             pod: pod.clone(),
             cgroup: cgroup.clone(),
             devices: Mutex::new(devices),

@@ -1,6 +1,7 @@
 //! `kata-agent`: PID 1 of the guest. It makes the containers of one pod and serves the shim.
 //!
-//! Started again as `container-init` it is a container's first process up to the execve ([`init`]).
+//! Started again as `container-init` it is a container's first process up to the execve ([`init`]), and as `pause` the
+//! first process of a pod ([`pause`]).
 
 mod boot;
 mod cgroup;
@@ -12,6 +13,7 @@ mod hooks;
 mod init;
 mod launch;
 mod network;
+mod pause;
 mod process;
 mod reaper;
 mod sandbox;
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
         ["container-init"] => init::main(),
+        ["pause"] => pause::main(),
         // On a host, with Unix sockets `DIRECTORY/<port>.sock` in place of vsock: how the agent is tested without
         // a virtual machine.
         ["serve", directory] => {

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use katana_protocol::GUEST_SHARE;
+use katana_protocol::{GUEST_SHARE, GUEST_SHM};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::time::TimeSpec;
@@ -16,10 +16,9 @@ use nix::time::{ClockId, clock_settime};
 use nix::unistd::sethostname;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use crate::container::{self, Container, Pod};
+use crate::container::{self, Container, Pod, Request};
 use crate::network;
 use crate::reaper::Reaper;
-use crate::streams::Ports;
 use crate::transport::Transport;
 
 /// What the sandbox cannot do.
@@ -58,6 +57,8 @@ pub struct Settings {
     pub entropy: Vec<u8>,
     /// virtio-fs tag of the shared directory.
     pub share_tag: String,
+    /// Size of the pod's shared memory.
+    pub shm_bytes: u64,
 }
 
 /// An entry in the table of containers.
@@ -84,7 +85,8 @@ impl Sandbox {
     }
 
     /// Creates a container.
-    pub async fn create(&self, id: &str, spec: &[u8], ports: Ports) -> Result<Arc<Container>> {
+    pub async fn create(&self, request: Request<'_>) -> Result<Arc<Container>> {
+        let id = request.id;
         let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
         if id.is_empty() || id.starts_with('.') || !id.bytes().all(good) {
             return Err(Error::BadId(id.to_owned()));
@@ -96,7 +98,7 @@ impl Sandbox {
             }
             containers.insert(id.to_owned(), Entry::Creating);
         }
-        let created = Container::create(&self.pod, id, spec, ports).await;
+        let created = Container::create(&self.pod, request).await;
         let mut containers = self.containers();
         match created {
             Ok(container) => {
@@ -156,6 +158,10 @@ pub fn configure(settings: &Settings) -> Result<()> {
         let what = format!("mount virtio-fs {:?} on {GUEST_SHARE}", settings.share_tag);
         mount_share(&settings.share_tag).map_err(failed(&what))?;
     }
+    if settings.shm_bytes != 0 {
+        let what = format!("mount a tmpfs of {} bytes on {GUEST_SHM}", settings.shm_bytes);
+        mount_shared_memory(settings.shm_bytes).map_err(failed(&what))?;
+    }
     Ok(())
 }
 
@@ -209,6 +215,17 @@ fn mount_share(tag: &str) -> io::Result<()> {
     }
     mount(Some(tag), GUEST_SHARE, Some("virtiofs"), MsFlags::empty(), none)?;
     Ok(mount(none, GUEST_SHARE, none, MsFlags::MS_SHARED, none)?)
+}
+
+/// The pod's /dev/shm. In the guest, so that what containers map is memory of the guest and counts against their limits.
+fn mount_shared_memory(bytes: u64) -> io::Result<()> {
+    fs::create_dir_all(GUEST_SHM)?;
+    if is_mount_point(Path::new(GUEST_SHM))? {
+        return Ok(());
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let options = format!("mode=1777,size={bytes}");
+    Ok(mount(Some("shm"), GUEST_SHM, Some("tmpfs"), flags, Some(options.as_str()))?)
 }
 
 fn is_mount_point(path: &Path) -> io::Result<bool> {

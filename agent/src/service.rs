@@ -177,8 +177,9 @@ async fn set_network(network: Network) -> ttrpc::Result<Empty> {
 #[async_trait]
 impl Agent for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> ttrpc::Result<Empty> {
-        let CreateSandboxRequest { hostname, clock_ns, entropy, share_tag, network, .. } = request;
-        sandbox::configure(&Settings { hostname, clock_ns, entropy, share_tag }).map_err(|e| status(&e))?;
+        let CreateSandboxRequest { hostname, clock_ns, entropy, share_tag, network, shm_bytes, .. } = request;
+        let settings = Settings { hostname, clock_ns, entropy, share_tag, shm_bytes };
+        sandbox::configure(&settings).map_err(|e| status(&e))?;
         match network.into_option() {
             Some(network) => set_network(network).await,
             None => Ok(Empty::new()),
@@ -196,8 +197,13 @@ impl Agent for Service {
     ) -> ttrpc::Result<CreateContainerResponse> {
         let sandbox = self.sandbox.clone();
         let create = async move {
-            let ports = ports(request.stdio.as_ref());
-            sandbox.create(&request.container_id, &request.spec, ports).await.map_err(|e| status(&e))
+            let wanted = container::Request {
+                id: &request.container_id,
+                spec: &request.spec,
+                ports: ports(request.stdio.as_ref()),
+                pause: request.pause,
+            };
+            sandbox.create(wanted).await.map_err(|e| status(&e))
         };
         let container = to_the_end(create).await??;
         let pid = container.process("").map_err(container_status)?.pid();

@@ -22,5 +22,7 @@ pub const DEBUG_CONSOLE_PORT: u32 = 1026;
 pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
 /// Where the agent mounts the pod's shared directory in the guest.
 pub const GUEST_SHARE: &str = "/run/kata-containers/shared";
-/// The virtio-fs tag of that directory.
+/// Where the agent mounts the pod's shared memory, which containers see as /dev/shm.
+pub const GUEST_SHM: &str = "/run/kata-containers/shm";
+/// The virtio-fs tag of the shared directory.
 pub const SHARE_TAG: &str = "kataShared";

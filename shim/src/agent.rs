@@ -68,8 +68,8 @@ impl Agent {
         }
     }
 
-    /// Clock, entropy, name, share and network of the pod.
-    pub async fn create_sandbox(&self, hostname: &str, network: api::Network) -> Result<()> {
+    /// Clock, entropy, name, share, shared memory and network of the pod.
+    pub async fn create_sandbox(&self, hostname: &str, shm_bytes: u64, network: api::Network) -> Result<()> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let request = api::CreateSandboxRequest {
             hostname: hostname.into(),
@@ -77,6 +77,7 @@ impl Agent {
             entropy: entropy()?,
             share_tag: SHARE_TAG.into(),
             network: Some(network).into(),
+            shm_bytes,
             ..Default::default()
         };
         let client = self.client.clone();
@@ -99,12 +100,20 @@ impl Agent {
         Ok(())
     }
 
-    /// Creates a container; its first process waits. The answer is that process's pid in the guest.
-    pub async fn create_container(&self, id: &str, spec: Vec<u8>, stdio: api::Stdio) -> Result<u32> {
+    /// Creates a container; its first process, a program or the agent's pause, waits. The answer is that process's pid
+    /// in the guest.
+    pub async fn create_container(
+        &self,
+        id: &str,
+        spec: Vec<u8>,
+        stdio: api::Stdio,
+        pause: bool,
+    ) -> Result<u32> {
         let request = api::CreateContainerRequest {
             container_id: id.into(),
             spec,
             stdio: Some(stdio).into(),
+            pause,
             ..Default::default()
         };
         let client = self.client.clone();

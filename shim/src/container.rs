@@ -79,16 +79,26 @@ impl Container {
 
     async fn try_create(parts: Parts, sandbox: Arc<Sandbox>, events: Arc<Publisher>) -> Result<Arc<Self>> {
         let Parts { id, namespace, bundle, spec, layers, paths, pod, limits } = parts;
-        let sources = spec.sources(&bundle);
-        let guest_spec = spec.for_guest(&id, paths.terminal, &sources, pod)?;
+        let pause = spec.is_sandbox();
+        let sources = spec.sources(&bundle, &pod);
+        let guest_spec = if pause {
+            spec.for_pause().for_guest(&id, paths.terminal, &[], &pod)?
+        } else {
+            spec.for_guest(&id, paths.terminal, &sources, &pod)?
+        };
         let streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
-        sandbox.running().await?;
-        let share = Arc::clone(&sandbox.share);
-        let (spec, id, bundle) = crate::blocking(move || {
-            share.add(&id, &bundle, &spec, &layers, &sources)?;
-            Ok((spec, id, bundle))
-        })
-        .await?;
+        let (spec, id, bundle) = if pause {
+            // Neither its root nor its mounts are of use to anybody.
+            (spec, id, bundle)
+        } else {
+            sandbox.running().await?;
+            let share = Arc::clone(&sandbox.share);
+            crate::blocking(move || {
+                share.add(&id, &bundle, &spec, &layers, &sources)?;
+                Ok((spec, id, bundle))
+            })
+            .await?
+        };
         let agent = sandbox.agent().await?;
         sandbox.fit(&limits).await?;
         let name = ProcessName { container: id.clone(), exec: String::new() };
@@ -111,7 +121,7 @@ impl Container {
             // That is where container engines without CNI set up a network.
             container.sandbox.update_network().await?;
         }
-        let pid = container.agent.create_container(&container.id, guest_spec, streams.ports()).await?;
+        let pid = container.agent.create_container(&container.id, guest_spec, streams.ports(), pause).await?;
         container.init.exists(pid, streams);
         container.follow(&container.init);
         Ok(container)

@@ -85,10 +85,11 @@ impl Detached {
     }
 }
 
-/// Binds `source` to `target`. Mounts that the host makes below `source` later appear, none goes back.
-pub fn bind(source: &Path, target: &Path, recursive: bool, access: Access) -> io::Result<()> {
+/// Binds `source` to `target`. Mounts that the host makes below `source` later appear if the mount `follows`; none goes
+/// back.
+pub fn bind(source: &Path, target: &Path, recursive: bool, follows: bool, access: Access) -> io::Result<()> {
     let tree = Detached::copy(source, recursive)?;
-    tree.set(0, libc::MS_SLAVE, recursive)?;
+    tree.set(0, if follows { libc::MS_SLAVE } else { libc::MS_PRIVATE }, recursive)?;
     if access != Access::Inherited {
         tree.set(libc::MOUNT_ATTR_RDONLY, 0, access == Access::RecursivelyReadOnly)?;
     }

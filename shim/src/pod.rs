@@ -118,7 +118,12 @@ impl Pod {
         let bundle = PathBuf::from(&request.bundle);
         let spec = Spec::load(&bundle)?;
         let limits = self.add_limits(&request.id, &spec).await;
-        let sandbox = self.sandbox(&spec, limits, request.options.as_ref()).await?;
+        let sandbox = self.sandbox(&spec, &bundle, limits, request.options.as_ref()).await?;
+        let pod = spec::Pod {
+            sandbox_pid: self.sandbox_pid(&request.id),
+            target_pid: self.target_pid(&spec)?,
+            shared_memory: sandbox.shared_memory.clone(),
+        };
         let parts = Parts {
             id: request.id.clone(),
             namespace: self.identity.namespace.clone(),
@@ -131,7 +136,7 @@ impl Pod {
                 stderr: request.stderr.clone(),
                 terminal: request.terminal,
             },
-            pod: spec::Pod { sandbox_pid: self.sandbox_pid(&request.id) },
+            pod,
             limits,
         };
         Container::create(parts, sandbox, Arc::clone(&self.events)).await
@@ -167,7 +172,13 @@ impl Pod {
     }
 
     /// The machine, launched if there is none.
-    async fn sandbox(&self, spec: &Spec, limits: Limits, options: Option<&Any>) -> Result<Arc<Sandbox>> {
+    async fn sandbox(
+        &self,
+        spec: &Spec,
+        bundle: &Path,
+        limits: Limits,
+        options: Option<&Any>,
+    ) -> Result<Arc<Sandbox>> {
         let mut sandbox = self.sandbox.lock().await;
         if let Some(sandbox) = &*sandbox {
             return Ok(Arc::clone(sandbox));
@@ -176,7 +187,8 @@ impl Pod {
         let explicit = config_path(options)?.or(annotated);
         let config: Config = katana_config::load(explicit.as_deref())?.annotated(&spec.annotations)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
-        let launch = Launch { identity: &self.identity, run: Path::new(RUN), spec, limits, config: &config };
+        let (identity, run) = (&self.identity, Path::new(RUN));
+        let launch = Launch { identity, run, spec, bundle, limits, config: &config };
         let launched = Sandbox::launch(launch, &self.events).await?;
         *sandbox = Some(Arc::clone(&launched));
         Ok(launched)
@@ -187,6 +199,32 @@ impl Pod {
         let sandbox = &self.identity.sandbox;
         let container = if sandbox == id { None } else { self.container(sandbox).ok() };
         container.map(|container| container.init.guest_pid()).filter(|pid| *pid != 0)
+    }
+
+    /// The pid in the guest of the container whose pid namespace a new one joins, unless that is the sandbox's.
+    ///
+    /// Clients name it by the path of a process of the host, which is the same for all containers of a machine. In a
+    /// pod that shares one pid namespace no container has its own; in any other pod, who joins one means the debugged
+    /// container, an ephemeral container of Kubernetes being the debugger.
+    fn target_pid(&self, spec: &Spec) -> Result<Option<u32>> {
+        if !spec.joins_pid_namespace() {
+            return Ok(None);
+        }
+        let containers = self.containers();
+        let candidates = containers.iter().filter(|(id, _)| **id != self.identity.sandbox);
+        let mut candidates = candidates.filter_map(|(_, place)| {
+            let container = place.as_ref()?;
+            let runs = container.init.exit().is_none() && container.spec.owns_pid_namespace();
+            runs.then(|| container.init.guest_pid())
+        });
+        match (candidates.next(), candidates.next()) {
+            (Some(_), Some(_)) => Err(Error::Unimplemented(
+                "joining the pid namespace of one of several containers is not supported: \
+                 in the host's eyes all containers of a VM are one process"
+                    .into(),
+            )),
+            (only, _) => Ok(only.filter(|pid| *pid != 0)),
+        }
     }
 
     /// Delete: of an exec, or of the container and with the pod's last one of the machine.

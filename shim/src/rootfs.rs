@@ -59,6 +59,6 @@ pub fn mount(layers: &[Layer], bundle: &Path, spec: &Spec, target: &Path) -> Res
 
 fn bind(source: &Path, target: &Path, recursive: bool, read_only: bool) -> Result<()> {
     let access = if read_only { Access::ReadOnly } else { Access::Inherited };
-    mounts::bind(source, target, recursive, access)
+    mounts::bind(source, target, recursive, true, access)
         .map_err(|e| Error::io(format_args!("root file system {}", source.display()), &e))
 }

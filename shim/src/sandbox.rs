@@ -39,6 +39,8 @@ pub struct Sandbox {
     pub share: Arc<Share>,
     /// The ports that the guest may connect to.
     pub ports: Arc<Ports>,
+    /// The directory of the host for which the guest has a tmpfs: the pod's /dev/shm.
+    pub shared_memory: Option<PathBuf>,
     vmm: Vmm,
     network: Network,
     /// The network as the guest knows it.
@@ -59,6 +61,8 @@ pub struct Launch<'a> {
     pub run: &'a Path,
     /// The first container's specification.
     pub spec: &'a Spec,
+    /// Its bundle.
+    pub bundle: &'a Path,
     /// What the machine has to be large enough for at first.
     pub limits: Limits,
     /// The configuration.
@@ -80,7 +84,7 @@ impl Sandbox {
     }
 
     async fn try_launch(launch: &Launch<'_>, layout: Layout, events: &Arc<Publisher>) -> Result<Arc<Self>> {
-        let Launch { config, identity, spec, .. } = launch;
+        let Launch { config, identity, spec, bundle, .. } = launch;
         let files = machine::open_files(config)?;
         let network = Network::open(spec, &identity.namespace).await?;
         let record = Written {
@@ -116,13 +120,26 @@ impl Sandbox {
         let (sender, agent) = watch::channel(None);
         let (share, told, started) = (Arc::new(share), tokio::sync::Mutex::default(), AtomicBool::new(false));
         let size = tokio::sync::Mutex::new(size);
-        let sandbox =
-            Arc::new(Self { share, ports, vmm, network, told, started, layout, agent, bounds, size });
+        let (shared_memory, shm_bytes) = spec.shared_memory(bundle).unzip();
+        let shm_bytes = shm_bytes.unwrap_or(0);
+        let sandbox = Arc::new(Self {
+            share,
+            ports,
+            shared_memory,
+            vmm,
+            network,
+            told,
+            started,
+            layout,
+            agent,
+            bounds,
+            size,
+        });
         let limit = Duration::from_secs(u64::from(config.agent.dial_timeout.max(1)));
         let hostname = spec.hostname.clone().unwrap_or_default();
         let (connecting, events) = (Arc::clone(&sandbox), Arc::clone(events));
         tokio::spawn(async move {
-            let agent = connecting.connect(agent_port, limit, &hostname).await;
+            let agent = connecting.connect(agent_port, limit, &hostname, shm_bytes).await;
             if let Ok(agent) = &agent {
                 tokio::spawn(report_oom(agent.clone(), events));
             }
@@ -132,12 +149,12 @@ impl Sandbox {
     }
 
     /// Connects the network while the guest boots, and introduces the pod to the agent.
-    async fn connect(&self, port: Waiter, limit: Duration, hostname: &str) -> Result<Agent> {
+    async fn connect(&self, port: Waiter, limit: Duration, hostname: &str, shm_bytes: u64) -> Result<Agent> {
         let mut told = self.told.lock().await;
         let (agent, network) = tokio::join!(self.connect_agent(port, limit), self.network.connect(&self.vmm));
         // Whatever was wrong with the network, that there is no agent says more.
         let (agent, network) = (agent?, network?);
-        agent.create_sandbox(hostname, network.clone()).await?;
+        agent.create_sandbox(hostname, shm_bytes, network.clone()).await?;
         *told = network;
         Ok(agent)
     }

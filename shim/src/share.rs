@@ -146,7 +146,15 @@ fn bind(mount: &Mount, source: &Path, point: &Path, target: &Path) -> Result<()>
     let created = if kind.is_dir() { fs::create_dir(point) } else { File::create_new(point).map(drop) };
     created.map_err(|e| failed("create mount point for", &e))?;
     let recursive = mount.bind().unwrap_or(false);
-    mounts::bind(source, target, recursive, access(&mount.options)).map_err(|e| failed("mount", &e))
+    let (follows, access) = (follows(&mount.options), access(&mount.options));
+    mounts::bind(source, target, recursive, follows, access).map_err(|e| failed("mount", &e))
+}
+
+/// Whether later mounts of the host are to appear: as with runc, unless the mount is private.
+fn follows(options: &[String]) -> bool {
+    let private =
+        |option: &String| ["private", "rprivate", "unbindable", "runbindable"].contains(&option.as_str());
+    !options.iter().any(private)
 }
 
 /// Read-only on the host as well: the guest's word is not enough.

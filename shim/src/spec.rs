@@ -7,7 +7,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use katana_protocol::GUEST_SHARE;
+use katana_protocol::{GUEST_SHARE, GUEST_SHM};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -174,14 +175,23 @@ pub enum Source {
     Host(PathBuf),
     /// The guest's own: kernel file systems, and nodes below /dev.
     Guest,
+    /// The pod's shared memory, which is the guest's own as well.
+    SharedMemory,
 }
 
 /// What is known of the pod when a container is translated.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Pod {
     /// Pid in the guest of the sandbox container's first process, whose namespaces the others join.
     pub sandbox_pid: Option<u32>,
+    /// Pid in the guest of the first process of the container whose pid namespace another one joins.
+    pub target_pid: Option<u32>,
+    /// The directory of the host for which the guest has a tmpfs of its own.
+    pub shared_memory: Option<PathBuf>,
 }
+
+/// Who says in an annotation what a container is in its pod: the CRI plugin of containerd, and CRI-O.
+const CONTAINER_TYPE: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
 
 impl Spec {
     /// Reads `config.json` of a bundle.
@@ -206,14 +216,51 @@ impl Spec {
         self.linux.as_ref().is_some_and(|linux| linux.namespaces.iter().any(own))
     }
 
+    /// Whether the container joins the pid namespace of another one.
+    pub fn joins_pid_namespace(&self) -> bool {
+        let joins = |namespace: &Namespace| {
+            namespace.kind == "pid" && !namespace.path.as_deref().unwrap_or("").is_empty()
+        };
+        self.linux.as_ref().is_some_and(|linux| linux.namespaces.iter().any(joins))
+    }
+
+    /// Whether this is the container that only stands for a pod: it runs the agent's pause, without its image.
+    pub fn is_sandbox(&self) -> bool {
+        self.annotation(&CONTAINER_TYPE) == Some("sandbox")
+    }
+
+    /// What the guest's pause needs of the specification of a sandbox container: namespaces, names, kernel parameters,
+    /// user, limits.
+    pub fn for_pause(&self) -> Self {
+        let mut spec = self.clone();
+        spec.root = None;
+        spec.mounts.clear();
+        spec.hooks = None;
+        if let Some(process) = &mut spec.process {
+            process.remove("capabilities");
+            process.insert("noNewPrivileges".into(), Value::Bool(true));
+        }
+        if let Some(linux) = &mut spec.linux {
+            linux.devices.clear();
+            for member in ["seccomp", "maskedPaths", "readonlyPaths"] {
+                linux.rest.remove(member);
+            }
+        }
+        spec
+    }
+
     /// The specification for the guest.
-    pub fn for_guest(&self, id: &str, terminal: bool, sources: &[Source], pod: Pod) -> Result<Vec<u8>> {
+    pub fn for_guest(&self, id: &str, terminal: bool, sources: &[Source], pod: &Pod) -> Result<Vec<u8>> {
         let mut spec = self.clone();
         let root = spec.root.get_or_insert_default();
         root.path = PathBuf::from(format!("{GUEST_SHARE}/{id}/rootfs"));
         for (number, (mount, source)) in spec.mounts.iter_mut().zip(sources).enumerate() {
-            if let Source::Host(_) = source {
-                mount.source = Some(PathBuf::from(format!("{GUEST_SHARE}/{id}/mounts/{number}")));
+            match source {
+                Source::Host(_) => {
+                    mount.source = Some(PathBuf::from(format!("{GUEST_SHARE}/{id}/mounts/{number}")));
+                }
+                Source::SharedMemory => mount.source = Some(PathBuf::from(GUEST_SHM)),
+                Source::Guest => {}
             }
         }
         if let Some(hooks) = &mut spec.hooks {
@@ -246,8 +293,24 @@ impl Spec {
     }
 
     /// For each mount, where it comes from. Relative sources are relative to the bundle.
-    pub fn sources(&self, bundle: &Path) -> Vec<Source> {
-        self.mounts.iter().map(|mount| mount.origin(bundle)).collect()
+    pub fn sources(&self, bundle: &Path, pod: &Pod) -> Vec<Source> {
+        let origin = |mount: &Mount| match mount.origin(bundle) {
+            Source::Host(path) if Some(&path) == pod.shared_memory.as_ref() && mount.is_shm() => {
+                Source::SharedMemory
+            }
+            origin => origin,
+        };
+        self.mounts.iter().map(origin).collect()
+    }
+
+    /// The tmpfs that a container engine has made on the host for this container's /dev/shm, with its size in bytes.
+    /// The guest has one instead: memory that programs share is no business of a file server.
+    pub fn shared_memory(&self, bundle: &Path) -> Option<(PathBuf, u64)> {
+        let mount = self.mounts.iter().find(|mount| mount.is_shm())?;
+        let Source::Host(path) = mount.origin(bundle) else { return None };
+        let status = statfs(&path).ok().filter(|status| status.filesystem_type() == TMPFS_MAGIC)?;
+        let block = u64::try_from(status.block_size()).ok()?;
+        Some((path, status.blocks().checked_mul(block).filter(|bytes| *bytes > 0)?))
     }
 }
 
@@ -260,6 +323,12 @@ impl Mount {
             (false, true) => Some(false),
             (false, false) => None,
         }
+    }
+
+    /// By the name that engines give to what they make for /dev/shm; a user's own volume there stays what it is.
+    fn is_shm(&self) -> bool {
+        let source = self.source.as_ref().and_then(|source| source.file_name());
+        self.destination == Path::new("/dev/shm") && source.is_some_and(|name| name == "shm")
     }
 
     fn origin(&self, bundle: &Path) -> Source {
@@ -292,13 +361,15 @@ pub fn resources_for_guest(resources: &mut Map<String, Value>) {
 
 /// The network namespace is the guest itself. A namespace by path is one of the pod: clients build the path
 /// from the pid that they got for the sandbox container, and in the guest that process has another pid.
-fn namespace_for_guest(mut namespace: Namespace, pod: Pod) -> Option<Namespace> {
+fn namespace_for_guest(mut namespace: Namespace, pod: &Pod) -> Option<Namespace> {
     let path = namespace.path.take().filter(|path| !path.is_empty());
     match (namespace.kind.as_str(), path) {
         ("network", _) => None,
         (_, None) => Some(namespace),
         ("ipc" | "uts" | "pid", Some(_)) => {
-            namespace.path = Some(format!("/proc/{}/ns/{}", pod.sandbox_pid?, namespace.kind));
+            let target = pod.target_pid.filter(|_| namespace.kind == "pid");
+            let pid = target.or(pod.sandbox_pid)?;
+            namespace.path = Some(format!("/proc/{pid}/ns/{}", namespace.kind));
             Some(namespace)
         }
         (_, Some(_)) => None,

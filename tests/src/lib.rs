@@ -5,6 +5,7 @@ pub mod bundle;
 pub mod command;
 pub mod configuration;
 pub mod container;
+pub mod cri;
 pub mod environment;
 pub mod events;
 pub mod host;

@@ -42,6 +42,8 @@ pub enum Work {
         id: String,
         /// Its specification, without the seccomp profile and the process.
         spec: Box<Spec>,
+        /// It runs [`crate::pause`] in an empty root instead of the program.
+        pause: bool,
     },
     /// A further process; its first descriptor is a pidfd of the container's first.
     Exec {

@@ -48,7 +48,8 @@ fn run(control: &Control, task: &Task, descriptors: Descriptors) -> Result<contr
     identity::scheduling(&task.process)?;
     task.personality.map_or(Ok(()), identity::personality)?;
     match &task.work {
-        Work::Container { id, spec } => {
+        Work::Container { spec, pause: true, .. } => pause(control, spec, &task.process, descriptors),
+        Work::Container { id, spec, .. } => {
             let cgroup = task.cgroups.first().ok_or_else(|| Failure::internal("no cgroup"))?;
             let (process, seccomp) = (&task.process, task.seccomp.as_ref());
             Container { control, id, spec, process, seccomp, cgroup }.run(descriptors)
@@ -71,6 +72,32 @@ fn exec(control: &Control, task: &Task, namespaces: i32, descriptors: Descriptor
     attach_stdio(descriptors.stdio, terminal, process)?;
     let program = become_user(process, task.seccomp.as_ref())?;
     program.execute(task.seccomp.as_ref().filter(|_| late_seccomp(process)))
+}
+
+/// The first process of a pod's sandbox container. It has the namespaces that the pod's containers join, an empty root,
+/// and no privileges.
+fn pause(
+    control: &Control,
+    spec: &Spec,
+    process: &Process,
+    descriptors: Descriptors,
+) -> Result<control::Never> {
+    let program = program::Itself::open()?;
+    let namespaces = namespaces::Wanted::of(spec)?;
+    namespaces::sysctls(spec, Sysctls::Network)?;
+    namespaces.enter(control, spec)?;
+    start_session()?;
+    namespaces::names(spec, &namespaces)?;
+    namespaces::sysctls(spec, Sysctls::Other)?;
+    rootfs::Rootfs::empty()?.enter(spec)?;
+    identity::limits(process)?;
+    attach_stdio(descriptors.stdio, None, process)?;
+    program::close_descriptors_on_exec()?;
+    identity::no_new_privileges(process)?;
+    identity::user_and_capabilities(process)?;
+    control.report(&Report::Ready, &[]);
+    control.expect(Order::Run)?;
+    program.execute("pause")
 }
 
 /// The first process of a container.

@@ -3,12 +3,15 @@
 use std::convert::Infallible;
 use std::ffi::{CString, OsStr};
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
-use nix::unistd::{AccessFlags, access, chdir, execve, getcwd};
+use nix::sys::stat::Mode;
+use nix::unistd::{AccessFlags, access, chdir, execve, fexecve, getcwd};
 use oci_spec::runtime::Process;
 
 use super::control::{Failure, Kind, Result, reason};
@@ -95,6 +98,27 @@ impl Program {
         let Err(error) = execve(&self.path, &self.arguments, &self.environment);
         let (path, why) = (self.path.to_string_lossy(), reason(&error.into()));
         Err(Failure::new(kind_of(error), format!("exec {path}: {why}")))
+    }
+}
+
+/// This program, to be run again where no path leads to it.
+#[derive(Debug)]
+pub struct Itself(OwnedFd);
+
+impl Itself {
+    /// Opens it, while the guest's /proc is in sight.
+    pub fn open() -> Result<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let opened = open("/proc/self/exe", flags, Mode::empty());
+        opened.map(Self).map_err(Failure::during("open /proc/self/exe"))
+    }
+
+    /// Becomes it, with one argument.
+    pub fn execute(&self, argument: &str) -> Result<Infallible> {
+        reset_signals().map_err(Failure::during("reset signals"))?;
+        let arguments = [c"kata-agent".to_owned(), c_string(argument.as_ref())?];
+        let Err(error) = fexecve(&self.0, &arguments, &[] as &[CString]);
+        Err(Failure::new(kind_of(error), format!("exec {argument}: {}", reason(&error.into()))))
     }
 }
 

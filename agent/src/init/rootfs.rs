@@ -39,17 +39,31 @@ impl Rootfs {
             .as_ref()
             .map(|root| root.path().as_path())
             .ok_or_else(|| Failure::invalid("no root"))?;
-        let propagation = root_propagation(spec)?.unwrap_or((libc::MS_SLAVE, true));
-        set_propagation(Path::new("/"), propagation)?;
-        let place = Path::new(MOUNT_POINT);
-        make_parent_private(place)?;
-
+        prepare_namespace(root_propagation(spec)?)?;
         let failed = |what| Failure::during(format!("{what} the root file system {}", path.display()));
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let source = open(path, flags, Mode::empty()).map_err(|error| failed("open")(error.into()))?;
         let tree = clone_mount(&source, true).map_err(failed("copy the mount of"))?;
-        let target =
-            open(place, flags, Mode::empty()).map_err(Failure::during(format!("open {MOUNT_POINT}")))?;
+        Self::of_tree(tree)
+    }
+
+    /// An empty root that nothing can be written to, for a process that needs no files.
+    pub fn empty() -> Result<Self> {
+        prepare_namespace(None)?;
+        let options = ["nr_blocks=1".to_owned(), "nr_inodes=1".to_owned()];
+        let tree = new_mount("tmpfs", "tmpfs", &options).map_err(Failure::during("make an empty root"))?;
+        let set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC;
+        set_mount(&tree, &MountAttributes { set, ..MountAttributes::default() }, false)
+            .map_err(Failure::during("make the empty root read-only"))?;
+        Self::of_tree(tree)
+    }
+
+    /// Mounts a tree at its place in this mount namespace.
+    fn of_tree(tree: OwnedFd) -> Result<Self> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let failed = |what| Failure::during(format!("{what} the root file system"));
+        let target = open(MOUNT_POINT, flags, Mode::empty())
+            .map_err(Failure::during(format!("open {MOUNT_POINT}")))?;
         attach_mount(&tree, target).map_err(failed("attach"))?;
         let private = MountAttributes { propagation: libc::MS_PRIVATE, ..MountAttributes::default() };
         set_mount(&tree, &private, false).map_err(failed("make private"))?;
@@ -112,6 +126,12 @@ impl Rootfs {
         root_propagation(spec)?
             .map_or(Ok(()), |(propagation, _)| set_propagation(Path::new("/"), (propagation, false)))
     }
+}
+
+/// Before anything is copied in this mount namespace: what happens here does not reach the guest.
+fn prepare_namespace(propagation: Option<(u64, bool)>) -> Result<()> {
+    set_propagation(Path::new("/"), propagation.unwrap_or((libc::MS_SLAVE, true)))?;
+    make_parent_private(Path::new(MOUNT_POINT))
 }
 
 /// `None` for what is not there.

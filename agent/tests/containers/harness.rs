@@ -195,6 +195,17 @@ impl Guest {
         Ok(self.client.create_container(ctx(), &request).await?.pid)
     }
 
+    /// Creates the container of a pod: it runs the agent's pause.
+    pub async fn create_pause(&self, id: &str, spec: &Value) -> Result<u32, Error> {
+        let request = CreateContainerRequest {
+            container_id: id.to_owned(),
+            spec: serde_json::to_vec(spec).unwrap(),
+            pause: true,
+            ..Default::default()
+        };
+        Ok(self.client.create_container(ctx(), &request).await?.pid)
+    }
+
     pub async fn start(&self, id: &str) -> Result<(), Error> {
         self.client.start_container(ctx(), &container(id)).await.map(drop)
     }

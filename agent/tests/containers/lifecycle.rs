@@ -350,3 +350,43 @@ async fn what_a_first_process_leaves_is_killed() {
     assert_eq!(std::fs::read_to_string(&child).unwrap_or_default(), "");
     guest.remove("c").await;
 }
+
+#[tokio::test]
+async fn a_pods_first_process_holds_its_namespaces_and_reaps() {
+    let guest = Guest::new("pod").await;
+    let mut pod = guest.spec(&["/no/such/program"]);
+    // Neither its image nor its mounts are there.
+    pod["root"] = json!(null);
+    pod["mounts"] = json!([]);
+    pod["process"]["user"] = json!({"uid": 65535, "gid": 65535});
+    pod["process"]["capabilities"] = json!(null);
+    let pid = guest.create_pause("c", &pod).await.unwrap();
+    guest.start("c").await.unwrap();
+    let file = |name: &str| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+    assert_eq!((file("cmdline").as_str(), file("comm").as_str()), ("kata-agent\0pause\0", "pause\n"));
+    let status = file("status");
+    for line in ["Uid:\t65535\t65535\t65535\t65535", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"] {
+        assert!(status.contains(line), "{line}\n{status}");
+    }
+    assert_eq!(std::fs::read_dir(format!("/proc/{pid}/root")).unwrap().count(), 0, "its root is empty");
+
+    // The background process is an orphan at once; the wait is for its end and for the pod's first process to see it.
+    let script =
+        "(sleep 0.2 &); sleep 0.1; hostname; until ! pidof sleep > /tmp/sleeps; do :; done; cat /proc/1/comm";
+    let mut member = guest.spec(&["sh", "-c", script]);
+    let cgroup = member["linux"]["cgroupsPath"].as_str().unwrap().replace("/c", "/d");
+    member["linux"]["cgroupsPath"] = json!(cgroup);
+    member["linux"]["namespaces"] = json!([{"type": "pid", "path": format!("/proc/{pid}/ns/pid")},
+        {"type": "uts", "path": format!("/proc/{pid}/ns/uts")}, {"type": "mount"}, {"type": "cgroup"}]);
+    member.as_object_mut().unwrap().remove("hostname");
+    let streams = guest.streams(false, false);
+    guest.create("d", &member, &streams.ports).await.unwrap();
+    guest.start("d").await.unwrap();
+    assert_eq!(guest.wait("d", "").await.exit_status, 0);
+    assert_eq!(String::from_utf8(streams.stdout.await.unwrap()).unwrap(), "box\npause\n");
+    guest.remove("d").await;
+
+    guest.kill("c", "", libc::SIGTERM, false).await.unwrap();
+    assert_eq!(guest.wait("c", "").await.exit_status, 0);
+    guest.remove("c").await;
+}

@@ -1,6 +1,7 @@
 //! These mount for real, in a mount namespace of their own, and need root.
 
 use super::*;
+use crate::spec::Pod;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::json;
@@ -48,7 +49,7 @@ fn a_container_comes_and_goes_and_leaves_the_users_files() {
             {"destination": "/single", "type": "bind", "source": top.join("single"), "options": ["bind"]}]));
         let path = top.join("run/share");
         let share = Share::create(&path).unwrap();
-        share.add("c1", &bundle, &spec, &[], &spec.sources(&bundle)).unwrap();
+        share.add("c1", &bundle, &spec, &[], &spec.sources(&bundle, &Pod::default())).unwrap();
 
         let read = |relative: &str| fs::read_to_string(path.join("c1").join(relative)).unwrap();
         assert_eq!(read("rootfs/init"), "bundle/rootfs/init");
@@ -97,7 +98,8 @@ fn failures_leave_nothing_and_read_like_runcs() {
         let share = Share::create(&path).unwrap();
         let missing = spec(&json!([{"destination": "/mnt", "type": "bind", "source": "/nowhere"}]));
         let bundle = top.join("bundle");
-        let error = share.add("c1", &bundle, &missing, &[], &missing.sources(&bundle)).unwrap_err();
+        let error =
+            share.add("c1", &bundle, &missing, &[], &missing.sources(&bundle, &Pod::default())).unwrap_err();
         assert_eq!(
             error.to_string(),
             "error mounting \"/nowhere\" to rootfs at \"/mnt\": stat /nowhere: no such file or directory"

@@ -5,8 +5,8 @@ fn spec(value: Value) -> Spec {
     serde_json::from_value(value).unwrap()
 }
 
-fn guest(spec: &Spec, pod: Pod) -> Value {
-    let sources = spec.sources(Path::new("/bundle"));
+fn guest(spec: &Spec, pod: &Pod) -> Value {
+    let sources = spec.sources(Path::new("/bundle"), pod);
     serde_json::from_slice(&spec.for_guest("c1", false, &sources, pod).unwrap()).unwrap()
 }
 
@@ -22,7 +22,7 @@ fn what_the_shim_does_not_know_passes_through() {
     let mut expected = before.clone();
     expected["root"]["path"] = json!("/run/kata-containers/shared/c1/rootfs");
     expected["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "cgroup"}]);
-    assert_eq!(guest(&spec(before), Pod::default()), expected);
+    assert_eq!(guest(&spec(before), &Pod::default()), expected);
 }
 
 #[test]
@@ -41,7 +41,7 @@ fn what_belongs_to_the_host_is_removed() {
                 "resources": {"cpu": {"quota": 5, "cpus": "7"}, "blockIO": {"weight": 10}, "memory": {"limit": 1}}
             }
         })),
-        Pod::default(),
+        &Pod::default(),
     );
     assert_eq!(after["process"], json!({"terminal": false}));
     assert_eq!(after["hooks"], json!({"startContainer": [{"path": "/s"}]}));
@@ -61,13 +61,64 @@ fn containers_join_the_namespaces_of_their_sandbox() {
     let spec = spec(json!({"hostname": "h", "linux": {"namespaces": [
         {"type": "pid"}, {"type": "ipc", "path": "/proc/77/ns/ipc"}, {"type": "uts", "path": "/proc/77/ns/uts"}]}}));
     assert!(spec.owns_pid_namespace());
-    let after = guest(&spec, Pod { sandbox_pid: Some(5) });
+    let after = guest(&spec, &Pod { sandbox_pid: Some(5), ..Pod::default() });
     assert_eq!(
         after["linux"]["namespaces"],
         json!([{"type": "pid"}, {"type": "ipc", "path": "/proc/5/ns/ipc"}, {"type": "uts", "path": "/proc/5/ns/uts"},
                {"type": "cgroup"}])
     );
     assert_eq!(after["hostname"], json!("h"));
+}
+
+#[test]
+fn a_debugger_joins_the_processes_of_its_target_only() {
+    let spec = spec(json!({"linux": {"namespaces": [
+        {"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "ipc", "path": "/proc/77/ns/ipc"}]}}));
+    assert!(spec.joins_pid_namespace() && !spec.owns_pid_namespace());
+    let after = guest(&spec, &Pod { sandbox_pid: Some(5), target_pid: Some(8), ..Pod::default() });
+    assert_eq!(
+        after["linux"]["namespaces"],
+        json!([{"type": "pid", "path": "/proc/8/ns/pid"}, {"type": "ipc", "path": "/proc/5/ns/ipc"},
+               {"type": "cgroup"}])
+    );
+}
+
+#[test]
+fn a_sandbox_container_keeps_what_the_pods_pause_needs() {
+    let spec = spec(json!({
+        "ociVersion": "1.2.0", "root": {"path": "rootfs"}, "hostname": "pod",
+        "annotations": {"io.kubernetes.cri.container-type": "sandbox"},
+        "mounts": [{"destination": "/dev/shm", "type": "bind", "source": "/nowhere/shm"}],
+        "process": {"args": ["/pause"], "cwd": "/", "user": {"uid": 5}, "capabilities": {"bounding": ["CAP_KILL"]}},
+        "linux": {"sysctl": {"kernel.shm_rmid_forced": "1"}, "namespaces": [{"type": "pid"}, {"type": "mount"}],
+                  "seccomp": {}, "maskedPaths": ["/x"], "readonlyPaths": ["/y"]}}));
+    assert!(spec.is_sandbox());
+    let guest: Value =
+        serde_json::from_slice(&spec.for_pause().for_guest("p", false, &[], &Pod::default()).unwrap())
+            .unwrap();
+    assert_eq!(guest["mounts"], json!([]));
+    assert_eq!(
+        guest["process"],
+        json!({"args": ["/pause"], "cwd": "/", "user": {"uid": 5}, "noNewPrivileges": true, "terminal": false})
+    );
+    assert_eq!(
+        guest["linux"],
+        json!({"sysctl": {"kernel.shm_rmid_forced": "1"}, "cgroupsPath": "/p",
+               "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}]})
+    );
+}
+
+#[test]
+fn only_an_engines_own_shared_memory_becomes_the_guests() {
+    let spec = spec(json!({"mounts": [
+        {"destination": "/dev/shm", "type": "bind", "source": "/pods/1/shm"},
+        {"destination": "/volume", "type": "bind", "source": "/pods/1/shm"}]}));
+    let pod = Pod { shared_memory: Some("/pods/1/shm".into()), ..Pod::default() };
+    let sources = spec.sources(Path::new("/bundle"), &pod);
+    assert_eq!(sources, [Source::SharedMemory, Source::Host("/pods/1/shm".into())]);
+    assert_eq!(guest(&spec, &pod)["mounts"][0]["source"], json!("/run/kata-containers/shm"));
+    // There is no such tmpfs.
+    assert_eq!(spec.shared_memory(Path::new("/bundle")), None);
 }
 
 #[test]
@@ -78,7 +129,7 @@ fn binds_come_from_the_host_but_for_kernel_file_systems() {
         {"destination": "/dev/x", "type": "bind", "source": "/dev/null"},
         {"destination": "/d", "type": "bind", "source": "/development"},
         {"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": null}]}));
-    let sources = spec.sources(Path::new("/bundle"));
+    let sources = spec.sources(Path::new("/bundle"), &Pod::default());
     let host = |path: &str| Source::Host(path.into());
     assert_eq!(
         sources,
@@ -88,7 +139,7 @@ fn binds_come_from_the_host_but_for_kernel_file_systems() {
         spec.mounts.iter().map(Mount::bind).collect::<Vec<_>>(),
         [Some(true), Some(false), Some(false), Some(false), None]
     );
-    let after = guest(&spec, Pod::default());
+    let after = guest(&spec, &Pod::default());
     assert_eq!(after["mounts"][1]["source"], json!("/run/kata-containers/shared/c1/mounts/1"));
     assert_eq!(after["mounts"][2]["source"], json!("/dev/null"));
     assert_eq!(after["mounts"][4]["source"], json!("tmpfs"));

@@ -1,0 +1,150 @@
+//! The life of pods and of their containers.
+
+use std::time::{Duration, Instant};
+
+use katana_tests::cri::messages::container_status::State;
+use katana_tests::cri::messages::pod_sandbox_status::State as PodState;
+use katana_tests::cri::{Pod, shared_pod};
+use katana_tests::host::eventually;
+use katana_tests::process::Process;
+use katana_tests::{Scratch, environment, turn};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use serde_json::json;
+
+use super::cases;
+
+cases! {
+    /// Run, status, stop, remove; stop and remove as often as one likes.
+    a_pod_is_run_stopped_and_removed,
+    /// Each with a root and processes of its own; one goes, the other stays.
+    a_pod_has_several_containers,
+    /// Its end does not end the pod, and the next one finds the same pod.
+    the_only_container_is_restarted,
+    /// It ends before the others start, and leaves them what it wrote to a volume.
+    an_init_container_runs_first,
+    /// SIGTERM, and SIGKILL after the grace period.
+    stop_asks_before_it_kills,
+    /// What `kubectl describe` shows.
+    errors_are_readable,
+}
+
+fn a_pod_is_run_stopped_and_removed(handler: &str) {
+    let pod = Pod::run_with(handler, json!({"labels": {"app": "test"}, "annotations": {"note": "a b"}}));
+    let status = pod.status();
+    assert_eq!(status.state.enum_value_or_default(), PodState::SANDBOX_READY);
+    assert_eq!(status.runtime_handler, handler);
+    assert_eq!(status.metadata.name, pod.config().metadata.name);
+    assert_eq!((status.labels["app"].as_str(), status.annotations["note"].as_str()), ("test", "a b"));
+
+    let container = pod.sh("echo hello; exec sleep 10000");
+    assert_eq!(container.state(), State::CONTAINER_RUNNING);
+    container.wait_for_output("hello");
+    assert_eq!(container.exec(&["echo", "hi"]).ok(), "hi");
+
+    pod.stop().unwrap();
+    pod.stop().unwrap();
+    assert_eq!(pod.status().state.enum_value_or_default(), PodState::SANDBOX_NOTREADY);
+    assert_eq!(container.status().exit_code, 137);
+    pod.remove().unwrap();
+    pod.remove().unwrap();
+    assert_eq!(pod.try_status().map_err(|e| e.code), Err(5), "not found");
+}
+
+fn a_pod_has_several_containers(handler: &str) {
+    let pod = shared_pod(handler);
+    let one = pod.sh("echo one > /mine; exec sleep 10001");
+    let two = pod.sh("echo two > /mine; exec sleep 10002");
+    assert_eq!((one.sh("cat /mine").ok(), two.sh("cat /mine").ok()), ("one", "two"));
+    let processes = one.exec(&["ps"]);
+    assert!(processes.ok().contains("sleep 10001") && !processes.ok().contains("10002"), "{processes:?}");
+    one.stop(0).unwrap();
+    one.remove().unwrap();
+    assert_eq!(two.sh("cat /mine").ok(), "two");
+    two.remove().unwrap();
+}
+
+fn the_only_container_is_restarted(handler: &str) {
+    let pod = Pod::run(handler);
+    let kernel = "cat /proc/sys/kernel/random/boot_id";
+    let script = format!("{kernel}; hostname; readlink /proc/self/ns/ipc; exit 3");
+    let start = |attempt: u32| {
+        pod.start(json!({"metadata": {"name": "only", "attempt": attempt}, "command": ["sh", "-c", script]}))
+    };
+    let first = start(0);
+    let status = first.ended();
+    assert_eq!((status.exit_code, status.reason.as_str()), (3, "Error"));
+    assert!(status.finished_at >= status.started_at && status.started_at >= status.created_at, "{status:?}");
+    assert_eq!(pod.status().state.enum_value_or_default(), PodState::SANDBOX_READY);
+    let second = start(1);
+    assert_eq!(second.ended().exit_code, 3);
+    assert_eq!(first.output(), second.output());
+    first.remove().unwrap();
+    assert_eq!(pod.status().state.enum_value_or_default(), PodState::SANDBOX_READY);
+}
+
+fn an_init_container_runs_first(handler: &str) {
+    let volume = Scratch::new();
+    let pod = shared_pod(handler);
+    let mounts = json!([{"host_path": volume.path(), "container_path": "/work"}]);
+    let run = |script: &str| pod.start(json!({"command": ["sh", "-c", script], "mounts": mounts}));
+    let status = run("echo prepared > /work/file").ended();
+    assert_eq!((status.exit_code, status.reason.as_str()), (0, "Completed"));
+    let main = run("cat /work/file");
+    assert_eq!(main.ended().exit_code, 0);
+    assert_eq!(main.output(), "prepared\n");
+}
+
+fn stop_asks_before_it_kills(handler: &str) {
+    let pod = shared_pod(handler);
+    let polite = pod.sh("trap 'echo bye; exit 7' TERM; echo ready; while :; do sleep 0.1; done");
+    polite.wait_for_output("ready");
+    polite.stop(60).unwrap();
+    assert_eq!(polite.status().exit_code, 7);
+    assert!(polite.output().contains("bye"));
+    polite.stop(60).unwrap();
+
+    let deaf = pod.sh("trap '' TERM; echo ready; while :; do sleep 0.1; done");
+    deaf.wait_for_output("ready");
+    let start = Instant::now();
+    deaf.stop(2).unwrap();
+    assert!(start.elapsed() >= Duration::from_secs(2), "it was killed before its time");
+    assert_eq!(deaf.status().exit_code, 137);
+}
+
+fn errors_are_readable(handler: &str) {
+    let pod = shared_pod(handler);
+    let container = pod.create(json!({"command": ["no-such-program"]})).unwrap();
+    let error = container.start().unwrap_err();
+    let reason = "exec: \"no-such-program\": executable file not found in $PATH";
+    assert!(error.message.contains(reason), "{error}");
+    let status = container.status();
+    assert_eq!((status.reason.as_str(), status.exit_code), ("StartError", 128), "{status:?}");
+    assert!(status.message.contains(reason), "{status:?}");
+    assert_eq!(status.message.lines().count(), 1, "{status:?}");
+    assert_eq!(pod.status().state.enum_value_or_default(), PodState::SANDBOX_READY);
+}
+
+/// What only a virtual machine can do: end as a whole.
+#[test]
+fn the_end_of_the_vm_is_the_end_of_its_containers() {
+    let _turn = turn::shared();
+    if !environment::is_vm_or_say("there is no VM") {
+        return;
+    }
+    let pod = Pod::run("kata");
+    let (one, two) = (pod.sh("exec sleep 10000"), pod.sh("exec sleep 10000"));
+    let vmm = Process::all().into_iter().find(|process| {
+        let cgroup = std::fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
+        process.name.starts_with("kata-vmm") && cgroup.contains(pod.id())
+    });
+    let vmm = vmm.expect("a VMM in the pod's cgroup");
+    nix::sys::signal::kill(Pid::from_raw(vmm.pid), Signal::SIGKILL).unwrap();
+    for container in [&one, &two] {
+        assert_ne!(container.ended().exit_code, 0);
+    }
+    let not_ready = || pod.status().state.enum_value_or_default() == PodState::SANDBOX_NOTREADY;
+    assert!(eventually(not_ready));
+    pod.stop().unwrap();
+    pod.remove().unwrap();
+}
