@@ -7,12 +7,14 @@ mod grpc;
 mod log;
 mod pod;
 mod shared;
+mod streaming;
 
 pub use container::{Container, Exec};
 pub use grpc::Status;
 pub use log::Line;
 pub use pod::Pod;
 pub use shared::shared_pod;
+pub use streaming::Session;
 
 /// The interface's messages.
 #[allow(missing_docs, unused_imports, unused_qualifications)]

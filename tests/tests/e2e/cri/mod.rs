@@ -15,6 +15,7 @@ mod life;
 mod resources;
 mod security;
 mod sharing;
+mod streaming;
 mod volumes;
 
 /// Makes two tests of each case, `kata::CASE` and `runc::CASE`. A case is a function of the runtime handler.
