@@ -10,6 +10,7 @@ mod device_filter;
 mod hooks;
 mod init;
 mod launch;
+mod names;
 mod network;
 mod process;
 mod reaper;
