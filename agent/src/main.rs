@@ -12,6 +12,7 @@ mod device_filter;
 mod hooks;
 mod init;
 mod launch;
+mod names;
 mod network;
 mod pause;
 mod process;

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use katana_protocol::agent::Network;
 use katana_protocol::{GUEST_SHARE, GUEST_SHM};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -17,6 +18,7 @@ use nix::unistd::sethostname;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::container::{self, Container, Pod, Request};
+use crate::names::{self, Names};
 use crate::network;
 use crate::reaper::Reaper;
 use crate::transport::Transport;
@@ -39,6 +41,9 @@ pub enum Error {
     /// The network cannot be made.
     #[error(transparent)]
     Network(#[from] network::Error),
+    /// A name server cannot be stood in for.
+    #[error(transparent)]
+    Names(#[from] names::Error),
     /// One container fails.
     #[error(transparent)]
     Container(#[from] container::Error),
@@ -74,6 +79,7 @@ pub struct Sandbox {
     pod: Pod,
     containers: Mutex<HashMap<String, Entry>>,
     ooms: tokio::sync::Mutex<UnboundedReceiver<String>>,
+    names: Names,
 }
 
 impl Sandbox {
@@ -81,7 +87,14 @@ impl Sandbox {
     pub fn new(transport: Transport, reaper: Reaper) -> Self {
         let (sender, receiver) = unbounded_channel();
         let pod = Pod { transport, reaper, ooms: sender };
-        Self { pod, containers: Mutex::default(), ooms: tokio::sync::Mutex::new(receiver) }
+        let ooms = tokio::sync::Mutex::new(receiver);
+        Self { pod, containers: Mutex::default(), ooms, names: Names::default() }
+    }
+
+    /// Makes the network be this one.
+    pub async fn set_network(&self, network: &Network) -> Result<()> {
+        network::configure(network).await?;
+        Ok(self.names.serve(&network.name_servers, &self.pod.transport).await?)
     }
 
     /// Creates a container.

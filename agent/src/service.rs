@@ -29,7 +29,7 @@ use crate::reaper::Reaper;
 use crate::sandbox::{self, Sandbox, Settings};
 use crate::streams::{Ports, Stream};
 use crate::transport::Transport;
-use crate::{cgroup, console, cpus, init, network};
+use crate::{cgroup, console, cpus, init};
 
 /// Pause before the next try after the host refused a connection.
 const RECONNECT: Duration = Duration::from_secs(1);
@@ -125,7 +125,7 @@ fn status(error: &sandbox::Error) -> ttrpc::Error {
         sandbox::Error::NoContainer(_) => Code::NOT_FOUND,
         sandbox::Error::ContainerExists(_) => Code::ALREADY_EXISTS,
         sandbox::Error::BadId(_) => Code::INVALID_ARGUMENT,
-        sandbox::Error::Guest(..) | sandbox::Error::Network(_) => Code::INTERNAL,
+        sandbox::Error::Guest(..) | sandbox::Error::Network(_) | sandbox::Error::Names(_) => Code::INTERNAL,
         sandbox::Error::Container(error) => match error {
             C::Parse(_) | C::Invalid(_) | C::Seccomp(_) => Code::INVALID_ARGUMENT,
             C::Cgroup(cgroup::Error::Invalid(_)) | C::Devices(device_filter::Error::Rule(..)) => {
@@ -168,12 +168,6 @@ async fn to_the_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 's
     tokio::spawn(work).await.map_err(|e| ttrpc::Error::Others(e.to_string()))
 }
 
-async fn set_network(network: Network) -> ttrpc::Result<Empty> {
-    let configure = async move { network::configure(&network).await.map_err(|e| status(&e.into())) };
-    to_the_end(configure).await??;
-    Ok(Empty::new())
-}
-
 #[async_trait]
 impl Agent for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> ttrpc::Result<Empty> {
@@ -181,13 +175,13 @@ impl Agent for Service {
         let settings = Settings { hostname, clock_ns, entropy, share_tag, shm_bytes };
         sandbox::configure(&settings).map_err(|e| status(&e))?;
         match network.into_option() {
-            Some(network) => set_network(network).await,
+            Some(network) => self.set_network(network).await,
             None => Ok(Empty::new()),
         }
     }
 
     async fn update_network(&self, _: &TtrpcContext, network: Network) -> ttrpc::Result<Empty> {
-        set_network(network).await
+        self.set_network(network).await
     }
 
     async fn create_container(
@@ -340,6 +334,12 @@ impl Agent for Service {
 }
 
 impl Service {
+    async fn set_network(&self, network: Network) -> ttrpc::Result<Empty> {
+        let sandbox = self.sandbox.clone();
+        to_the_end(async move { sandbox.set_network(&network).await.map_err(|e| status(&e)) }).await??;
+        Ok(Empty::new())
+    }
+
     fn container(&self, id: &str) -> ttrpc::Result<Arc<container::Container>> {
         self.sandbox.container(id).map_err(|e| status(&e))
     }

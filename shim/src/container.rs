@@ -208,7 +208,7 @@ impl Container {
 
     async fn start_init(self: &Arc<Self>) -> Result<()> {
         may_start(&self.init)?;
-        self.sandbox.starting().await?;
+        self.sandbox.starting(&self.spec).await?;
         self.agent.start_container(&self.id).await?;
         self.init.started();
         let (container_id, pid) = (self.id.clone(), self.sandbox.pid());

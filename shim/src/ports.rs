@@ -5,15 +5,19 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use katana_protocol::FIRST_STREAM_PORT;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
-/// The ports that the guest may connect to, each once.
+/// Connections to a listener that nobody has taken yet; those beyond are closed.
+const BACKLOG: usize = 32;
+
+/// The ports that the guest may connect to: each once, but for those of listeners.
 #[derive(Debug)]
 pub struct Ports(Mutex<Table>);
 
 #[derive(Debug)]
 struct Table {
     waiting: HashMap<u32, oneshot::Sender<UnixStream>>,
+    listening: HashMap<u32, mpsc::Sender<UnixStream>>,
     next: u32,
     closed: bool,
 }
@@ -29,7 +33,12 @@ pub struct Waiter {
 impl Ports {
     /// No ports.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Table { waiting: HashMap::new(), next: FIRST_STREAM_PORT, closed: false })))
+        Arc::new(Self(Mutex::new(Table {
+            waiting: HashMap::new(),
+            listening: HashMap::new(),
+            next: FIRST_STREAM_PORT,
+            closed: false,
+        })))
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -48,22 +57,32 @@ impl Ports {
 
     /// Opens a port that nobody has yet.
     pub fn open_any(self: &Arc<Self>) -> Waiter {
-        let port = {
-            let mut table = self.table();
-            let mut port = table.next;
-            // After four thousand million streams the numbers start again.
-            while table.waiting.contains_key(&port) {
-                port = following(port);
-            }
-            table.next = following(port);
-            port
-        };
+        let port = self.table().free_port();
         self.open(port)
+    }
+
+    /// Opens a port that nobody has yet to any number of connections, until the guest is gone.
+    pub fn listen_any(&self) -> (u32, mpsc::Receiver<UnixStream>) {
+        let (sender, connections) = mpsc::channel(BACKLOG);
+        let mut table = self.table();
+        let port = table.free_port();
+        if !table.closed {
+            table.listening.insert(port, sender);
+        }
+        (port, connections)
     }
 
     /// The guest has connected. A connection that nobody waits for is closed.
     pub fn connected(&self, port: u32, connection: UnixStream) {
-        let waiting = self.table().waiting.remove(&port);
+        let mut table = self.table();
+        if let Some(listening) = table.listening.get(&port) {
+            if listening.try_send(connection).is_err() {
+                log::warn!("too many connections of the guest to port {port}");
+            }
+            return;
+        }
+        let waiting = table.waiting.remove(&port);
+        drop(table);
         if waiting.is_none_or(|sender| sender.send(connection).is_err()) {
             log::warn!("the guest connected to port {port}, for which nothing waits");
         }
@@ -74,6 +93,19 @@ impl Ports {
         let mut table = self.table();
         table.closed = true;
         table.waiting.clear();
+        table.listening.clear();
+    }
+}
+
+impl Table {
+    fn free_port(&mut self) -> u32 {
+        let mut port = self.next;
+        // After four thousand million streams the numbers start again.
+        while self.waiting.contains_key(&port) || self.listening.contains_key(&port) {
+            port = following(port);
+        }
+        self.next = following(port);
+        port
     }
 }
 
@@ -102,6 +134,22 @@ impl Drop for Waiter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_listener_gets_every_connection_up_to_its_backlog() {
+        let ports = Ports::new();
+        let (port, mut connections) = ports.listen_any();
+        for _ in 0..BACKLOG + 5 {
+            ports.connected(port, UnixStream::pair().unwrap().0);
+        }
+        assert_ne!(ports.open_any().port(), port);
+        ports.close();
+        let mut count = 0;
+        while connections.recv().await.is_some() {
+            count += 1;
+        }
+        assert_eq!(count, BACKLOG);
+    }
 
     #[tokio::test]
     async fn each_connection_finds_its_waiter_once() {

@@ -193,8 +193,9 @@ impl Sandbox {
     }
 
     /// To be called before a container's start. Before the first one, clients add to the pod's network.
-    pub async fn starting(self: &Arc<Self>) -> Result<()> {
+    pub async fn starting(self: &Arc<Self>, spec: &Spec) -> Result<()> {
         if !self.started.load(Ordering::Relaxed) {
+            self.network.serve_names(spec, &self.ports).await;
             self.update_network().await?;
             self.started.store(true, Ordering::Relaxed);
         }

@@ -4,6 +4,7 @@
 //! number of times: interfaces that were added since get their cards then. CNI plugins are done before the pod is
 //! created; hooks run during its creation; Docker and `ctr --cni` add theirs between Create and Start.
 
+mod names;
 mod namespace;
 mod scan;
 mod tap;
@@ -17,6 +18,7 @@ use self::namespace::Namespace;
 pub use self::namespace::Record;
 use self::scan::{Interface, Snapshot};
 use crate::error::{Error, Result};
+use crate::ports::Ports;
 use crate::spec::Spec;
 use crate::vmm::Vmm;
 
@@ -38,6 +40,8 @@ struct State {
     first: Option<Snapshot>,
     /// The index of the interface on each slot's card.
     cards: Vec<u32>,
+    /// What stands in for the name servers on the namespace's loopback interface.
+    name_servers: Vec<api::NameServer>,
 }
 
 impl Network {
@@ -56,7 +60,7 @@ impl Network {
             ));
         }
         let slots = slots(first.interfaces.len(), spec, client);
-        let state = State { first: Some(first), cards: Vec::new() };
+        let state = State { first: Some(first), ..State::default() };
         Ok(Self { namespace: Arc::new(namespace), slots, state: tokio::sync::Mutex::new(state) })
     }
 
@@ -93,7 +97,17 @@ impl Network {
                 state.cards.push(interface.index);
             }
         }
-        Ok(message(snapshot, &state.cards))
+        Ok(api::Network { name_servers: state.name_servers.clone(), ..message(snapshot, &state.cards) })
+    }
+
+    /// Lets the guest ask the name servers on the namespace's loopback interface that a container is given.
+    pub async fn serve_names(&self, spec: &Spec, ports: &Ports) {
+        let servers = names::servers_of(spec);
+        let mut state = self.state.lock().await;
+        if state.name_servers.is_empty() {
+            let serve = |server| names::serve(server, &self.namespace, ports);
+            state.name_servers = servers.into_iter().map(serve).collect();
+        }
     }
 
     fn free_slot(&self, cards: &[u32], interface: &Interface) -> Result<u8> {
