@@ -119,7 +119,7 @@ impl Container {
             .await?;
         if container.spec.hooks.is_some() {
             // That is where container engines without CNI set up a network.
-            container.sandbox.update_network().await?;
+            container.sandbox.update_network(&container.spec).await?;
         }
         let pid = container.agent.create_container(&container.id, guest_spec, streams.ports(), pause).await?;
         container.init.exists(pid, streams);

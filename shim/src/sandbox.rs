@@ -175,7 +175,9 @@ impl Sandbox {
     /// Brings the guest's network up to date, after something may have changed it on the host.
     ///
     /// On a task of its own: it must not stop halfway when containerd drops its request.
-    pub async fn update_network(self: &Arc<Self>) -> Result<()> {
+    pub async fn update_network(self: &Arc<Self>, spec: &Spec) -> Result<()> {
+        // First, since new interfaces are connected in another way if there are any.
+        self.network.serve_names(spec, &self.ports).await;
         let sandbox = Arc::clone(self);
         let updated = tokio::spawn(async move { sandbox.try_update_network().await });
         updated.await.map_err(|e| Error::Host(format!("network: {e}")))?
@@ -195,8 +197,7 @@ impl Sandbox {
     /// To be called before a container's start. Before the first one, clients add to the pod's network.
     pub async fn starting(self: &Arc<Self>, spec: &Spec) -> Result<()> {
         if !self.started.load(Ordering::Relaxed) {
-            self.network.serve_names(spec, &self.ports).await;
-            self.update_network().await?;
+            self.update_network(spec).await?;
             self.started.store(true, Ordering::Relaxed);
         }
         Ok(())

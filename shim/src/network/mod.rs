@@ -92,7 +92,7 @@ impl Network {
         for interface in &snapshot.interfaces {
             if !state.cards.contains(&interface.index) {
                 let slot = self.free_slot(&state.cards, interface)?;
-                let tap = self.tap(interface.clone(), slot).await?;
+                let tap = self.tap(interface.clone(), slot, !state.name_servers.is_empty()).await?;
                 vmm.attach_net(slot, interface.mac, tap).await?;
                 state.cards.push(interface.index);
             }
@@ -120,9 +120,9 @@ impl Network {
         })
     }
 
-    async fn tap(&self, interface: Interface, slot: u8) -> Result<OwnedFd> {
+    async fn tap(&self, interface: Interface, slot: u8, name_server: bool) -> Result<OwnedFd> {
         let namespace = Arc::clone(&self.namespace);
-        crate::blocking(move || namespace.inside(|| tap::connect(&interface, slot))).await
+        crate::blocking(move || namespace.inside(|| tap::connect(&interface, slot, name_server))).await
     }
 }
 

@@ -28,8 +28,21 @@ const TCA_MIRRED_PARMS: u16 = 2;
 const TC_ACT_STOLEN: u32 = 4;
 const TCA_EGRESS_REDIR: u32 = 1;
 const ETH_P_ALL: u16 = 3;
-/// The priority of the filters that are made here. It is also how they are known again.
-const PRIORITY: u16 = 0x6b61;
+const TC_ACT_OK: u32 = 0;
+const TCA_EGRESS_MIRROR: u32 = 2;
+const TCA_U32_SEL: u16 = 5;
+const TCA_U32_ACT: u16 = 7;
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_ARP: u16 = 0x0806;
+/// The priorities of the filters that are made here, which is also how they are known again: what a name server on the
+/// host needs, by protocol, and after that everything.
+const PRIORITY_ARP: u16 = 0x6b5f;
+const PRIORITY_IP: u16 = 0x6b60;
+const PRIORITY_ALL: u16 = 0x6b61;
+const PRIORITIES: [u16; 3] = [PRIORITY_ARP, PRIORITY_IP, PRIORITY_ALL];
+const DNS_PORT: u16 = 53;
+/// The lowest of the ports whose four highest bits are set.
+const NAME_SERVER_PORTS: u16 = 0xf000;
 
 /// Whether this is the name of a tap that a shim made.
 pub fn is_ours(name: &str) -> bool {
@@ -37,8 +50,9 @@ pub fn is_ours(name: &str) -> bool {
     number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// Makes the tap for a slot and connects it to an interface, in the network namespace of the calling thread.
-pub fn connect(interface: &Interface, slot: u8) -> Result<OwnedFd> {
+/// Makes the tap for a slot and connects it to an interface, in the network namespace of the calling thread. With a name
+/// server in that namespace, the answers that the server waits for do not go to the guest.
+pub fn connect(interface: &Interface, slot: u8, name_server: bool) -> Result<OwnedFd> {
     let name = format!("tap{slot}_kata");
     let refused = |what: &str, e: &netlink::Error| Error::Host(format!("{what}: {e}"));
     let tap = create(&name).map_err(|e| Error::io(format_args!("create {name}"), &e))?;
@@ -54,9 +68,12 @@ pub fn connect(interface: &Interface, slot: u8) -> Result<OwnedFd> {
     let up = libc::IFF_UP as u32;
     let link = Body::link(index, up, up).with(IFLA_MTU, &interface.mtu.to_ne_bytes());
     socket.set(kind::LINK, 0, link.bytes()).map_err(|e| refused(&format!("set up {name}"), &e))?;
+    let failed = |e: netlink::Error| refused(&format!("connect {} and {name}", interface.name), &e);
     for (from, to) in [(interface.index, index), (index, interface.index)] {
-        redirect(&socket, from, to)
-            .map_err(|e| refused(&format!("connect {} and {name}", interface.name), &e))?;
+        redirect(&socket, from, to).map_err(failed)?;
+    }
+    if name_server {
+        keep_answers(&socket, interface.index, index).map_err(failed)?;
     }
     Ok(tap)
 }
@@ -82,29 +99,82 @@ fn redirect(socket: &Socket, from: u32, to: u32) -> std::result::Result<(), netl
     let ingress = Body::traffic(from, TC_INGRESS_HANDLE, TC_INGRESS, 0).with_text(TCA_KIND, "ingress");
     match socket.set(kind::QDISC, CREATE | EXCLUSIVE, ingress.bytes()) {
         // Somebody else's, or that of a VM which is gone. Its own filters, if any, come first.
-        Err(e) if e.errno() == Some(Errno::EEXIST) => remove_filter(socket, from),
+        Err(e) if e.errno() == Some(Errno::EEXIST) => remove_filters(socket, from),
         outcome => outcome?,
     }
+    let actions = mirred(TCA_EGRESS_REDIR, TC_ACT_STOLEN, to);
+    let options = Body::default().with_nested(TCA_MATCHALL_ACT, &actions);
+    let all = filter(from, PRIORITY_ALL, ETH_P_ALL).with_text(TCA_KIND, "matchall");
+    socket.set(kind::FILTER, CREATE | EXCLUSIVE, all.with_nested(TCA_OPTIONS, &options).bytes())
+}
+
+/// action mirred egress ..., as the only one of a filter.
+fn mirred(what: u32, then: u32, to: u32) -> Body {
     // struct tc_mirred: index, capab, action, refcnt, bindcnt; what to do; the interface.
-    let words = [0, 0, TC_ACT_STOLEN, 0, 0, TCA_EGRESS_REDIR, to];
+    let words = [0, 0, then, 0, 0, what, to];
     let parameters: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
     let mirred = Body::default().with(TCA_MIRRED_PARMS, &parameters);
     let action = Body::default().with_text(TCA_ACT_KIND, "mirred").with_nested(TCA_ACT_OPTIONS, &mirred);
-    let actions = Body::default().with_nested(1, &action);
-    let options = Body::default().with_nested(TCA_MATCHALL_ACT, &actions);
-    let filter = filter(from).with_text(TCA_KIND, "matchall").with_nested(TCA_OPTIONS, &options);
-    socket.set(kind::FILTER, CREATE | EXCLUSIVE, filter.bytes())
+    Body::default().with_nested(1, &action)
 }
 
-/// All filters of [`PRIORITY`] of an interface.
-fn filter(index: u32) -> Body {
-    let information = u32::from(PRIORITY) << 16 | u32::from(ETH_P_ALL.to_be());
+/// Docker's name server asks others from the container's own namespace and with the container's address: their answers
+/// must stay on the host. They are told from those to the guest by the port: the namespace's sockets get ports from
+/// [`NAME_SERVER_PORTS`] on, the guest's Linux gives smaller ones unless it is told otherwise. Answers of ARP are for
+/// both.
+fn keep_answers(socket: &Socket, interface: u32, tap: u32) -> std::result::Result<(), netlink::Error> {
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", format!("{NAME_SERVER_PORTS} 65535"))?;
+    let set = |priority, protocol, options: Body| {
+        let filter = filter(interface, priority, protocol).with_text(TCA_KIND, "u32");
+        socket.set(kind::FILTER, CREATE | EXCLUSIVE, filter.with_nested(TCA_OPTIONS, &options).bytes())
+    };
+    // RFC 826: the operation is at 6, and 2 is an answer.
+    let answer = selector(&[(6, 2, 0xffff)]);
+    let copy = mirred(TCA_EGRESS_MIRROR, TC_ACT_OK, tap);
+    set(PRIORITY_ARP, ETH_P_ARP, answer.with_nested(TCA_U32_ACT, &copy))?;
+    // RFC 791: version and length of the header, here one without options, are at 0, the protocol is at 9. The ports of
+    // sender and receiver follow the header.
+    const UDP: u16 = 17;
+    const TCP: u16 = 6;
+    let from_server =
+        [(0, 0x4500, 0xff00), (20, DNS_PORT, 0xffff), (22, NAME_SERVER_PORTS, NAME_SERVER_PORTS)];
+    [UDP, TCP].iter().try_for_each(|protocol| {
+        let keys = [&from_server[..], &[(8, *protocol, 0x00ff)]].concat();
+        set(PRIORITY_IP, ETH_P_IP, selector(&keys))
+    })
+}
+
+/// What a u32 filter selects, which then goes on as if there were no filters: packets that have all these values. Each
+/// is an even offset, a value, and which bits of it count.
+fn selector(values: &[(u32, u16, u16)]) -> Body {
+    const TC_U32_TERMINAL: u8 = 1;
+    let count = u8::try_from(values.len()).unwrap_or(u8::MAX);
+    // struct tc_u32_sel: flags, a shift, the number of keys; offsets to further headers and a hash mask, unused.
+    let mut selector = [TC_U32_TERMINAL, 0, count].to_vec();
+    selector.resize(16, 0);
+    for (at, value, mask) in values {
+        // struct tc_u32_key: mask and value as they are in four bytes of the packet, and where these are.
+        let in_word = |half: &u16| if at % 4 == 0 { u32::from(*half) << 16 } else { (*half).into() };
+        selector.extend(in_word(mask).to_be_bytes());
+        selector.extend(in_word(value).to_be_bytes());
+        selector.extend((at & !3).to_ne_bytes());
+        selector.extend([0; 4]);
+    }
+    Body::default().with(TCA_U32_SEL, &selector)
+}
+
+/// Filters of a priority and a protocol.
+fn filter(index: u32, priority: u16, protocol: u16) -> Body {
+    let information = u32::from(priority) << 16 | u32::from(protocol.to_be());
     Body::traffic(index, 0, TC_INGRESS_FILTERS, information)
 }
 
-fn remove_filter(socket: &Socket, index: u32) {
-    if let Err(e) = socket.delete(kind::FILTER, filter(index).bytes()) {
-        log::debug!("filter of interface {index}: {e}");
+/// Removes the filters that were made here.
+fn remove_filters(socket: &Socket, index: u32) {
+    for priority in PRIORITIES {
+        if let Err(e) = socket.delete(kind::FILTER, filter(index, priority, 0).bytes()) {
+            log::debug!("filter of interface {index}: {e}");
+        }
     }
 }
 
@@ -116,12 +186,12 @@ pub fn disconnect_all() -> Result<()> {
     for index in links.iter().filter_map(|link| u32_at(link, 4)) {
         let filters = || socket.list(kind::FILTER, Body::traffic(index, 0, TC_INGRESS_FILTERS, 0).bytes());
         let is_ours =
-            |filter: &Vec<u8>| u32_at(filter, 16).is_some_and(|info| info >> 16 == u32::from(PRIORITY));
+            |filter: &Vec<u8>| u32_at(filter, 16).is_some_and(|info| info >> 16 == u32::from(PRIORITY_ALL));
         // An interface without the qdisc has no filters, which the kernel says in more than one way.
         if !filters().unwrap_or_default().iter().any(is_ours) {
             continue;
         }
-        remove_filter(&socket, index);
+        remove_filters(&socket, index);
         if filters().is_ok_and(|rest| rest.is_empty()) {
             let ingress = Body::traffic(index, TC_INGRESS_HANDLE, TC_INGRESS, 0);
             socket.delete(kind::QDISC, ingress.bytes()).map_err(failed)?;

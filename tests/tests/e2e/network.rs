@@ -453,7 +453,8 @@ fn serve_names(namespace: &Namespace) {
 #[test]
 fn a_name_server_on_the_loopback_interface_of_the_namespace() {
     let _turn = shared();
-    let namespace = Namespace::new();
+    let (bridge, namespace) = (Bridge::new(1500), Namespace::new());
+    bridge.connect(namespace.name(), "eth0", 2);
     serve_names(&namespace);
     let scratch = Scratch::new();
     let file = scratch.file("resolv.conf", "nameserver 127.0.0.11\noptions ndots:0\n");
