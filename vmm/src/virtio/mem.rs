@@ -46,7 +46,7 @@ mod state {
     pub const MIXED: u16 = 2;
 }
 
-/// Is told how many bytes are plugged, whenever that is what was asked for.
+/// Is told how many bytes are plugged, once that is what was asked for.
 pub type Told = Box<dyn FnMut(u64) + Send>;
 
 /// The device.
@@ -54,6 +54,8 @@ pub struct Mem {
     base: Base,
     blocks: Blocks,
     told: Told,
+    /// Whether that has been told of the last request.
+    done: bool,
 }
 
 impl Mem {
@@ -63,20 +65,26 @@ impl Mem {
     /// When the process is out of descriptors.
     pub fn new(region: Pluggable, told: Told) -> io::Result<Self> {
         let plugged = vec![false; (region.size() / BLOCK) as usize];
-        Ok(Self { base: Base::new("mem")?, blocks: Blocks { region, plugged, requested: 0 }, told })
+        Ok(Self {
+            base: Base::new("mem")?,
+            blocks: Blocks { region, plugged, requested: 0 },
+            told,
+            done: false,
+        })
     }
 
     /// Asks the guest to have this many bytes plugged, in whole blocks and as far as the region goes.
     pub fn request(&mut self, bytes: u64) {
         let most = self.blocks.plugged.len() as u64 * BLOCK;
         self.blocks.requested = bytes.min(most).next_multiple_of(BLOCK);
+        self.done = false;
         self.base.config_changed();
         self.tell();
     }
 
     fn tell(&mut self) {
         let bytes = self.blocks.plugged_bytes();
-        if bytes == self.blocks.requested {
+        if bytes == self.blocks.requested && !std::mem::replace(&mut self.done, true) {
             (self.told)(bytes);
         }
     }
