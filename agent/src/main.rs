@@ -20,6 +20,7 @@ mod sandbox;
 mod seccomp;
 mod service;
 mod streams;
+mod submounts;
 mod syscalls;
 mod transport;
 
