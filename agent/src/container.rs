@@ -25,6 +25,7 @@ use crate::process::{self, Process, Surroundings};
 use crate::reaper::Reaper;
 use crate::seccomp::{self, Filter};
 use crate::streams::Ports;
+use crate::submounts::Submounts;
 use crate::transport::Transport;
 
 /// What a container cannot do.
@@ -114,6 +115,8 @@ pub struct Container {
     phase: tokio::sync::Mutex<Phase>,
     execs: Mutex<HashMap<String, Exec>>,
     oom_watch: JoinHandle<()>,
+    /// They go with the container's entry in the table, once its processes are gone.
+    _submounts: Submounts,
 }
 
 impl Container {
@@ -150,6 +153,7 @@ impl Container {
     ) -> Result<Self> {
         let Work::Container { id, spec, .. } = &work else { return Err(Error::Invalid("not a container")) };
         let id = id.clone();
+        let submounts = Submounts::of(spec);
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.map_or(Ok(()), |resources| cgroup.apply(resources))?;
         let devices = DeviceFilter::attach(device_rules(resources), cgroup.path(), None)?;
@@ -177,6 +181,7 @@ impl Container {
             phase: tokio::sync::Mutex::new(Phase::Created(gate)),
             execs: Mutex::default(),
             oom_watch: tokio::spawn(oom.watch(cgroup.clone())),
+            _submounts: submounts,
         })
     }
 

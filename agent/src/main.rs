@@ -21,6 +21,7 @@ mod sandbox;
 mod seccomp;
 mod service;
 mod streams;
+mod submounts;
 mod syscalls;
 mod transport;
 
