@@ -127,13 +127,14 @@ async fn input_may_be_closed_before_the_start() {
     let mut request = containerd.exec_request("e", &process);
     request.stdin = stdin_path;
     containerd.client.exec(ctx(), &request).await.unwrap();
-    let writer =
-        thread::spawn(|| File::options().write(true).open(stdin).unwrap().write_all(b"hello").unwrap());
+    // Opened for both, it need not wait for the shim, which must not come first: it would see the end at once.
+    let mut writer = File::options().read(true).write(true).open(stdin).unwrap();
+    writer.write_all(b"hello").unwrap();
     let close =
         CloseIORequest { id: containerd.id(), exec_id: "e".into(), stdin: true, ..Default::default() };
     containerd.client.close_io(ctx(), &close).await.unwrap();
     containerd.start_exec("e").await.unwrap();
-    joined(writer).await;
+    drop(writer);
     assert_eq!(containerd.wait("e").await, 0);
     assert_eq!(containerd.file("e"), "hello");
     containerd.kill("", 9).await.unwrap();
