@@ -1,14 +1,20 @@
 //! What the programs of Katana say to each other.
 
-/// Shim and agent: messages, client and server of the agent's ttrpc service (`proto/agent.proto`).
 #[allow(missing_docs, unused_imports, unused_qualifications)]
 #[allow(clippy::all, clippy::pedantic, clippy::restriction)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/agent/mod.rs"));
+}
+
+/// Shim and agent: messages, client and server of the agent's ttrpc service (`proto/agent.proto`).
 pub mod agent {
-    mod messages {
-        include!(concat!(env!("OUT_DIR"), "/agent/mod.rs"));
-    }
-    pub use self::messages::agent::*;
-    pub use self::messages::agent_ttrpc::*;
+    pub use crate::generated::agent::*;
+    pub use crate::generated::agent_ttrpc::*;
+}
+
+/// containerd's description of a pod (`proto/pod.proto`).
+pub mod pod {
+    pub use crate::generated::pod::*;
 }
 
 pub mod netlink;

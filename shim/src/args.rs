@@ -17,6 +17,8 @@ pub struct Args {
     pub bundle: String,
     /// The socket to serve (action `serve`).
     pub socket: String,
+    /// The configuration that runtime options name (action `serve`).
+    pub config: String,
     /// Print the version.
     pub version: bool,
     /// Print what this runtime is, as protobuf.
@@ -76,6 +78,7 @@ impl Args {
             "publish-binary" => &mut self.publish_binary,
             "bundle" => &mut self.bundle,
             "socket" => &mut self.socket,
+            "config" => &mut self.config,
             _ => return Err(format!("flag provided but not defined: -{name}")),
         };
         *target = value.or_else(|| rest.next()).ok_or_else(|| format!("flag needs an argument: -{name}"))?;

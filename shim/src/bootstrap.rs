@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
+use protobuf::well_known_types::any::Any;
 use serde::Deserialize;
 
 use crate::args::Args;
@@ -17,6 +18,7 @@ use crate::cleanup::{is_served, remove_socket};
 use crate::error::{Error, Result};
 use crate::fds;
 use crate::layout::Identity;
+use crate::options::config_path;
 use crate::server::{LISTENER_FD, READY, READY_FD};
 use crate::stdio::read_limited;
 
@@ -43,6 +45,8 @@ struct Request {
     address: String,
     ttrpc_address: String,
     socket_dir: Option<String>,
+    /// The configuration that the runtime's options name. CreateSandbox does not repeat them, as Create does.
+    config: Option<PathBuf>,
     debug: bool,
 }
 
@@ -88,6 +92,7 @@ impl Request {
         if let Some(params) = bootstrap_params(args, input)? {
             return Ok(Self {
                 protocol: Protocol::Protobuf,
+                config: config_of(params.extensions.iter().filter_map(|extension| extension.value.as_ref()))?,
                 debug: args.debug || params.log_level.value() < 0,
                 address: params.containerd_grpc_address,
                 ttrpc_address: params.containerd_ttrpc_address,
@@ -107,6 +112,8 @@ impl Request {
                 Error::InvalidArgument(format!("{TTRPC_ADDRESS} is not set in the environment"))
             })?,
             socket_dir: None,
+            // Whatever else is on standard input is not for us.
+            config: config_of(Any::parse_from_bytes(input).ok().as_ref())?,
             debug: args.debug,
         })
     }
@@ -124,6 +131,11 @@ fn bootstrap_params(args: &Args, input: &[u8]) -> Result<Option<BootstrapParams>
     }
     let text = format!("bootstrap parameters are for {}/{}", params.namespace, params.instance_id);
     Err(Error::InvalidArgument(text))
+}
+
+/// The first configuration that is named.
+fn config_of<'a>(options: impl IntoIterator<Item = &'a Any>) -> Result<Option<PathBuf>> {
+    options.into_iter().find_map(|options| config_path(Some(options)).transpose()).transpose()
 }
 
 fn answer(address: &str, protocol: Protocol) -> Result<Vec<u8>> {
@@ -197,6 +209,7 @@ fn spawn(request: &Request, identity: &Identity, socket: &Path, bundle: &Path) -
             "-socket",
         ])
         .arg(socket)
+        .args(request.config.iter().flat_map(|path| ["-config".as_ref(), path.as_os_str()]))
         .args(request.debug.then_some("-debug"))
         .arg("serve")
         .env(TTRPC_ADDRESS, &request.ttrpc_address)

@@ -95,9 +95,14 @@ fn answer(pid: i32) -> Result<()> {
     io::stdout().write_all(&bytes).map_err(|e| Error::io("standard output", &e))
 }
 
-/// The socket as `start` wrote it into the bundle.
+/// The socket as `start` wrote it into the bundle; for a container of a sandbox that is a shim, as containerd wrote it.
 fn socket_of(bundle: &Path) -> Option<PathBuf> {
-    let address = fs::read_to_string(bundle.join("address")).ok()?;
+    let written = fs::read_to_string(bundle.join("address")).ok();
+    let address = written.or_else(|| {
+        let bootstrap: serde_json::Value =
+            serde_json::from_slice(&fs::read(bundle.join("bootstrap.json")).ok()?).ok()?;
+        Some(bootstrap.get("address")?.as_str()?.to_owned())
+    })?;
     Some(PathBuf::from(address.trim().strip_prefix("unix://")?))
 }
 

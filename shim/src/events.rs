@@ -54,14 +54,19 @@ pub struct Publisher {
 impl Publisher {
     /// Publishes to containerd's ttrpc socket, as its own task.
     pub fn start(address: String, namespace: &str) -> Arc<Self> {
-        let publisher = Arc::new(Self {
+        let publisher = Self::silent(namespace);
+        tokio::spawn(Arc::clone(&publisher).forward_all(address));
+        publisher
+    }
+
+    /// For what is no task of containerd's: takes events and passes none on.
+    pub fn silent(namespace: &str) -> Arc<Self> {
+        Arc::new(Self {
             namespace: namespace.to_owned(),
             queue: Mutex::default(),
             more: Notify::new(),
             empty: watch::channel(true).0,
-        });
-        tokio::spawn(Arc::clone(&publisher).forward_all(address));
-        publisher
+        })
     }
 
     fn queue(&self) -> MutexGuard<'_, VecDeque<Envelope>> {

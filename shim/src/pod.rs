@@ -2,12 +2,11 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use containerd_shim_protos::api::{CreateTaskRequest, DeleteRequest, DeleteResponse};
 use containerd_shim_protos::events::task::{TaskCreate, TaskDelete, TaskIO};
 use katana_config::Config;
-use protobuf::CodedInputStream;
 use protobuf::well_known_types::any::Any;
 use serde_json::{Map, Value};
 use tokio::sync::watch;
@@ -15,17 +14,16 @@ use tokio::sync::watch;
 use crate::container::{Container, Parts};
 use crate::error::{Error, Result};
 use crate::events::{Publisher, timestamp};
-use crate::layout::{Identity, RUN, check_name};
+use crate::layout::{Identity, Layout, RUN, check_name};
 use crate::logger;
+use crate::options::config_path;
+use crate::pod_config::{CONFIG_ANNOTATION, PodConfig, PodFiles};
 use crate::process::Exit;
 use crate::rootfs::Layer;
 use crate::sandbox::{Launch, Sandbox};
 use crate::size::{Limits, Sum};
 use crate::spec::{self, Spec};
 use crate::stdio::Paths;
-
-/// Kata's annotation for the configuration file.
-const CONFIG_ANNOTATION: &str = "io.katacontainers.config_path";
 
 /// A container's place; nothing in it while the container is being created.
 type Place = Option<Arc<Container>>;
@@ -34,7 +32,11 @@ type Place = Option<Arc<Container>>;
 pub struct Pod {
     identity: Identity,
     debug: bool,
+    /// The configuration that the options of the runtime name for all of the pod.
+    config_path: Option<PathBuf>,
     events: Arc<Publisher>,
+    /// There for a pod of the Sandbox service: its machine is not launched for a container, nor ended after one.
+    sandboxed: OnceLock<PodFiles>,
     containers: Mutex<HashMap<String, Place>>,
     sandbox: tokio::sync::Mutex<Option<Arc<Sandbox>>>,
     /// Changed by one at a time, for as long as the machine follows.
@@ -59,11 +61,18 @@ impl Drop for Reservation<'_> {
 
 impl Pod {
     /// A pod without containers.
-    pub fn new(identity: Identity, debug: bool, events: Arc<Publisher>) -> Arc<Self> {
+    pub fn new(
+        identity: Identity,
+        debug: bool,
+        config_path: Option<PathBuf>,
+        events: Arc<Publisher>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             identity,
             debug,
+            config_path,
             events,
+            sandboxed: OnceLock::new(),
             containers: Mutex::default(),
             sandbox: tokio::sync::Mutex::default(),
             limits: tokio::sync::Mutex::default(),
@@ -75,10 +84,42 @@ impl Pod {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The sandbox's id.
+    pub fn id(&self) -> &str {
+        &self.identity.sandbox
+    }
+
+    /// The pod's places on the host.
+    pub fn layout(&self) -> Layout {
+        self.identity.layout(Path::new(RUN))
+    }
+
     /// A container, once it has been created.
     pub fn container(&self, id: &str) -> Result<Arc<Container>> {
-        let found = self.containers().get(id).cloned().flatten();
+        // What holds the namespaces of a pod of the Sandbox service is no task.
+        let hidden = self.sandboxed.get().is_some() && id == self.id();
+        let found = self.any_container(id).filter(|_| !hidden);
         found.ok_or_else(|| Error::NotFound(format!("container {id} not created")))
+    }
+
+    fn any_container(&self, id: &str) -> Option<Arc<Container>> {
+        self.containers().get(id).cloned().flatten()
+    }
+
+    /// All containers but the one that stands for the pod.
+    pub fn members(&self) -> Vec<Arc<Container>> {
+        let containers = self.containers();
+        let members = containers.iter().filter(|(id, _)| **id != self.identity.sandbox);
+        members.filter_map(|(_, place)| place.clone()).collect()
+    }
+
+    /// From now on this is a pod of the Sandbox service.
+    pub fn be_sandboxed(&self, files: PodFiles) -> Result<()> {
+        let taken = !self.containers().is_empty() || self.sandboxed.set(files).is_err();
+        if taken {
+            return Err(Error::FailedPrecondition("the shim serves containers of its own already".into()));
+        }
+        Ok(())
     }
 
     fn reserve<'a>(&'a self, id: &'a str) -> Result<Reservation<'a>> {
@@ -116,9 +157,17 @@ impl Pod {
 
     async fn try_create(&self, request: &CreateTaskRequest) -> Result<Arc<Container>> {
         let bundle = PathBuf::from(&request.bundle);
-        let spec = Spec::load(&bundle)?;
+        let mut spec = Spec::load(&bundle)?;
+        if let Some(files) = self.sandboxed.get() {
+            files.add_to(&mut spec);
+        }
         let limits = self.add_limits(&request.id, &spec).await;
-        let sandbox = self.sandbox(&spec, &bundle, limits, request.options.as_ref()).await?;
+        let sandbox = match self.sandboxed.get() {
+            Some(_) => self.running_sandbox().await?,
+            None => {
+                self.sandbox(&spec, spec.shared_memory(&bundle), limits, request.options.as_ref()).await?
+            }
+        };
         let pod = spec::Pod {
             sandbox_pid: self.sandbox_pid(&request.id),
             target_pid: self.target_pid(&spec)?,
@@ -140,6 +189,40 @@ impl Pod {
             limits,
         };
         Container::create(parts, sandbox, Arc::clone(&self.events)).await
+    }
+
+    /// Launches the machine of a pod of the Sandbox service, and in it what holds its namespaces.
+    pub async fn create_holder(&self, config: &PodConfig, bundle: &Path) -> Result<Arc<Container>> {
+        let id = self.id().to_owned();
+        let reservation = self.reserve(&id)?;
+        let holder = self.try_create_holder(config, bundle).await;
+        match &holder {
+            Ok(holder) => drop(self.containers().insert(id.clone(), Some(Arc::clone(holder)))),
+            Err(_) => self.abandon().await,
+        }
+        drop(reservation);
+        holder
+    }
+
+    async fn try_create_holder(&self, config: &PodConfig, bundle: &Path) -> Result<Arc<Container>> {
+        let spec = &config.spec;
+        let limits = self.add_limits(self.id(), spec).await;
+        let memory = Some(config.files.shared_memory());
+        let sandbox = self.sandbox(spec, memory, limits, None).await?;
+        config.write_files()?;
+        let parts = Parts {
+            id: self.id().to_owned(),
+            namespace: self.identity.namespace.clone(),
+            bundle: bundle.to_owned(),
+            spec: spec.clone(),
+            layers: Vec::new(),
+            paths: Paths::default(),
+            pod: spec::Pod { shared_memory: sandbox.shared_memory.clone(), ..spec::Pod::default() },
+            limits,
+        };
+        let holder = Container::create(parts, sandbox, Publisher::silent(&self.identity.namespace)).await?;
+        holder.start("").await?;
+        Ok(holder)
     }
 
     /// Counts a container that is to come; answers what the pod needs with it.
@@ -175,7 +258,7 @@ impl Pod {
     async fn sandbox(
         &self,
         spec: &Spec,
-        bundle: &Path,
+        shared_memory: Option<(PathBuf, u64)>,
         limits: Limits,
         options: Option<&Any>,
     ) -> Result<Arc<Sandbox>> {
@@ -184,20 +267,26 @@ impl Pod {
             return Ok(Arc::clone(sandbox));
         }
         let annotated = spec.annotation(&[CONFIG_ANNOTATION]).map(PathBuf::from);
-        let explicit = config_path(options)?.or(annotated);
+        let explicit = config_path(options)?.or_else(|| self.config_path.clone()).or(annotated);
         let config: Config = katana_config::load(explicit.as_deref())?.annotated(&spec.annotations)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
         let (identity, run) = (&self.identity, Path::new(RUN));
-        let launch = Launch { identity, run, spec, bundle, limits, config: &config };
+        let launch = Launch { identity, run, spec, shared_memory, limits, config: &config };
         let launched = Sandbox::launch(launch, &self.events).await?;
         *sandbox = Some(Arc::clone(&launched));
         Ok(launched)
     }
 
+    /// The machine of a pod of the Sandbox service, which runs or has never been started or has ended.
+    async fn running_sandbox(&self) -> Result<Arc<Sandbox>> {
+        let sandbox = self.sandbox.lock().await.clone();
+        sandbox.ok_or_else(|| Error::FailedPrecondition(format!("sandbox {} does not run", self.id())))
+    }
+
     /// The pid in the guest of the sandbox container's first process, for the pod's other containers.
     fn sandbox_pid(&self, id: &str) -> Option<u32> {
         let sandbox = &self.identity.sandbox;
-        let container = if sandbox == id { None } else { self.container(sandbox).ok() };
+        let container = if sandbox == id { None } else { self.any_container(sandbox) };
         container.map(|container| container.init.guest_pid()).filter(|pid| *pid != 0)
     }
 
@@ -263,6 +352,9 @@ impl Pod {
     }
 
     async fn end_if_empty(&self) {
+        if self.sandboxed.get().is_some() {
+            return;
+        }
         let mut sandbox = self.sandbox.lock().await;
         // Looked at under the lock: a Create takes its place first and this lock second.
         if self.containers().is_empty()
@@ -272,11 +364,21 @@ impl Pod {
         }
     }
 
-    /// Shutdown: the shim ends, unless there are containers.
-    pub fn shut_down(&self) {
-        if self.containers().is_empty() {
+    /// Shutdown: the shim ends, unless there are containers. For the sandbox of a pod of the Sandbox service, containerd says
+    /// so when it does not know the pod any more.
+    pub async fn shut_down(&self, id: &str) {
+        if self.sandboxed.get().is_some() && id == self.id() {
+            self.shut_down_with_all().await;
+        } else if self.containers().is_empty() {
             self.stop.send_replace(true);
         }
+    }
+
+    /// The machine and the shim end, whatever is in them.
+    pub async fn shut_down_with_all(&self) {
+        self.abandon().await;
+        self.containers().clear();
+        self.stop.send_replace(true);
     }
 
     /// Waits for Shutdown.
@@ -314,61 +416,4 @@ fn created_event(request: CreateTaskRequest, pid: u32) -> TaskCreate {
 fn deleted(pid: u32, exit: Exit) -> DeleteResponse {
     let exited_at = Some(timestamp(exit.at)).into();
     DeleteResponse { pid, exit_status: exit.status, exited_at, ..Default::default() }
-}
-
-/// ConfigPath of `runtimeoptions.v1.Options`, with which `ctr run --runtime-config-path` and the CRI plugin
-/// name a configuration. Options of other types are those of other runtimes.
-fn config_path(options: Option<&Any>) -> Result<Option<PathBuf>> {
-    let Some(options) = options else { return Ok(None) };
-    if !options.type_url.ends_with("runtimeoptions.v1.Options") {
-        return Ok(None);
-    }
-    let parsed = string_field(&options.value, 2);
-    let path = parsed.map_err(|e| Error::InvalidArgument(format!("runtime options: {e}")))?;
-    Ok(path.filter(|path| !path.is_empty()).map(PathBuf::from))
-}
-
-/// A string member of a message of which nothing else is of interest.
-fn string_field(message: &[u8], field: u32) -> protobuf::Result<Option<String>> {
-    let mut input = CodedInputStream::from_bytes(message);
-    let mut found = None;
-    while let Some(tag) = input.read_raw_tag_or_eof()? {
-        // protobuf encoding: field number above three bits of wire type, 2 for what has a length.
-        match (tag >> 3, tag & 7) {
-            (number, 2) if number == field => found = Some(input.read_string()?),
-            (_, 0) => drop(input.read_raw_varint64()?),
-            (_, 1) => drop(input.read_fixed64()?),
-            (_, 2) => drop(input.read_bytes()?),
-            (_, 5) => drop(input.read_fixed32()?),
-            _ => return Err(protobuf::Error::from(std::io::Error::from(std::io::ErrorKind::InvalidData))),
-        }
-    }
-    Ok(found)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn options(kind: &str, value: &[u8]) -> Option<Any> {
-        Some(Any { type_url: kind.into(), value: value.to_vec(), ..Default::default() })
-    }
-
-    #[test]
-    fn the_configuration_of_a_client_is_found() {
-        let value = b"\x0a\x01x\x12\x06/a.tom\x1a\x00\x20\x01";
-        for kind in ["runtimeoptions.v1.Options", "type.googleapis.com/runtimeoptions.v1.Options"] {
-            assert_eq!(config_path(options(kind, value).as_ref()).unwrap(), Some(PathBuf::from("/a.tom")));
-        }
-        assert_eq!(config_path(options("containerd.runc.v1.Options", value).as_ref()).unwrap(), None);
-        assert_eq!(config_path(options("runtimeoptions.v1.Options", b"").as_ref()).unwrap(), None);
-        assert_eq!(config_path(None).unwrap(), None);
-        for hostile in [&b"\x12\xff"[..], b"\x12\xff\xff\xff\xff\x0f", b"\x12\x02\xff\xfe", b"\x17", b"\xff"]
-        {
-            assert!(
-                config_path(options("runtimeoptions.v1.Options", hostile).as_ref()).is_err(),
-                "{hostile:?}"
-            );
-        }
-    }
 }

@@ -41,6 +41,8 @@ pub struct Sandbox {
     pub ports: Arc<Ports>,
     /// The directory of the host for which the guest has a tmpfs: the pod's /dev/shm.
     pub shared_memory: Option<PathBuf>,
+    /// The VMM's cgroup on the host, if it has one of its own.
+    pub cgroup: Option<PathBuf>,
     vmm: Vmm,
     network: Network,
     /// The network as the guest knows it.
@@ -61,8 +63,8 @@ pub struct Launch<'a> {
     pub run: &'a Path,
     /// The first container's specification.
     pub spec: &'a Spec,
-    /// Its bundle.
-    pub bundle: &'a Path,
+    /// The directory of the host for which the guest is to have a tmpfs of so many bytes: the pod's /dev/shm.
+    pub shared_memory: Option<(PathBuf, u64)>,
     /// What the machine has to be large enough for at first.
     pub limits: Limits,
     /// The configuration.
@@ -84,7 +86,7 @@ impl Sandbox {
     }
 
     async fn try_launch(launch: &Launch<'_>, layout: Layout, events: &Arc<Publisher>) -> Result<Arc<Self>> {
-        let Launch { config, identity, spec, bundle, .. } = launch;
+        let Launch { config, identity, spec, .. } = launch;
         let files = machine::open_files(config)?;
         let network = Network::open(spec, &identity.namespace).await?;
         let record = Written {
@@ -116,16 +118,18 @@ impl Sandbox {
             vmm.plug_memory(size.plugged_mib)?;
         }
 
-        tokio::spawn(record.follow(vmm.processes()));
         let (sender, agent) = watch::channel(None);
         let (share, told, started) = (Arc::new(share), tokio::sync::Mutex::default(), AtomicBool::new(false));
         let size = tokio::sync::Mutex::new(size);
-        let (shared_memory, shm_bytes) = spec.shared_memory(bundle).unzip();
+        let (shared_memory, shm_bytes) = launch.shared_memory.clone().unzip();
+        let cgroup = record.cgroup.clone();
         let shm_bytes = shm_bytes.unwrap_or(0);
+        tokio::spawn(record.follow(vmm.processes()));
         let sandbox = Arc::new(Self {
             share,
             ports,
             shared_memory,
+            cgroup,
             vmm,
             network,
             told,

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use crate::fds;
 use crate::layout::Identity;
 use crate::logger;
 use crate::pod::Pod;
-use crate::service;
+use crate::{sandbox_service, service};
 
 /// The listening socket.
 pub const LISTENER_FD: RawFd = 3;
@@ -86,12 +86,16 @@ async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mu
     let address = std::env::var(TTRPC_ADDRESS)
         .map_err(|_| Error::InvalidArgument(format!("{TTRPC_ADDRESS} is not set in the environment")))?;
     let events = Publisher::start(address, &identity.namespace);
-    let pod = Pod::new(identity, args.debug, Arc::clone(&events));
+    let config_path = Some(PathBuf::from(&args.config)).filter(|path| !path.as_os_str().is_empty());
+    let pod = Pod::new(identity, args.debug, config_path, Arc::clone(&events));
     let failed = |e: &io::Error| Error::io("signals", e);
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| failed(&e))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| failed(&e))?;
     let listener = Listener::try_from(listener).map_err(|e| Error::io("listening socket", &e))?;
-    let mut server = Server::new().add_listener(listener).register_service(service::services(&pod));
+    let mut server = Server::new()
+        .add_listener(listener)
+        .register_service(service::services(&pod))
+        .register_service(sandbox_service::services(&pod));
     server.start().await.map_err(|e| Error::Host(e.to_string()))?;
     ready.write_all(READY).map_err(|e| Error::io("ready pipe", &e))?;
     close(ready);

@@ -44,7 +44,7 @@ pub fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
 
 /// Runs a request as a task of its own. The server drops a request's future when containerd's connection ends,
 /// and what has begun must end one way or the other (kata-containers#5246).
-async fn run<T, F>(request: F) -> ttrpc::Result<T>
+pub async fn run<T, F>(request: F) -> ttrpc::Result<T>
 where
     F: Future<Output = Result<T>> + Send + 'static,
     T: Send + 'static,
@@ -160,8 +160,13 @@ impl Task for Tasks {
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..Default::default() })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        self.0.shut_down();
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.0);
+        run(async move {
+            pod.shut_down(&request.id).await;
+            Ok(())
+        })
+        .await?;
         Ok(Empty::new())
     }
 

@@ -1,5 +1,5 @@
 use super::*;
-use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::bootstrap_api::Extension;
 
 fn args() -> Args {
     Args { id: "c1".into(), namespace: "ns".into(), address: "/run/a.sock".into(), ..Args::default() }
@@ -19,6 +19,7 @@ fn each_containerd_is_understood() {
         address: "/run/a.sock".into(),
         ttrpc_address: "/t".into(),
         socket_dir: None,
+        config: None,
         debug: false,
     };
     assert_eq!(old, expected);
@@ -27,8 +28,9 @@ fn each_containerd_is_understood() {
         value: b"\x12\x01x".to_vec(),
         ..Default::default()
     };
-    let options = options.write_to_bytes().unwrap();
-    assert_eq!(parse(&options, &[("TTRPC_ADDRESS", "/t")]).unwrap(), expected);
+    let packed = options.write_to_bytes().unwrap();
+    let configured = Request { config: Some("x".into()), ..parse(&[], &[("TTRPC_ADDRESS", "/t")]).unwrap() };
+    assert_eq!(parse(&packed, &[("TTRPC_ADDRESS", "/t")]).unwrap(), configured);
     assert_eq!(parse(b"\xff\xff", &[("TTRPC_ADDRESS", "/t")]).unwrap(), expected);
     let json = parse(&[], &[("TTRPC_ADDRESS", "/t"), ("MAX_SHIM_VERSION", "3")]).unwrap();
     assert_eq!(json.protocol, Protocol::Json);
@@ -38,6 +40,7 @@ fn each_containerd_is_understood() {
         containerd_ttrpc_address: "/t2".into(),
         containerd_grpc_address: "/g".into(),
         socket_dir: Some("/run/s".into()),
+        extensions: vec![Extension { value: Some(options).into(), ..Default::default() }],
         log_level: containerd_shim_protos::bootstrap_api::LogLevel::LOG_LEVEL_DEBUG.into(),
         ..Default::default()
     };
@@ -49,6 +52,7 @@ fn each_containerd_is_understood() {
             address: "/g".into(),
             ttrpc_address: "/t2".into(),
             socket_dir: Some("/run/s".into()),
+            config: Some("x".into()),
             debug: true
         }
     );
