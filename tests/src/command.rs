@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
+use crate::containerd::Containerd;
 use crate::environment;
 
 /// A command to run. It is ended, and the test fails, when it takes longer than [`environment::hang_limit`].
@@ -139,6 +141,7 @@ pub struct Running {
     pid: i32,
     started: Instant,
     log_start: u64,
+    log: PathBuf,
     stdout: Capture,
     stderr: Capture,
     exit: Receiver<ExitStatus>,
@@ -157,7 +160,19 @@ impl Running {
         let (tell, exit) = mpsc::channel();
         thread::spawn(move || child.wait().map(|status| tell.send(status)));
         let (log_start, limit) = (log_length(), environment::hang_limit());
-        Self { line, pid, started: Instant::now(), log_start, stdout, stderr, exit, limit, finished: false }
+        let log = Containerd::current().log();
+        Self {
+            line,
+            pid,
+            started: Instant::now(),
+            log_start,
+            log,
+            stdout,
+            stderr,
+            exit,
+            limit,
+            finished: false,
+        }
     }
 
     /// What it has written to its standard output so far.
@@ -221,6 +236,7 @@ impl Running {
             stderr: self.stderr.bytes(),
             elapsed: self.started.elapsed(),
             log_start: self.log_start,
+            log: self.log.clone(),
         }
     }
 }
@@ -245,6 +261,7 @@ pub struct Output {
     /// How long it ran.
     pub elapsed: Duration,
     log_start: u64,
+    log: PathBuf,
 }
 
 impl Output {
@@ -328,7 +345,7 @@ impl fmt::Display for Output {
         writeln!(f, "command: {}\nexit code: {} after {:.1?}", self.line, self.code, self.elapsed)?;
         writeln!(f, "--- stdout ({} bytes)\n{}", self.stdout.len(), tail(&self.text()))?;
         writeln!(f, "--- stderr ({} bytes)\n{}", self.stderr.len(), tail(&self.errors()))?;
-        if let Some(log) = log_since(self.log_start) {
+        if let Some(log) = log_since(&self.log, self.log_start) {
             writeln!(f, "--- containerd's log meanwhile\n{}", tail(&log))?;
         }
         Ok(())
@@ -347,11 +364,11 @@ fn tail(text: &str) -> String {
 }
 
 fn log_length() -> u64 {
-    environment::containerd_log().and_then(|path| path.metadata().ok()).map_or(0, |data| data.len())
+    Containerd::current().log().metadata().map_or(0, |data| data.len())
 }
 
-fn log_since(start: u64) -> Option<String> {
-    let mut file = File::open(environment::containerd_log()?).ok()?;
+fn log_since(log: &Path, start: u64) -> Option<String> {
+    let mut file = File::open(log).ok()?;
     file.seek(SeekFrom::Start(start)).ok()?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes).ok()?;

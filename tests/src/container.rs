@@ -6,14 +6,20 @@ use std::sync::{Mutex, Once, PoisonError};
 
 use crate::command::{Command, Output, Running};
 use crate::configuration::Configuration;
+use crate::containerd::Containerd;
 use crate::environment;
 use crate::terminal::Terminal;
 
 /// `ctr` with these arguments.
 pub fn ctr<S: AsRef<str>>(arguments: &[S]) -> Command {
+    ctr_at(&Containerd::current(), arguments)
+}
+
+fn ctr_at<S: AsRef<str>>(containerd: &Containerd, arguments: &[S]) -> Command {
+    let address = containerd.address().display().to_string();
     // Of its own accord it waits for ten seconds, which is not enough when dozens start at once on a slow machine.
-    let words = ["ctr", "--connect-timeout=100s"].into_iter().chain(arguments.iter().map(AsRef::as_ref));
-    Command::new(&words.collect::<Vec<_>>())
+    let words = ["ctr", "--connect-timeout=100s", "--address", &address];
+    Command::new(&words.into_iter().chain(arguments.iter().map(AsRef::as_ref)).collect::<Vec<_>>())
 }
 
 /// A name that no other container of this containerd has.
@@ -140,7 +146,7 @@ impl Run {
     /// When it fails.
     #[track_caller]
     pub fn start(self) -> Container {
-        let container = Container { id: self.id.clone() };
+        let container = Container::adopt(&self.id);
         // Its standard streams would be FIFOs that nobody reads.
         self.ctr_run(&["--detach", "--null-io"]).output().ok();
         container
@@ -177,12 +183,13 @@ impl Run {
 /// A container that runs in the background. It is removed when this is dropped.
 pub struct Container {
     id: String,
+    containerd: Containerd,
 }
 
 impl Container {
     /// Takes over a container that something else created.
     pub fn adopt(id: &str) -> Self {
-        Self { id: id.to_owned() }
+        Self { id: id.to_owned(), containerd: Containerd::current() }
     }
 
     /// Its id.
@@ -193,13 +200,13 @@ impl Container {
     /// `ctr tasks VERB CONTAINER`, with options after the verb.
     #[track_caller]
     pub fn task(&self, verb: &str, options: &[&str]) -> Output {
-        ctr(&[&["tasks", verb], options, &[&self.id]].concat()).output()
+        ctr_at(&self.containerd, &[&["tasks", verb], options, &[&self.id]].concat()).output()
     }
 
     /// What `ctr tasks ls` says about its task: RUNNING, STOPPED, PAUSED..., or nothing when there is none.
     #[track_caller]
     pub fn status(&self) -> Option<String> {
-        let tasks = ctr(&["tasks", "ls"]).output().ok().text();
+        let tasks = ctr_at(&self.containerd, &["tasks", "ls"]).output().ok().text();
         let mut rows = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
         rows.find(|row| row.first() == Some(&self.id.as_str()))
             .and_then(|row| row.get(2).map(|s| (*s).to_owned()))
@@ -238,7 +245,7 @@ impl Container {
         all.extend(options);
         all.push(&self.id);
         all.extend(words.iter().map(AsRef::as_ref));
-        ctr(&all)
+        ctr_at(&self.containerd, &all)
     }
 
     /// Executes a command in it.
@@ -256,27 +263,28 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        remove(&self.id);
+        remove(&self.containerd, &self.id);
     }
 }
 
-fn remove(id: &str) {
+fn remove(containerd: &Containerd, id: &str) {
+    let address = containerd.address();
     // Either may be gone already, and a test that fails must not hide its reason behind a second panic.
     let quietly = |words: &[&str]| {
         let mut command = std::process::Command::new("timeout");
-        let _ = command.args(["60", "ctr"]).args(words).output();
+        let _ = command.args(["60", "ctr", "--address"]).arg(&address).args(words).output();
     };
     quietly(&["tasks", "delete", "--force", id]);
     quietly(&["containers", "delete", id]);
 }
 
-static TO_REMOVE: Mutex<Vec<String>> = Mutex::new(Vec::new());
+static TO_REMOVE: Mutex<Vec<(Containerd, String)>> = Mutex::new(Vec::new());
 
 /// Statics are not dropped.
 fn remove_at_exit(id: &str) {
     extern "C" fn remove_all() {
-        for id in TO_REMOVE.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            remove(&id);
+        for (containerd, id) in TO_REMOVE.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            remove(&containerd, &id);
         }
     }
     static REGISTER: Once = Once::new();
@@ -284,5 +292,5 @@ fn remove_at_exit(id: &str) {
     REGISTER.call_once(|| unsafe {
         libc::atexit(remove_all);
     });
-    TO_REMOVE.lock().unwrap_or_else(PoisonError::into_inner).push(id.to_owned());
+    TO_REMOVE.lock().unwrap_or_else(PoisonError::into_inner).push((Containerd::current(), id.to_owned()));
 }

@@ -31,23 +31,9 @@ pub fn bin() -> PathBuf {
     std::env::var_os("KATANA_BIN").map_or_else(|| PathBuf::from("/opt/kata/bin"), PathBuf::from)
 }
 
-/// The containerd under test, as `ctr` itself reads it.
-///
-/// # Panics
-/// When there is none: these tests never touch the machine's own containerd.
-pub fn containerd_address() -> PathBuf {
-    let address = std::env::var_os("CONTAINERD_ADDRESS");
-    PathBuf::from(address.expect("CONTAINERD_ADDRESS is not set: run this below tests/with-containerd"))
-}
-
-/// The namespace in that containerd.
+/// The namespace in containerd.
 pub fn namespace() -> String {
     std::env::var("CONTAINERD_NAMESPACE").unwrap_or_else(|_| "default".to_owned())
-}
-
-/// Containerd's log, if the caller told where it is.
-pub fn containerd_log() -> Option<PathBuf> {
-    std::env::var_os("KATANA_CONTAINERD_LOG").map(PathBuf::from)
 }
 
 /// Ten times as many rounds when `$KATANA_SOAK` is set.

@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::{Once, OnceLock};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::container::{Run, ctr};
+use crate::containerd::Containerd;
 use crate::environment;
 use crate::process::Process;
 
@@ -50,9 +51,36 @@ impl Host {
     /// When that container does not run.
     #[track_caller]
     pub fn before() -> Self {
-        static FIRST: Once = Once::new();
-        FIRST.call_once(|| drop(Run::new(crate::BUSYBOX).command(&["true"]).output().ok()));
-        Self::now()
+        static USED: Mutex<Vec<Containerd>> = Mutex::new(Vec::new());
+        let containerd = Containerd::current();
+        let mut used = USED.lock().unwrap_or_else(PoisonError::into_inner);
+        if !used.contains(&containerd) {
+            Run::new(crate::BUSYBOX).command(&["true"]).output().ok();
+            used.push(containerd);
+        }
+        drop(used);
+        Self::at_rest()
+    }
+
+    /// Waits for what earlier tests have left going: `ctr` and containerd answer before a shim's process is gone, and
+    /// containerd has shims that died cleaned up after when nobody waits any more. What goes only later would be missed.
+    #[track_caller]
+    fn at_rest() -> Self {
+        const LONG_ENOUGH: Duration = Duration::from_secs(30);
+        let end = Instant::now() + LONG_ENOUGH;
+        let mut before = Self::now();
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            let now = Self::now();
+            let changes = before.changes(&now);
+            let passing = passing_processes();
+            if changes.is_empty() && passing.is_empty() {
+                return now;
+            }
+            let going_on = [changes, passing].concat().join("\n");
+            assert!(Instant::now() < end, "the host does not come to rest before the test:\n{going_on}");
+            before = now;
+        }
     }
 
     fn now() -> Self {
@@ -106,6 +134,18 @@ fn processes() -> BTreeSet<String> {
     all.map(|process| format!("{} {} {}", process.pid, process.name, process.arguments.join(" "))).collect()
 }
 
+/// Processes that live for a moment only: clients, and shims that start or delete something.
+fn passing_processes() -> Vec<String> {
+    let passes = |process: &Process| {
+        let action = process.arguments.last().map(String::as_str);
+        process.name == "ctr" && !process.arguments.iter().any(|word| word == "events")
+            || process.name.starts_with("containerd-shim")
+                && matches!(action, Some("start" | "delete") | None)
+    };
+    let all = Process::all().into_iter().filter(passes);
+    all.map(|process| format!("still there: {process:?}")).collect()
+}
+
 /// proc(5): the fifth field is the mount point, and the file system's type follows the lone hyphen.
 fn mounts() -> BTreeSet<String> {
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -137,9 +177,9 @@ fn files() -> BTreeSet<String> {
     let mut roots: Vec<PathBuf> = RUNTIME_DIRECTORIES.iter().map(PathBuf::from).collect();
     // Shims listen below this directory wherever containerd keeps its state.
     roots.push(PathBuf::from("/run/containerd"));
-    roots.extend(environment::containerd_address().parent().map(Path::to_owned));
-    let configuration =
-        std::env::var_os("KATANA_CONTAINERD_CONFIG").and_then(|path| std::fs::read_to_string(path).ok());
+    let containerd = Containerd::current();
+    roots.push(containerd.directory().to_owned());
+    let configuration = std::fs::read_to_string(containerd.configuration()).ok();
     let configuration = configuration.and_then(|text| text.parse::<toml::Table>().ok()).unwrap_or_default();
     let store = configuration.get("root").and_then(toml::Value::as_str);
     roots.extend(store.map(|store| Path::new(store).join("io.containerd.runtime.v2.task")));

@@ -11,12 +11,13 @@ use super::messages::{
     ExecSyncResponse, Nothing, StopContainerRequest, UpdateContainerResourcesRequest,
 };
 use super::{Line, Pod, Status, call, log, message, overlay};
-use crate::{BUSYBOX, container, host};
+use crate::{BUSYBOX, Containerd, container, host};
 
 /// A container. It goes with its pod.
 pub struct Container {
     id: String,
     log: PathBuf,
+    pub(super) containerd: Containerd,
 }
 
 /// What a command in a container gave.
@@ -62,8 +63,8 @@ impl Container {
             sandbox_config: Some(pod.config().clone()).into(),
             ..Default::default()
         };
-        let answer: CreateContainerResponse = call("CreateContainer", &request)?;
-        Ok(Self { id: answer.container_id, log })
+        let answer: CreateContainerResponse = call(pod.containerd(), "CreateContainer", &request)?;
+        Ok(Self { id: answer.container_id, log, containerd: pod.containerd().clone() })
     }
 
     /// Its id.
@@ -77,19 +78,19 @@ impl Container {
 
     /// Starts it.
     pub fn start(&self) -> Result<(), Status> {
-        call::<Nothing>("StartContainer", &self.request()).map(drop)
+        call::<Nothing>(&self.containerd, "StartContainer", &self.request()).map(drop)
     }
 
     /// Asks it to end, and ends it after so many seconds.
     pub fn stop(&self, grace: i64) -> Result<(), Status> {
         let request =
             StopContainerRequest { container_id: self.id.clone(), timeout: grace, ..Default::default() };
-        call::<Nothing>("StopContainer", &request).map(drop)
+        call::<Nothing>(&self.containerd, "StopContainer", &request).map(drop)
     }
 
     /// Removes it.
     pub fn remove(&self) -> Result<(), Status> {
-        call::<Nothing>("RemoveContainer", &self.request()).map(drop)
+        call::<Nothing>(&self.containerd, "RemoveContainer", &self.request()).map(drop)
     }
 
     /// Its status.
@@ -98,8 +99,8 @@ impl Container {
     /// When there is none.
     #[track_caller]
     pub fn status(&self) -> ContainerStatus {
-        let answer: ContainerStatusResponse =
-            call("ContainerStatus", &self.request()).unwrap_or_else(|e| panic!("status: {e}"));
+        let answer: ContainerStatusResponse = call(&self.containerd, "ContainerStatus", &self.request())
+            .unwrap_or_else(|e| panic!("status: {e}"));
         answer.status.unwrap_or_default()
     }
 
@@ -143,7 +144,7 @@ impl Container {
             timeout,
             ..Default::default()
         };
-        let answer: ExecSyncResponse = call("ExecSync", &request)?;
+        let answer: ExecSyncResponse = call(&self.containerd, "ExecSync", &request)?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         Ok(Exec { stdout: text(&answer.stdout), stderr: text(&answer.stderr), code: answer.exit_code })
     }
@@ -154,8 +155,8 @@ impl Container {
     /// When there are none.
     #[track_caller]
     pub fn stats(&self) -> ContainerStats {
-        let answer: ContainerStatsResponse =
-            call("ContainerStats", &self.request()).unwrap_or_else(|e| panic!("statistics: {e}"));
+        let answer: ContainerStatsResponse = call(&self.containerd, "ContainerStats", &self.request())
+            .unwrap_or_else(|e| panic!("statistics: {e}"));
         answer.stats.unwrap_or_default()
     }
 
@@ -166,7 +167,7 @@ impl Container {
             linux: Some(message(resources)).into(),
             ..Default::default()
         };
-        call::<Nothing>("UpdateContainerResources", &request).map(drop)
+        call::<Nothing>(&self.containerd, "UpdateContainerResources", &request).map(drop)
     }
 
     /// Where its log is.
@@ -198,6 +199,6 @@ impl Container {
 
     /// Has the log written to a new file of the same name: kubelet has renamed the old one.
     pub fn reopen_log(&self) -> Result<(), Status> {
-        call::<Nothing>("ReopenContainerLog", &self.request()).map(drop)
+        call::<Nothing>(&self.containerd, "ReopenContainerLog", &self.request()).map(drop)
     }
 }

@@ -29,15 +29,19 @@ pub mod messages {
 use protobuf::{Message, MessageFull};
 use serde_json::Value;
 
-use crate::environment;
+use crate::{Containerd, environment};
 
 /// The runtime handlers of the tests' containerd.
 pub const HANDLERS: [&str; 2] = ["kata", "runc"];
 
 /// Calls a method of the runtime service.
-fn call<Answer: Message>(method: &str, request: &impl Message) -> Result<Answer, Status> {
+fn call<Answer: Message>(
+    containerd: &Containerd,
+    method: &str,
+    request: &impl Message,
+) -> Result<Answer, Status> {
     let method = format!("runtime.v1.RuntimeService/{method}");
-    grpc::call(&environment::containerd_address(), &method, request, environment::hang_limit())
+    grpc::call(&containerd.address(), &method, request, environment::hang_limit())
 }
 
 /// A message from JSON.

@@ -9,7 +9,7 @@ use super::messages::{
     PodSandboxStatusResponse, RunPodSandboxRequest, RunPodSandboxResponse,
 };
 use super::{Container, Status, call, message, overlay};
-use crate::{Scratch, container};
+use crate::{Containerd, Scratch, container};
 
 /// A pod. It is stopped and removed when this is dropped.
 pub struct Pod {
@@ -17,6 +17,7 @@ pub struct Pod {
     handler: String,
     config: PodSandboxConfig,
     logs: Scratch,
+    containerd: Containerd,
 }
 
 impl Pod {
@@ -41,7 +42,7 @@ impl Pod {
     /// Runs a pod, if it can be.
     #[track_caller]
     pub fn try_run(handler: &str, config: Value) -> Result<Self, Status> {
-        let logs = Scratch::new();
+        let (logs, containerd) = (Scratch::new(), Containerd::current());
         let name = container::new_id();
         let mut all = json!({
             "metadata": {"name": name, "uid": name, "namespace": "default"},
@@ -58,13 +59,18 @@ impl Pod {
             runtime_handler: handler.to_owned(),
             ..Default::default()
         };
-        let answer: RunPodSandboxResponse = call("RunPodSandbox", &request)?;
-        Ok(Self { id: answer.pod_sandbox_id, handler: handler.to_owned(), config, logs })
+        let answer: RunPodSandboxResponse = call(&containerd, "RunPodSandbox", &request)?;
+        Ok(Self { id: answer.pod_sandbox_id, handler: handler.to_owned(), config, logs, containerd })
     }
 
     /// Its id.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// The containerd that runs it.
+    pub fn containerd(&self) -> &Containerd {
+        &self.containerd
     }
 
     /// The runtime handler that it runs with.
@@ -88,7 +94,7 @@ impl Pod {
 
     /// Its status.
     pub fn try_status(&self) -> Result<PodSandboxStatus, Status> {
-        let answer: PodSandboxStatusResponse = call("PodSandboxStatus", &self.request())?;
+        let answer: PodSandboxStatusResponse = call(&self.containerd, "PodSandboxStatus", &self.request())?;
         Ok(answer.status.unwrap_or_default())
     }
 
@@ -107,19 +113,19 @@ impl Pod {
     /// When there are none.
     #[track_caller]
     pub fn stats(&self) -> PodSandboxStats {
-        let answer: PodSandboxStatsResponse =
-            call("PodSandboxStats", &self.request()).unwrap_or_else(|e| panic!("statistics: {e}"));
+        let answer: PodSandboxStatsResponse = call(&self.containerd, "PodSandboxStats", &self.request())
+            .unwrap_or_else(|e| panic!("statistics: {e}"));
         answer.stats.unwrap_or_default()
     }
 
     /// Stops it and all its containers.
     pub fn stop(&self) -> Result<(), Status> {
-        call::<Nothing>("StopPodSandbox", &self.request()).map(drop)
+        call::<Nothing>(&self.containerd, "StopPodSandbox", &self.request()).map(drop)
     }
 
     /// Removes it.
     pub fn remove(&self) -> Result<(), Status> {
-        call::<Nothing>("RemovePodSandbox", &self.request()).map(drop)
+        call::<Nothing>(&self.containerd, "RemovePodSandbox", &self.request()).map(drop)
     }
 
     /// Creates and starts a container that runs a shell script.

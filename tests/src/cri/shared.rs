@@ -1,11 +1,12 @@
-//! One ordinary pod of each handler for all cases that only need a container.
+//! One ordinary pod of each handler of each containerd for all cases that only need a container.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
 use super::Pod;
+use crate::Containerd;
 
-static PODS: Mutex<Option<HashMap<String, Arc<Pod>>>> = Mutex::new(None);
+static PODS: Mutex<Option<HashMap<(Containerd, String), Arc<Pod>>>> = Mutex::new(None);
 
 /// The pod that cases share. It lives until the tests end.
 ///
@@ -24,5 +25,8 @@ pub fn shared_pod(handler: &str) -> Arc<Pod> {
     });
     let mut pods = PODS.lock().unwrap_or_else(PoisonError::into_inner);
     let pods = pods.get_or_insert_default();
-    Arc::clone(pods.entry(handler.to_owned()).or_insert_with(|| Arc::new(Pod::run(handler))))
+    Arc::clone(
+        pods.entry((Containerd::current(), handler.to_owned()))
+            .or_insert_with(|| Arc::new(Pod::run(handler))),
+    )
 }

@@ -45,7 +45,7 @@ impl Container {
             stderr: !tty,
             ..Default::default()
         };
-        let answer: StreamResponse = call("Exec", &request)?;
+        let answer: StreamResponse = call(&self.containerd, "Exec", &request)?;
         Ok(Session::open(&answer.url))
     }
 
@@ -59,7 +59,7 @@ impl Container {
             stderr: !tty,
             ..Default::default()
         };
-        let answer: StreamResponse = call("Attach", &request)?;
+        let answer: StreamResponse = call(&self.containerd, "Attach", &request)?;
         Ok(Session::open(&answer.url))
     }
 }
