@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::messages::{
-    Nothing, PodSandboxConfig, PodSandboxRequest, PodSandboxStats, PodSandboxStatsResponse, PodSandboxStatus,
-    PodSandboxStatusResponse, RunPodSandboxRequest, RunPodSandboxResponse,
+    ListPodSandboxResponse, Nothing, PodSandboxConfig, PodSandboxRequest, PodSandboxStats,
+    PodSandboxStatsResponse, PodSandboxStatus, PodSandboxStatusResponse, RunPodSandboxRequest,
+    RunPodSandboxResponse,
 };
 use super::{Container, Status, call, message, overlay};
 use crate::{Containerd, Scratch, container};
@@ -86,6 +87,24 @@ impl Pod {
     /// The file of one of its containers' logs.
     pub fn log_file(&self, name: &str) -> PathBuf {
         self.logs.path().join(name)
+    }
+
+    /// Stops and removes every pod that the current containerd knows, as kubelet does with those that it does not want.
+    ///
+    /// # Panics
+    /// When one cannot be removed.
+    #[track_caller]
+    pub fn remove_all() {
+        let containerd = Containerd::current();
+        let all: ListPodSandboxResponse =
+            call(&containerd, "ListPodSandbox", &Nothing::new()).unwrap_or_else(|e| panic!("list pods: {e}"));
+        for pod in all.items {
+            let request = PodSandboxRequest { pod_sandbox_id: pod.id, ..Default::default() };
+            for method in ["StopPodSandbox", "RemovePodSandbox"] {
+                let done: Result<Nothing, Status> = call(&containerd, method, &request);
+                done.unwrap_or_else(|e| panic!("{method} {}: {e}", request.pod_sandbox_id));
+            }
+        }
     }
 
     fn request(&self) -> PodSandboxRequest {

@@ -6,7 +6,10 @@ use std::sync::{Arc, Mutex, Once, PoisonError};
 use super::Pod;
 use crate::Containerd;
 
-static PODS: Mutex<Option<HashMap<(Containerd, String), Arc<Pod>>>> = Mutex::new(None);
+/// By containerd and handler.
+type Pods = HashMap<(Containerd, String), Arc<Pod>>;
+
+static PODS: Mutex<Option<Pods>> = Mutex::new(None);
 
 /// The pod that cases share. It lives until the tests end.
 ///

@@ -121,62 +121,6 @@ fn a_killed_shim_is_cleaned_up_after_by_containerd() {
 }
 
 #[test]
-fn tasks_go_on_while_containerd_restarts() {
-    let _turn = alone();
-    let before = Host::before();
-    let container = Run::new(BUSYBOX).sh("echo here > /tmp/mark; sleep 10000 & wait").start();
-    container.sh("until [ -e /tmp/mark ]; do sleep 0.1; done").ok();
-    restart_containerd();
-    assert_eq!(container.status().as_deref(), Some("RUNNING"));
-    container.exec(&["cat", "/tmp/mark"]).ok().expect_text("here");
-    container.task("metrics", &[]).ok();
-    container.task("kill", &["--signal", "KILL"]).ok();
-    container.wait_for_status(Some("STOPPED"));
-    container.delete_task(137);
-    ctr(&["containers", "delete", container.id()]).output().ok();
-    before.expect_unchanged();
-}
-
-/// containerd cleans up after shims whose task has ended while it was away.
-#[test]
-fn a_task_that_ends_while_containerd_is_down_leaves_nothing_behind() {
-    let _turn = alone();
-    let before = Host::before();
-    let scratch = Scratch::new();
-    let script = "until [ -e /volume/go ]; do sleep 0.1; done; exit 42";
-    let container = Run::new(BUSYBOX).bind(scratch.path(), "/volume", "rw").sh(script).start();
-    kill_containerd();
-    scratch.file("go", "");
-    // Nobody can be asked whether the script has seen it. If it has not, this tests a little less.
-    std::thread::sleep(Duration::from_secs(2));
-    start_containerd();
-    let ended = eventually(|| container.status().is_none_or(|status| status == "STOPPED"));
-    assert!(ended, "{} is {:?}", container.id(), container.status());
-    drop(container);
-    before.expect_unchanged();
-}
-
-fn restart_containerd() {
-    kill_containerd();
-    start_containerd();
-}
-
-fn kill_containerd() {
-    let file = std::env::var("KATANA_CONTAINERD_PID_FILE").expect("KATANA_CONTAINERD_PID_FILE is not set");
-    let pid = std::fs::read_to_string(&file).ok().and_then(|text| text.trim().parse::<i32>().ok());
-    let pid = pid.unwrap_or_else(|| panic!("{file} holds no process id"));
-    let containerd =
-        Process::all().into_iter().find(|process| process.pid == pid).expect("containerd's process");
-    containerd.kill();
-    assert!(eventually(|| !containerd.lives()), "containerd survives");
-}
-
-fn start_containerd() {
-    let script = std::env::var("KATANA_WITH_CONTAINERD").expect("KATANA_WITH_CONTAINERD is not set");
-    Command::new(&[script.as_str(), "--restart"]).output().ok();
-}
-
-#[test]
 fn a_missing_kernel_file_is_named() {
     let _turn = alone();
     if is_vm() {

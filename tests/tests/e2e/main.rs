@@ -5,6 +5,7 @@
 //! [`guest`]: other tests run this same program inside a container for them.
 
 mod coexist;
+mod containerd;
 mod cri;
 mod exec;
 mod failures;

@@ -14,7 +14,7 @@ cases! {
     /// A program that is not there, a container that has ended.
     exec_sync_fails_readably,
     /// Kubernetes' form, both streams, lines cut at 16 KiB, a last line without an end.
-    logs_have_both_streams,
+    2: logs_have_both_streams,
     /// What kubelet does when a log gets long.
     logs_are_rotated,
     /// One stream, and a terminal.

@@ -16,11 +16,11 @@ use super::cases;
 
 cases! {
     /// Run, status, stop, remove; stop and remove as often as one likes.
-    a_pod_is_run_stopped_and_removed,
+    2: a_pod_is_run_stopped_and_removed,
     /// Each with a root and processes of its own; one goes, the other stays.
     a_pod_has_several_containers,
     /// Its end does not end the pod, and the next one finds the same pod.
-    the_only_container_is_restarted,
+    2: the_only_container_is_restarted,
     /// It ends before the others start, and leaves them what it wrote to a volume.
     an_init_container_runs_first,
     /// SIGTERM, and SIGKILL after the grace period.

@@ -18,11 +18,14 @@ mod sharing;
 mod streaming;
 mod volumes;
 
-/// Makes tests of each case: `kata::CASE` and `runc::CASE` with containerd 1.7, `kata_2::CASE` with containerd 2 where the shim is
-/// the sandbox; and one for all cases with containerd 2's own sandboxer, which has the first case only unless there is time.
-/// A case is a function of the runtime handler.
+/// A case and its name.
+type Case = (&'static str, fn(&str));
+
+/// Makes tests of each case: `kata::CASE` and `runc::CASE` with containerd 1.7, and for those that begin with `2:` also
+/// `kata_2::CASE` with containerd 2, where the shim is the sandbox. A case is a function of the runtime handler.
 macro_rules! cases {
-    ($($(#[$what:meta])* $case:ident,)+) => {
+    ($($(#[$what:meta])* $($two:literal :)? $case:ident,)+) => {
+        pub(super) const CASES: &[$crate::cri::Case] = &[$((stringify!($case), $case)),+];
         mod kata {
             $(#[test] fn $case() { $crate::cri::run("kata", super::$case); })+
         }
@@ -30,12 +33,7 @@ macro_rules! cases {
             $(#[test] fn $case() { $crate::cri::run("runc", super::$case); })+
         }
         mod kata_2 {
-            $(#[test] fn $case() { $crate::cri::run_2("kata-shim", &[super::$case]); })+
-
-            #[test]
-            fn with_a_sandbox_container() {
-                $crate::cri::run_2("kata", &[$(super::$case),+]);
-            }
+            $($(#[test] fn $case() { $crate::cri::run_2($two, "kata-shim", super::$case); })?)+
         }
     };
 }
@@ -48,16 +46,37 @@ fn run(handler: &str, case: fn(&str)) {
     }
 }
 
-/// With containerd 2: some cases, one after the other, unless the tests are to be long.
-fn run_2(handler: &str, cases: &[fn(&str)]) {
+fn run_2(version: u8, handler: &str, case: fn(&str)) {
+    assert_eq!(version, 2);
     let _turn = turn::shared();
-    if !environment::is_vm_or_say("containerd's own runtime is no matter of ours") {
-        return;
-    }
-    let instance = Instance::of_version_2();
-    let _here = instance.containerd().enter();
-    let count = if environment::is_soak() { cases.len() } else { 1 };
-    for case in &cases[..count] {
+    if environment::is_vm_or_say("containerd's own runtime is no matter of ours") {
+        let instance = Instance::of_version_2();
+        let _here = instance.containerd().enter();
         case(handler);
+    }
+}
+
+/// All cases, also with containerd 2's own sandboxer. Of the latter there are two if the tests are not to be long: what is
+/// particular to it is the same with containerd 1.7.
+#[test]
+fn every_case_with_containerd_2() {
+    let all = [
+        life::CASES,
+        volumes::CASES,
+        exec::CASES,
+        resources::CASES,
+        security::CASES,
+        sharing::CASES,
+        streaming::CASES,
+    ];
+    let runs: Vec<(&str, Case)> = if environment::is_soak() {
+        let handlers = ["kata", "kata-shim"].into_iter();
+        handlers.flat_map(|handler| all.concat().into_iter().map(move |case| (handler, case))).collect()
+    } else {
+        vec![("kata", life::CASES[0]), ("kata", volumes::CASES[0])]
+    };
+    for (handler, (name, case)) in runs {
+        eprintln!("{name} with {handler}");
+        run_2(2, handler, case);
     }
 }

@@ -16,11 +16,11 @@ cases! {
     /// Of a running container
     limits_are_changed,
     /// CPU, memory, processes, writable layer
-    statistics_are_not_zero,
+    2: statistics_are_not_zero,
     /// reason: OOMKilled
     too_much_memory_is_told,
     /// The pod's cgroup is kubelet's: it makes it before the pod and removes it after it.
-    kubelets_cgroups_are_used_and_left_empty,
+    2: kubelets_cgroups_are_used_and_left_empty,
 }
 
 fn limits_are_set(handler: &str) {

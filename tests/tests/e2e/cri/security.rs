@@ -22,7 +22,7 @@ cases! {
     /// What kubelet hides of /proc and /sys
     paths_are_masked_and_read_only,
     /// Everything is allowed, and nothing is hidden.
-    a_privileged_container_may_everything,
+    2: a_privileged_container_may_everything,
 }
 
 /// A container of the shared pod with this security context.

@@ -8,17 +8,17 @@ use super::cases;
 
 cases! {
     /// The safe ones
-    sysctls_are_set_for_the_pod,
+    2: sysctls_are_set_for_the_pod,
     /// shareProcessNamespace: the pod's first process reaps for all.
-    a_pid_namespace_is_shared_by_the_pod,
+    2: a_pid_namespace_is_shared_by_the_pod,
     /// An ephemeral container looks at another container's processes.
     a_pid_namespace_of_another_container_is_joined,
     /// Network, ipc and uts are the pod's; mounts, pids and cgroups the container's.
-    namespaces_are_the_pods_or_the_containers,
+    2: namespaces_are_the_pods_or_the_containers,
     /// POSIX shared memory
-    shared_memory_is_the_pods,
+    2: shared_memory_is_the_pods,
     /// As the pod says
-    hostname_and_dns_are_the_pods,
+    2: hostname_and_dns_are_the_pods,
     /// Working directory, environment, arguments
     a_container_gets_what_it_asks_for,
 }

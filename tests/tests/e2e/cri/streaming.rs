@@ -7,7 +7,7 @@ use super::cases;
 
 cases! {
     /// Three streams and an exit code
-    exec_with_input,
+    2: exec_with_input,
     /// A terminal whose size changes
     exec_on_a_terminal,
     /// The container's own streams, while its log goes on

@@ -12,7 +12,7 @@ use super::cases;
 
 cases! {
     /// hostPath, emptyDir on disk: directories and files, read-only and not
-    directories_and_files_are_bound,
+    2: directories_and_files_are_bound,
     /// mountPropagation: None and HostToContainer
     mounts_of_the_host_appear_if_asked,
     /// emptyDir with medium Memory and a sizeLimit
