@@ -32,7 +32,8 @@ pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 enum Protocol {
     /// containerd 1.6 to 2.2: the bare address, which means task v2 over ttrpc.
     Address,
-    /// A containerd that announces task v3 in the environment: JSON.
+    /// A containerd that announces task v3 in the environment, or that starts a sandbox, which none does without task v3: JSON.
+    /// (2.0 to 2.2 have task v3, yet announce v2.)
     Json,
     /// containerd 2.3 and later: protobuf.
     Protobuf,
@@ -53,7 +54,10 @@ struct Request {
 /// containerd's `start`.
 pub fn start(args: &Args) -> Result<()> {
     let bundle = std::env::current_dir().map_err(|e| Error::io("working directory", &e))?;
-    let request = Request::parse(args, &input()?, &|name| std::env::var(name).ok())?;
+    let mut request = Request::parse(args, &input()?, &|name| std::env::var(name).ok())?;
+    if request.protocol == Protocol::Address && is_sandbox(&bundle) {
+        request.protocol = Protocol::Json;
+    }
     let sandbox = sandbox_of(&bundle, &args.id);
     let identity = Identity::new(&request.address, &args.namespace, &sandbox)?;
     // The check of the container's own id; a sandbox's comes from its annotation.
@@ -154,6 +158,11 @@ fn answer(address: &str, protocol: Protocol) -> Result<Vec<u8>> {
             result.write_to_bytes().map_err(|e| Error::Host(e.to_string()))
         }
     }
+}
+
+/// Whether containerd starts a pod of the Sandbox service: its bundle has no specification.
+fn is_sandbox(bundle: &Path) -> bool {
+    !bundle.join("config.json").exists()
 }
 
 /// The sandbox that the bundle's container belongs to; without one the container is its own.

@@ -1,7 +1,7 @@
 //! What containerd does: a bundle, `start`, a connection, a place for events, `delete`.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -87,6 +87,15 @@ impl Containerd {
 
     /// As [`Containerd::start`], with further kernel parameters, of which the stand-in knows some.
     pub async fn start_with(name: &str, kernel_params: &str) -> Self {
+        Self::start_as(name, kernel_params, false).await
+    }
+
+    /// As containerd 2 starts a shim that is a sandbox: there is no specification, and options come with `start` only.
+    pub async fn start_sandbox(name: &str) -> Self {
+        Self::start_as(name, "", true).await
+    }
+
+    async fn start_as(name: &str, kernel_params: &str, sandbox: bool) -> Self {
         let directory = std::env::temp_dir().join(format!("katana-task-{name}-{}", std::process::id()));
         fs::create_dir(&directory).unwrap();
         configure(&directory, kernel_params);
@@ -98,9 +107,19 @@ impl Containerd {
         server.start().await.unwrap();
         let id = format!("{name}-{}", std::process::id());
         let bundle = bundle(&directory, &id, &json!({}));
-        let output = shim(&directory, &bundle, &id, "start");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let address = String::from_utf8(output.stdout).unwrap();
+        let address = if sandbox {
+            fs::remove_file(bundle.join("config.json")).unwrap();
+            let options = options(&directory).write_to_bytes().unwrap();
+            let output = shim_of(&directory, &bundle, &id, "start", &options);
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert_eq!((answer["version"].as_u64(), answer["protocol"].as_str()), (Some(3), Some("ttrpc")));
+            answer["address"].as_str().unwrap().to_owned()
+        } else {
+            let output = shim(&directory, &bundle, &id, "start");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8(output.stdout).unwrap()
+        };
         assert_eq!(fs::read_to_string(bundle.join("address")).unwrap(), address);
         let client = TaskClient::new(Client::connect(&address).await.unwrap());
         Self { directory, client, address, id, events, _server: server }
@@ -112,6 +131,11 @@ impl Containerd {
 
     pub fn bundle(&self) -> PathBuf {
         self.directory.join(&self.id)
+    }
+
+    /// Another container of the pod.
+    pub fn add_bundle(&self, id: &str, changes: &Value) -> PathBuf {
+        bundle(&self.directory, id, changes)
     }
 
     /// Replaces parts of the specification.
@@ -133,11 +157,7 @@ impl Containerd {
 
     /// `ctr run --runtime-config-path`
     pub fn options(&self) -> Any {
-        let path = self.directory.join("configuration.toml");
-        let path = path.to_str().unwrap();
-        let mut value = vec![0x12, u8::try_from(path.len()).unwrap()];
-        value.extend(path.as_bytes());
-        Any { type_url: "runtimeoptions.v1.Options".into(), value, ..Default::default() }
+        options(&self.directory)
     }
 
     /// Runs the container with `sh -c script` up to its start.
@@ -257,13 +277,31 @@ impl Drop for Containerd {
     }
 }
 
+/// `ctr run --runtime-config-path`, and ConfigPath of a handler
+fn options(directory: &Path) -> Any {
+    let path = directory.join("configuration.toml");
+    let path = path.to_str().unwrap();
+    let mut value = vec![0x12, u8::try_from(path.len()).unwrap()];
+    value.extend(path.as_bytes());
+    Any { type_url: "runtimeoptions.v1.Options".into(), value, ..Default::default() }
+}
+
 /// Runs the shim as containerd does: in the bundle, with a pipe for what it says.
 pub fn shim(directory: &Path, bundle: &Path, id: &str, action: &str) -> Output {
+    shim_of(directory, bundle, id, action, b"")
+}
+
+/// Likewise, with options on standard input. containerd 2.1 announces the same version.
+fn shim_of(directory: &Path, bundle: &Path, id: &str, action: &str, input: &[u8]) -> Output {
     let mut command = Command::new(SHIM);
     command.args(["-namespace", "test", "-publish-binary", "/bin/true", "-id", id, "-address"]);
     command.arg(directory.join("containerd.sock")).arg("-debug").arg(action);
     command.env("TTRPC_ADDRESS", directory.join("ttrpc")).env("MAX_SHIM_VERSION", "2").current_dir(bundle);
-    command.stdin(Stdio::null()).output().unwrap()
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    // A `delete` does not read it.
+    let _ = child.stdin.take().unwrap().write_all(input);
+    child.wait_with_output().unwrap()
 }
 
 /// Waits for something that must come soon.

@@ -12,4 +12,5 @@ mod stand_in;
 
 mod errors;
 mod life;
+mod sandbox;
 mod streams;

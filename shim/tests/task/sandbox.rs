@@ -1,0 +1,170 @@
+//! Pods of the Sandbox service.
+
+use containerd_shim_protos::api::{CreateTaskRequest, PidsRequest, StartRequest, StateRequest, WaitRequest};
+use containerd_shim_protos::sandbox_api::{
+    CreateSandboxRequest, PingRequest, SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest,
+    StartSandboxRequest, StopSandboxRequest, WaitSandboxRequest,
+};
+use containerd_shim_protos::sandbox_async::SandboxClient;
+use serde_json::json;
+use ttrpc::Code;
+use ttrpc::asynchronous::Client;
+
+use crate::containerd::{Containerd, can_run, code_and_text, ctx, eventually};
+
+/// A pod that is to be.
+struct Pod {
+    containerd: Containerd,
+    client: SandboxClient,
+}
+
+impl Pod {
+    async fn new(name: &str) -> Self {
+        let containerd = Containerd::start_sandbox(name).await;
+        let client = SandboxClient::new(Client::connect(&containerd.address).await.unwrap());
+        Self { containerd, client }
+    }
+
+    fn id(&self) -> String {
+        self.containerd.id()
+    }
+
+    async fn create(&self) -> ttrpc::Result<()> {
+        let bundle_path = self.containerd.bundle().to_str().unwrap().into();
+        let request = CreateSandboxRequest { sandbox_id: self.id(), bundle_path, ..Default::default() };
+        self.client.create_sandbox(ctx(), &request).await.map(drop)
+    }
+
+    async fn start(&self) -> ttrpc::Result<u32> {
+        let request = StartSandboxRequest { sandbox_id: self.id(), ..Default::default() };
+        self.client.start_sandbox(ctx(), &request).await.map(|answer| answer.pid)
+    }
+
+    async fn stop(&self, timeout_secs: u32) -> ttrpc::Result<()> {
+        let request = StopSandboxRequest { sandbox_id: self.id(), timeout_secs, ..Default::default() };
+        self.client.stop_sandbox(ctx(), &request).await.map(drop)
+    }
+
+    async fn wait(&self) -> ttrpc::Result<u32> {
+        let request = WaitSandboxRequest { sandbox_id: self.id(), ..Default::default() };
+        self.client.wait_sandbox(ctx(), &request).await.map(|answer| answer.exit_status)
+    }
+
+    async fn status(&self) -> ttrpc::Result<SandboxStatusResponse> {
+        let request = SandboxStatusRequest { sandbox_id: self.id(), ..Default::default() };
+        self.client.sandbox_status(ctx(), &request).await
+    }
+
+    async fn ping(&self) -> ttrpc::Result<()> {
+        let request = PingRequest { sandbox_id: self.id(), ..Default::default() };
+        self.client.ping_sandbox(ctx(), &request).await.map(drop)
+    }
+
+    async fn shut_down(&self) {
+        let request = ShutdownSandboxRequest { sandbox_id: self.id(), ..Default::default() };
+        self.client.shutdown_sandbox(ctx(), &request).await.unwrap();
+        let socket = self.containerd.address.strip_prefix("unix://").unwrap().to_owned();
+        eventually(|| !std::path::Path::new(&socket).exists()).await;
+        assert_eq!(self.containerd.traces(), Vec::<String>::new());
+    }
+
+    /// Creates and starts a container in it.
+    async fn run(&self, id: &str, script: &str) -> ttrpc::Result<()> {
+        let annotations = json!({"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": self.id()});
+        let process = json!({"args": ["sh", "-c", script]});
+        let changes = json!({"annotations": annotations, "process": process});
+        let bundle = self.containerd.add_bundle(id, &changes);
+        let stdout = format!("file://{}", self.containerd.directory.join("out").display());
+        let bundle = bundle.to_str().unwrap().into();
+        let request = CreateTaskRequest { id: id.into(), bundle, stdout, ..Default::default() };
+        self.containerd.client.create(ctx(), &request).await?;
+        let request = StartRequest { id: id.into(), ..Default::default() };
+        self.containerd.client.start(ctx(), &request).await.map(drop)
+    }
+}
+
+fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
+    code_and_text(result.unwrap_err()).0
+}
+
+#[tokio::test]
+async fn a_pod_from_create_to_shutdown() {
+    if !can_run() {
+        return;
+    }
+    let pod = Pod::new("pod").await;
+    let member = format!("{}-member", pod.id());
+    assert_eq!(code(pod.status().await), Code::NOT_FOUND);
+    pod.create().await.unwrap();
+    assert_eq!(code(pod.create().await), Code::ALREADY_EXISTS);
+    let status = pod.status().await.unwrap();
+    assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_NOTREADY", 0));
+    assert_eq!(code(pod.run(&member, "true").await), Code::FAILED_PRECONDITION);
+    assert_eq!(code(pod.ping().await), Code::FAILED_PRECONDITION);
+
+    let pid = pod.start().await.unwrap();
+    assert_eq!(code(pod.start().await), Code::FAILED_PRECONDITION);
+    let status = pod.status().await.unwrap();
+    assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_READY", pid));
+    pod.ping().await.unwrap();
+    // It is no task.
+    let request = StateRequest { id: pod.id(), ..Default::default() };
+    assert_eq!(code(pod.containerd.client.state(ctx(), &request).await), Code::NOT_FOUND);
+    let request = PidsRequest { id: pod.id(), ..Default::default() };
+    assert_eq!(code(pod.containerd.client.pids(ctx(), &request).await), Code::NOT_FOUND);
+
+    let script = "cat /etc/hostname; trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done";
+    pod.run(&member, script).await.unwrap();
+    eventually(|| pod.containerd.file("out").contains("ready")).await;
+    let name = nix::sys::utsname::uname().unwrap().nodename().to_string_lossy().into_owned();
+    assert_eq!(pod.containerd.file("out"), format!("{name}\nready\n"));
+
+    // Somebody waits while it is stopped.
+    let (exit, stopped) = tokio::join!(pod.wait(), pod.stop(30));
+    stopped.unwrap();
+    assert_eq!(exit.unwrap(), 137);
+    pod.stop(0).await.unwrap();
+    let request = WaitRequest { id: member.clone(), ..Default::default() };
+    assert_eq!(pod.containerd.client.wait(ctx(), &request).await.unwrap().exit_status, 7);
+    let status = pod.status().await.unwrap();
+    assert!(status.state == "SANDBOX_NOTREADY" && status.exited_at.is_some(), "{status:?}");
+    assert_eq!(code(pod.start().await), Code::FAILED_PRECONDITION);
+    assert_eq!(code(pod.run("late", "true").await), Code::FAILED_PRECONDITION);
+    // containerd deletes the tasks of a pod at any time.
+    let request = containerd_shim_protos::api::DeleteRequest { id: member, ..Default::default() };
+    assert_eq!(pod.containerd.client.delete(ctx(), &request).await.unwrap().exit_status, 7);
+    pod.shut_down().await;
+    assert_eq!(pod.containerd.topics(), ["create", "start", "exit", "delete"], "of the container alone");
+}
+
+#[tokio::test]
+async fn a_pod_that_is_shut_down_is_gone_with_all_that_runs_in_it() {
+    if !can_run() {
+        return;
+    }
+    // containerd may give up at any point.
+    let pod = Pod::new("given-up").await;
+    assert_eq!(code(pod.stop(0).await), Code::NOT_FOUND);
+    pod.shut_down().await;
+
+    let pod = Pod::new("running").await;
+    pod.create().await.unwrap();
+    pod.start().await.unwrap();
+    pod.run(&format!("{}-member", pod.id()), "exec sleep 1000").await.unwrap();
+    pod.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_pod_that_cannot_start_says_why() {
+    if !can_run() {
+        return;
+    }
+    let pod = Pod::new("wrong").await;
+    std::fs::remove_file(pod.containerd.directory.join("kernel")).unwrap();
+    pod.create().await.unwrap();
+    let (_, text) = code_and_text(pod.start().await.unwrap_err());
+    assert!(text.contains("kernel") && text.contains("No such file"), "{text}");
+    let status = pod.status().await.unwrap();
+    assert_eq!(status.state, "SANDBOX_NOTREADY");
+    pod.shut_down().await;
+}
