@@ -85,23 +85,6 @@ fn create(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The files that tell of use and limits, by name.
-pub fn files(path: &Path) -> io::Result<crate::stats::Files> {
-    const KINDS: [&str; 6] = ["cpu.", "memory.", "io.", "pids.", "rdma.", "hugetlb."];
-    let mut files = crate::stats::Files::new();
-    for entry in fs::read_dir(path)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        // Some can only be written.
-        if KINDS.iter().any(|kind| name.starts_with(kind))
-            && let Ok(text) = fs::read_to_string(entry.path())
-        {
-            files.insert(name, text);
-        }
-    }
-    Ok(files)
-}
-
 /// Removes the pod's directory, and those above it that a shim made and nobody is in any more.
 pub fn remove(path: &Path) {
     let mut path = path;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use nix::libc::SIGTERM;
 use tokio::sync::{Mutex, watch};
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::pod::Pod;
 use crate::pod_config::PodConfig;
 use crate::process::Exit;
-use crate::stats::Files;
+use crate::stats;
 
 /// How long the guest may take to answer a ping.
 const PING_LIMIT: Duration = Duration::from_secs(10);
@@ -150,18 +151,17 @@ impl PodSandbox {
         answer.map_err(|_| Error::DeadlineExceeded("the guest does not answer".into()))?.map(drop)
     }
 
-    /// SandboxMetrics: what the pod uses on the host, its machine included.
-    pub async fn metrics(&self) -> Result<Files> {
+    /// SandboxMetrics: what the pod's containers use together. Those that have ended use nothing.
+    pub async fn metrics(&self) -> Result<Metrics> {
         let holder = self.running()?;
-        let Some(cgroup) = holder.sandbox.cgroup.clone() else {
-            let text = "the VMM has no cgroup of its own, as this host has no pure cgroup v2 tree";
-            return Err(Error::FailedPrecondition(text.into()));
-        };
-        crate::blocking(move || {
-            crate::cgroup::files(&cgroup)
-                .map_err(|e| Error::io(format_args!("cgroup {}", cgroup.display()), &e))
-        })
-        .await
+        let mut total = stats::metrics(&holder.stats().await?);
+        for container in self.pod.members() {
+            match container.stats().await {
+                Ok(files) => stats::add(&mut total, &stats::metrics(&files)),
+                Err(e) => log::debug!("statistics of container {}: {e}", container.id),
+            }
+        }
+        Ok(total)
     }
 
     /// What SandboxStatus tells those who ask for more.

@@ -41,8 +41,6 @@ pub struct Sandbox {
     pub ports: Arc<Ports>,
     /// The directory of the host for which the guest has a tmpfs: the pod's /dev/shm.
     pub shared_memory: Option<PathBuf>,
-    /// The VMM's cgroup on the host, if it has one of its own.
-    pub cgroup: Option<PathBuf>,
     vmm: Vmm,
     network: Network,
     /// The network as the guest knows it.
@@ -118,18 +116,16 @@ impl Sandbox {
             vmm.plug_memory(size.plugged_mib)?;
         }
 
+        tokio::spawn(record.follow(vmm.processes()));
         let (sender, agent) = watch::channel(None);
         let (share, told, started) = (Arc::new(share), tokio::sync::Mutex::default(), AtomicBool::new(false));
         let size = tokio::sync::Mutex::new(size);
         let (shared_memory, shm_bytes) = launch.shared_memory.clone().unzip();
-        let cgroup = record.cgroup.clone();
         let shm_bytes = shm_bytes.unwrap_or(0);
-        tokio::spawn(record.follow(vmm.processes()));
         let sandbox = Arc::new(Self {
             share,
             ports,
             shared_memory,
-            cgroup,
             vmm,
             network,
             told,

@@ -20,7 +20,6 @@ use crate::events::{any, timestamp};
 use crate::pod::Pod;
 use crate::pod_sandbox::PodSandbox;
 use crate::service::run;
-use crate::stats;
 
 /// The states of a pod in Kubernetes' words, which containerd passes on.
 const READY: &str = "SANDBOX_READY";
@@ -141,12 +140,12 @@ impl Sandbox for Sandboxes {
         _: &TtrpcContext,
         request: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
-        let files = self.of(&request.sandbox_id)?.metrics().await?;
+        let metrics = self.of(&request.sandbox_id)?.metrics().await?;
         let mut response = SandboxMetricsResponse::new();
         let metric = response.metrics.mut_or_insert_default();
         metric.timestamp = Some(timestamp(SystemTime::now())).into();
         metric.id = request.sandbox_id;
-        metric.data = Some(any(&stats::metrics(&files))).into();
+        metric.data = Some(any(&metrics)).into();
         Ok(response)
     }
 }

@@ -39,6 +39,25 @@ pub fn metrics(files: &Files) -> Metrics {
     }
 }
 
+/// Adds what another container uses. Limits are each container's own and have no sum.
+pub fn add(total: &mut Metrics, one: &Metrics) {
+    macro_rules! add {
+        ($part:ident: $($member:ident),+) => {{
+            let sum = total.$part.mut_or_insert_default();
+            $(sum.$member = sum.$member.saturating_add(one.$part.$member);)+
+        }};
+    }
+    add!(pids: current);
+    add!(cpu: usage_usec, user_usec, system_usec, nr_periods, nr_throttled, throttled_usec);
+    add!(memory: usage, swap_usage, anon, file, kernel_stack, slab, sock, shmem, file_mapped, file_dirty, file_writeback,
+         inactive_anon, active_anon, inactive_file, active_file, unevictable, slab_reclaimable, slab_unreclaimable,
+         pgfault, pgmajfault);
+    add!(memory_events: low, high, max, oom, oom_kill);
+    total.pids.mut_or_insert_default().limit = 0;
+    let memory = total.memory.mut_or_insert_default();
+    (memory.usage_limit, memory.swap_limit) = (0, 0);
+}
+
 fn text<'a>(files: &'a Files, name: &str) -> &'a str {
     files.get(name).map_or("", String::as_str)
 }
@@ -263,6 +282,21 @@ mod tests {
         assert_eq!(metrics.hugetlb.len(), 1);
         assert_eq!((metrics.hugetlb[0].pagesize.as_str(), metrics.hugetlb[0].max), ("2MB", u64::MAX));
         assert_eq!(crate::events::any(&metrics).type_url, "io.containerd.cgroups.v2.Metrics");
+    }
+
+    #[test]
+    fn a_pod_uses_what_its_containers_use() {
+        let one = metrics(&files(&[
+            ("pids.current", "3"),
+            ("cpu.stat", "usage_usec 100"),
+            ("memory.current", "18446744073709551615"),
+            ("memory.max", "4096"),
+            ("memory.stat", "inactive_file 7"),
+        ]));
+        let mut total = one.clone();
+        add(&mut total, &one);
+        assert_eq!((total.pids.current, total.cpu.usage_usec, total.memory.inactive_file), (6, 200, 14));
+        assert_eq!((total.memory.usage, total.memory.usage_limit), (u64::MAX, 0));
     }
 
     #[test]

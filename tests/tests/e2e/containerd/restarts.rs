@@ -89,15 +89,30 @@ impl Short {
         assert!(eventually(ended), "they do not end without containerd");
     }
 
-    /// A containerd that comes back deletes tasks without processes, with any runtime, so their exit codes may be lost.
+    /// A containerd that comes back deletes tasks without processes, with any runtime, so their exit codes may be lost. Answers
+    /// the one of the pod's container.
     #[track_caller]
-    fn check(self) {
+    fn check(self) -> i32 {
         let ended = || self.container.status().is_none_or(|status| status == "STOPPED");
         assert!(eventually(ended), "{} is {:?}", self.container.id(), self.container.status());
         let status = self.of_pod.ended();
-        eprintln!("exit code {} reason {}", status.exit_code, status.reason);
         self.of_pod.remove().expect("remove");
+        status.exit_code
     }
+}
+
+/// What a client reads of a container that ended while containerd was away is the same with runc.
+fn compare_with_runc(instance: &Instance) {
+    let ends = ["kata", "runc"].map(|handler| {
+        let pod = Pod::run(handler);
+        let short = Short::start(&pod);
+        (pod, short)
+    });
+    instance.end(SIGKILL);
+    ends.iter().for_each(|(_, short)| short.end());
+    instance.restart(Version::Two);
+    let codes = ends.map(|(_pod, short)| short.check());
+    assert_eq!(codes[0], codes[1], "kata's and runc's exit code");
 }
 
 fn survive(instance: &Instance, long: &Long, ends: usize, signal: Signal, next: Version) {
@@ -134,6 +149,7 @@ fn containers_and_pods_outlive_containerd_and_its_upgrade() {
         for ends in 2..6 {
             survive(&instance, &long, ends, if ends % 2 == 0 { SIGTERM } else { SIGKILL }, Version::Two);
         }
+        compare_with_runc(&instance);
     }
     drop(long);
     before.expect_unchanged();

@@ -60,8 +60,8 @@ fn a_shim_tells_of_its_sandbox_and_ends_it_gracefully() {
     let metric = client.sandbox_metrics(context(), &request).expect("metrics").metrics.unwrap_or_default();
     assert_eq!(metric.data.type_url, "io.containerd.cgroups.v2.Metrics");
     let metrics = Metrics::parse_from_bytes(&metric.data.value).expect("metrics");
-    assert!(metrics.cpu.usage_usec > 1000 && metrics.pids.current > 0, "{metrics:?}");
-    assert!((10 << 20..4 << 30).contains(&metrics.memory.usage), "{metrics:?}");
+    assert!(metrics.cpu.usage_usec > 1000 && metrics.pids.current >= 2, "{metrics:?}");
+    assert!((50 << 10..256 << 20).contains(&metrics.memory.usage), "{metrics:?}");
 
     let stop = StopSandboxRequest { sandbox_id: sandbox_id.clone(), timeout_secs: 60, ..Default::default() };
     client.stop_sandbox(context(), &stop).expect("stop");
