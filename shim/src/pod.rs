@@ -118,7 +118,8 @@ impl Pod {
         let bundle = PathBuf::from(&request.bundle);
         let spec = Spec::load(&bundle)?;
         let limits = self.add_limits(&request.id, &spec).await;
-        let sandbox = self.sandbox(&spec, &bundle, limits, request.options.as_ref()).await?;
+        let layers: Vec<_> = request.rootfs.iter().map(Layer::from).collect();
+        let sandbox = self.sandbox(&spec, &bundle, &layers, limits, request.options.as_ref()).await?;
         let pod = spec::Pod {
             sandbox_pid: self.sandbox_pid(&request.id),
             target_pid: self.target_pid(&spec)?,
@@ -129,7 +130,7 @@ impl Pod {
             namespace: self.identity.namespace.clone(),
             bundle,
             spec,
-            layers: request.rootfs.iter().map(Layer::from).collect(),
+            layers,
             paths: Paths {
                 stdin: request.stdin.clone(),
                 stdout: request.stdout.clone(),
@@ -176,6 +177,7 @@ impl Pod {
         &self,
         spec: &Spec,
         bundle: &Path,
+        layers: &[Layer],
         limits: Limits,
         options: Option<&Any>,
     ) -> Result<Arc<Sandbox>> {
@@ -188,7 +190,7 @@ impl Pod {
         let config: Config = katana_config::load(explicit.as_deref())?.annotated(&spec.annotations)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
         let (identity, run) = (&self.identity, Path::new(RUN));
-        let launch = Launch { identity, run, spec, bundle, limits, config: &config };
+        let launch = Launch { identity, run, spec, bundle, layers, limits, config: &config };
         let launched = Sandbox::launch(launch, &self.events).await?;
         *sandbox = Some(Arc::clone(&launched));
         Ok(launched)
