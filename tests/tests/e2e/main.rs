@@ -6,6 +6,7 @@
 
 mod coexist;
 mod cri;
+mod disks;
 mod exec;
 mod failures;
 mod guest;

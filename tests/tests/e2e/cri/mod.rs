@@ -17,6 +17,7 @@ mod security;
 mod sharing;
 mod streaming;
 mod volumes;
+mod watching;
 
 /// Makes two tests of each case, `kata::CASE` and `runc::CASE`. A case is a function of the runtime handler.
 macro_rules! cases {
