@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use katana_protocol::agent::Disk;
 use nix::sched::CloneFlags;
 use nix::unistd::Pid;
 use oci_spec::runtime::{
@@ -18,7 +19,9 @@ use tokio::task::JoinHandle;
 
 use crate::cgroup::{self, Cgroup};
 use crate::device_filter::{self, DeviceFilter};
+use crate::disks::{self, Disks};
 use crate::hooks::{self, Stage};
+use crate::huge_pages::{self, HugePages};
 use crate::init::control::{Task, Work};
 use crate::launch::{Gate, IdMaps};
 use crate::process::{self, Process, Surroundings};
@@ -46,6 +49,12 @@ pub enum Error {
     /// Its seccomp profile fails.
     #[error(transparent)]
     Seccomp(#[from] seccomp::Error),
+    /// One of its disks fails.
+    #[error(transparent)]
+    Disks(#[from] disks::Error),
+    /// There are no huge pages for it.
+    #[error(transparent)]
+    HugePages(#[from] huge_pages::Error),
     /// One of its processes fails.
     #[error(transparent)]
     Process(#[from] process::Error),
@@ -84,6 +93,8 @@ pub struct Request<'a> {
     pub ports: Ports,
     /// Whether it is the pod's sandbox container, which runs no program.
     pub pause: bool,
+    /// Disks that it uses.
+    pub disks: Vec<Disk>,
 }
 
 /// What a container's first process is doing.
@@ -115,6 +126,10 @@ pub struct Container {
     phase: tokio::sync::Mutex<Phase>,
     execs: Mutex<HashMap<String, Exec>>,
     oom_watch: JoinHandle<()>,
+    /// Until it is removed.
+    disks: Mutex<Disks>,
+    /// Likewise.
+    huge_pages: Mutex<HugePages>,
     /// They go with the container's entry in the table, once its processes are gone.
     _submounts: Submounts,
 }
@@ -122,10 +137,13 @@ pub struct Container {
 impl Container {
     /// Makes a container up to where its process waits for the start.
     pub async fn create(pod: &Pod, request: Request<'_>) -> Result<Self> {
-        let Request { id, spec, ports, pause } = request;
+        let Request { id, spec, ports, pause, disks } = request;
         let mut spec: Spec = serde_json::from_slice(spec)?;
         let process = spec.process_mut().take().ok_or(Error::Invalid("process is missing"))?;
+        let disks = take_disks(id, disks).await?;
+        disks.translate(&mut spec);
         let linux = spec.linux_mut().as_mut().ok_or(Error::Invalid("linux is missing"))?;
+        let huge_pages = reserve_huge_pages(linux.resources().clone()).await?;
         let seccomp = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
         linux.set_seccomp(None);
         if linux.memory_policy().is_some() {
@@ -135,6 +153,11 @@ impl Container {
         let cgroup = Arc::new(Cgroup::create(linux.cgroups_path().as_deref(), id)?);
         let work = Work::Container { id: id.to_owned(), spec: Box::new(spec), pause };
         let built = Self::build(pod, work, process, seccomp, &cgroup, ports).await;
+        let built = built.map(|container| Self {
+            disks: Mutex::new(disks),
+            huge_pages: Mutex::new(huge_pages),
+            ..container
+        });
         if built.is_err()
             && let Err(error) = cgroup.remove().await
         {
@@ -181,6 +204,8 @@ impl Container {
             phase: tokio::sync::Mutex::new(Phase::Created(gate)),
             execs: Mutex::default(),
             oom_watch: tokio::spawn(oom.watch(cgroup.clone())),
+            disks: Mutex::default(),
+            huge_pages: Mutex::default(),
             _submounts: submounts,
         })
     }
@@ -299,7 +324,8 @@ impl Container {
 
     /// Sets new limits.
     pub fn update(&self, resources: &[u8]) -> Result<()> {
-        let resources: LinuxResources = serde_json::from_slice(resources)?;
+        let mut resources: LinuxResources = serde_json::from_slice(resources)?;
+        self.disks().translate_rules(&mut resources);
         self.cgroup.apply(&resources)?;
         let rules = device_rules(Some(&resources));
         if !rules.is_empty() {
@@ -326,9 +352,11 @@ impl Container {
         Ok(members.into_iter().map(|pid| (pid, exec_id(pid))).collect())
     }
 
-    /// Kills what is left and removes the cgroup. Its mounts went with its last process.
+    /// Kills what is left and removes the cgroup. Its mounts went with its last process; a root on a disk is unmounted.
     pub async fn remove(&self) -> Result<()> {
         self.cgroup.remove().await?;
+        drop(std::mem::take(&mut *self.disks()));
+        drop(std::mem::take(&mut *self.huge_pages.lock().unwrap_or_else(PoisonError::into_inner)));
         self.oom_watch.abort();
         self.run_hooks(Stage::Poststop).await;
         Ok(())
@@ -366,9 +394,30 @@ impl Container {
         fs::read_to_string(self.cgroup.path().join("cgroup.freeze")).is_ok_and(|text| text.trim() == "1")
     }
 
+    fn disks(&self) -> MutexGuard<'_, Disks> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+async fn take_disks(id: &str, disks: Vec<Disk>) -> Result<Disks> {
+    if disks.is_empty() {
+        return Ok(Disks::default());
+    }
+    let id = id.to_owned();
+    let taken = tokio::task::spawn_blocking(move || Disks::take(&id, &disks)).await;
+    Ok(taken.map_err(|_| Error::State("the disks cannot be taken into use"))??)
+}
+
+async fn reserve_huge_pages(resources: Option<LinuxResources>) -> Result<HugePages> {
+    let Some(resources) = resources.filter(|resources| resources.hugepage_limits().is_some()) else {
+        return Ok(HugePages::default());
+    };
+    let reserved = tokio::task::spawn_blocking(move || HugePages::reserve(&resources)).await;
+    Ok(reserved.map_err(|_| Error::State("the huge pages cannot be set aside"))??)
 }
 
 /// A pid namespace dies with its first process; a container without one of its own has to be cleared.

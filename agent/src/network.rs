@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use katana_protocol::agent::{Interface, Network};
@@ -15,9 +15,8 @@ use nix::errno::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-const PCI: &str = "/sys/bus/pci";
-/// Vendor and device of a virtio network card: virtio 1.2, 4.1.2 and 5.1.
-const CARD: (&str, &str) = ("0x1af4", "0x1041");
+use crate::pci::{self, Kind};
+
 /// How long a link may take to come up.
 const LINK_LIMIT: Duration = Duration::from_secs(5);
 
@@ -125,36 +124,16 @@ fn make_way(socket: &Socket, name: &str) -> std::result::Result<(), netlink::Err
 
 /// The present name of the card in a slot of the VMM.
 fn card(slot: u32) -> io::Result<String> {
-    let mut functions: Vec<PathBuf> =
-        children(&Path::new(PCI).join("devices"))?.into_iter().filter(|function| is_card(function)).collect();
-    functions.sort();
-    let slot = usize::try_from(slot).unwrap_or(usize::MAX);
-    let function = functions.get(slot).ok_or(io::ErrorKind::NotFound)?;
-    if let Some(name) = interface_of(function) {
+    let function = pci::function(Kind::Card, slot)?;
+    if let Some(name) = interface_of(&function) {
         return Ok(name);
     }
-    // It was not there when the kernel looked.
-    let address = function.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    fs::write(Path::new(PCI).join("drivers_probe"), address.as_encoded_bytes())?;
-    interface_of(function).ok_or_else(|| io::Error::other("no driver takes it"))
+    pci::probe(&function)?;
+    interface_of(&function).ok_or_else(|| io::Error::other("no driver takes it"))
 }
 
-fn is_card(function: &Path) -> bool {
-    let is = |file, expected| fs::read_to_string(function.join(file)).is_ok_and(|id| id.trim() == expected);
-    is("vendor", CARD.0) && is("device", CARD.1)
-}
-
-/// FUNCTION/virtioN/net/NAME
 fn interface_of(function: &Path) -> Option<String> {
-    let is_virtio =
-        |path: &PathBuf| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"virtio"));
-    let device = children(function).ok()?.into_iter().find(is_virtio)?;
-    let interface = children(&device.join("net")).ok()?.into_iter().next()?;
-    interface.file_name()?.to_str().map(str::to_owned)
-}
-
-fn children(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect()
+    pci::made_of(function, "net")?.file_name()?.to_str().map(str::to_owned)
 }
 
 fn index_of(name: &str) -> io::Result<u32> {

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use katana_protocol::agent::Network;
+use katana_protocol::agent::{Change, Network};
 use katana_protocol::{GUEST_SHARE, GUEST_SHM};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -21,6 +21,7 @@ use crate::container::{self, Container, Pod, Request};
 use crate::names::{self, Names};
 use crate::network;
 use crate::reaper::Reaper;
+use crate::replay::Replayer;
 use crate::transport::Transport;
 
 /// What the sandbox cannot do.
@@ -80,6 +81,7 @@ pub struct Sandbox {
     containers: Mutex<HashMap<String, Entry>>,
     ooms: tokio::sync::Mutex<UnboundedReceiver<String>>,
     names: Names,
+    replayer: Replayer,
 }
 
 impl Sandbox {
@@ -88,7 +90,13 @@ impl Sandbox {
         let (sender, receiver) = unbounded_channel();
         let pod = Pod { transport, reaper, ooms: sender };
         let ooms = tokio::sync::Mutex::new(receiver);
-        Self { pod, containers: Mutex::default(), ooms, names: Names::default() }
+        Self {
+            pod,
+            containers: Mutex::default(),
+            ooms,
+            names: Names::default(),
+            replayer: Replayer::default(),
+        }
     }
 
     /// Makes the network be this one.
@@ -139,6 +147,11 @@ impl Sandbox {
         self.container(id)?.remove().await?;
         self.containers().remove(id);
         Ok(())
+    }
+
+    /// Makes changes of shared files known to those who watch them.
+    pub async fn replay(&self, changes: Vec<Change>) -> Result<()> {
+        self.replayer.replay(changes).await.map_err(|e| Error::Guest("replay changes of files".to_owned(), e))
     }
 
     /// The id of the next container that met an out-of-memory kill.

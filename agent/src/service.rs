@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use katana_protocol::agent::{
-    self, Agent, ContainerRequest, ContainerStatsResponse, CreateContainerRequest, CreateContainerResponse,
-    CreateSandboxRequest, Empty, ExecProcessRequest, ExecProcessResponse, ListProcessesResponse, Network,
-    OomResponse, ProcessRequest, ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio,
-    UpdateContainerRequest, WaitProcessResponse, create_agent,
+    self, Agent, Changes, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
+    CreateContainerResponse, CreateSandboxRequest, Empty, ExecProcessRequest, ExecProcessResponse,
+    ListProcessesResponse, Network, OomResponse, ProcessRequest, ReleaseDiskRequest, ResizeTerminalRequest,
+    SetCpusRequest, SignalProcessRequest, Stdio, UpdateContainerRequest, WaitProcessResponse, create_agent,
 };
 use katana_protocol::{AGENT_PORT, DEBUG_CONSOLE_PORT};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -23,6 +23,8 @@ use ttrpc::asynchronous::{Server, TtrpcContext};
 use crate::boot::{self, Never, StartError};
 use crate::container;
 use crate::device_filter;
+use crate::disks;
+use crate::huge_pages;
 use crate::init::control::Kind;
 use crate::process;
 use crate::reaper::Reaper;
@@ -132,7 +134,9 @@ fn status(error: &sandbox::Error) -> ttrpc::Error {
                 Code::INVALID_ARGUMENT
             }
             C::Cgroup(cgroup::Error::InUse(_)) | C::ProcessExists(_) => Code::ALREADY_EXISTS,
-            C::Cgroup(_) | C::Devices(_) => Code::INTERNAL,
+            C::HugePages(huge_pages::Error::Size(_)) => Code::INVALID_ARGUMENT,
+            C::HugePages(huge_pages::Error::Memory { .. }) => Code::RESOURCE_EXHAUSTED,
+            C::Cgroup(_) | C::Devices(_) | C::Disks(_) | C::HugePages(_) => Code::INTERNAL,
             C::NoProcess(_) | C::Process(P::Finished) => Code::NOT_FOUND,
             C::State(_) | C::Process(P::NoTerminal) => Code::FAILED_PRECONDITION,
             C::Process(P::Signal(..)) => Code::INVALID_ARGUMENT,
@@ -196,6 +200,7 @@ impl Agent for Service {
                 spec: &request.spec,
                 ports: ports(request.stdio.as_ref()),
                 pause: request.pause,
+                disks: request.disks,
             };
             sandbox.create(wanted).await.map_err(|e| status(&e))
         };
@@ -324,6 +329,18 @@ impl Agent for Service {
         let set = tokio::task::spawn_blocking(move || cpus::set(request.count)).await;
         let set = set.map_err(io::Error::other).and_then(|set| set);
         set.map_err(|e| status(&sandbox::Error::Guest("CPUs".to_owned(), e)))?;
+        Ok(Empty::new())
+    }
+
+    async fn release_disk(&self, _: &TtrpcContext, request: ReleaseDiskRequest) -> ttrpc::Result<Empty> {
+        let released = tokio::task::spawn_blocking(move || disks::release(request.slot)).await;
+        let released = released.map_err(|e| ttrpc::Error::Others(e.to_string()))?;
+        released.map_err(|e| container_status(e.into()))?;
+        Ok(Empty::new())
+    }
+
+    async fn replay_changes(&self, _: &TtrpcContext, request: Changes) -> ttrpc::Result<Empty> {
+        self.sandbox.replay(request.changes).await.map_err(|e| status(&e))?;
         Ok(Empty::new())
     }
 

@@ -16,6 +16,8 @@ const MOST_MEMORY: i64 = 16 << 20;
 const LONGEST_TIMEOUT: i64 = 3600;
 /// An x86 kernel takes 2047 characters in all (COMMAND_LINE_SIZE); the VMM's own parameters need some of them.
 const LONGEST_PARAMETERS: usize = 1536;
+/// The machine's bus has 31 places, some of which are for other devices.
+const MOST_DISKS: i64 = 16;
 /// The local APICs of the guest are addressed with 8 bits, of which 255 is the broadcast and one value goes to
 /// the I/O APIC (Intel MultiProcessor Specification 1.4, 4.3).
 const MOST_VCPUS: u32 = 254;
@@ -57,6 +59,11 @@ pub(crate) const KEYS: &[Key] = &[
         section: HYPERVISOR,
         name: "default_maxmemory",
         set: |c, v| most_memory(v, &mut c.hypervisor.default_maxmemory),
+    },
+    Key {
+        section: HYPERVISOR,
+        name: "disk_slots",
+        set: |c, v| number(v, 0, MOST_DISKS, &mut c.hypervisor.disk_slots),
     },
     Key { section: HYPERVISOR, name: "enable_debug", set: |c, v| boolean(v, &mut c.hypervisor.enable_debug) },
     Key {

@@ -30,5 +30,17 @@ pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
 pub const GUEST_SHARE: &str = "/run/kata-containers/shared";
 /// Where the agent mounts the pod's shared memory, which containers see as /dev/shm.
 pub const GUEST_SHM: &str = "/run/kata-containers/shm";
+/// Where the agent makes nodes of disks, with the numbers of their slots as names.
+pub const GUEST_DISKS: &str = "/run/kata-containers/disks";
+/// Where the agent mounts roots of containers that are on disks, with the containers' ids as names.
+pub const GUEST_ROOTS: &str = "/run/kata-containers/roots";
 /// The virtio-fs tag of the shared directory.
 pub const SHARE_TAG: &str = "kataShared";
+/// The group of the agent's thread that replays changes of shared files. Requests of this group to the file server change
+/// nothing on the host (`vmm/src/virtio/fs/replay.rs`). A number that no range of ids in use comes near to.
+pub const REPLAY_GID: u32 = 0xffff_ff4b;
+/// Asking for this attribute of a directory, the replaying thread has the file server remember what is in it; with a name
+/// after it, what has this name.
+pub const REPLAY_LEARN: &str = "user.katana.learn.";
+/// The directory that the replaying thread finds in every directory, and moves files out of.
+pub const REPLAY_SOURCE: &str = ".katana-replay";

@@ -32,7 +32,8 @@ pub struct Machine {
     /// Number of virtio-net slots, in which the guest sees no card until [`Request::AttachNet`].
     /// They are the last functions on the PCI bus, in the order of their numbers.
     pub net_slots: u8,
-    /// Number of virtio-blk slots, of capacity 0 until [`Request::AttachDisk`].
+    /// Number of virtio-blk slots, in which the guest sees no disk until [`Request::AttachDisk`]. They come right before the
+    /// network's on the PCI bus, in the order of their numbers.
     pub disk_slots: u8,
     /// Pass every console line on to standard error as well, and boot the guest's kernel verbosely.
     pub debug: bool,
@@ -56,12 +57,18 @@ pub enum Request {
         /// In MiB.
         mib: u64,
     },
-    /// Gives a disk to a slot. Descriptor: the disk or image file. Answered by [`Event::Done`].
+    /// Gives a disk to a slot, in which the guest then finds it if it looks. Descriptor: the disk or image file. Answered by
+    /// [`Event::Done`].
     AttachDisk {
         /// Slot number from 0.
         slot: u8,
         /// Refuse writes.
         read_only: bool,
+    },
+    /// Takes the disk out of a slot; the guest has let go of it. Answered by [`Event::Done`].
+    DetachDisk {
+        /// Slot number from 0.
+        slot: u8,
     },
     /// Gives a tap device to a network slot, in which the guest then finds a card if it looks. Descriptor: the tap.
     /// Answered by [`Event::Done`].
@@ -96,7 +103,7 @@ pub enum Event {
         /// In MiB, rounded up to whole blocks.
         mib: u64,
     },
-    /// The answer to an attach request: an error text if it failed.
+    /// The answer to a request to attach or detach: an error text if it failed.
     Done(Option<String>),
     /// The VM ended; the VMM ends as well.
     Exit {

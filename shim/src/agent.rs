@@ -93,6 +93,22 @@ impl Agent {
         Ok(())
     }
 
+    /// Has the guest let go of a disk that no container uses any more.
+    pub async fn release_disk(&self, slot: u8) -> Result<()> {
+        let request = api::ReleaseDiskRequest { slot: slot.into(), ..Default::default() };
+        let client = self.client.clone();
+        self.call("ReleaseDisk", async move { client.release_disk(limit(), &request).await }).await?;
+        Ok(())
+    }
+
+    /// Makes changes of shared files known to those who watch them in the guest.
+    pub async fn replay_changes(&self, changes: Vec<api::Change>) -> Result<()> {
+        let request = api::Changes { changes, ..Default::default() };
+        let client = self.client.clone();
+        self.call("ReplayChanges", async move { client.replay_changes(limit(), &request).await }).await?;
+        Ok(())
+    }
+
     /// Makes the guest's network be this.
     pub async fn update_network(&self, network: api::Network) -> Result<()> {
         let client = self.client.clone();
@@ -108,12 +124,14 @@ impl Agent {
         spec: Vec<u8>,
         stdio: api::Stdio,
         pause: bool,
+        disks: Vec<api::Disk>,
     ) -> Result<u32> {
         let request = api::CreateContainerRequest {
             container_id: id.into(),
             spec,
             stdio: Some(stdio).into(),
             pause,
+            disks,
             ..Default::default()
         };
         let client = self.client.clone();

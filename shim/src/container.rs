@@ -13,12 +13,14 @@ use nix::libc::SIGKILL;
 use serde_json::{Map, Value};
 
 use crate::agent::{Agent, ProcessName};
+use crate::disks;
 use crate::error::{Error, Result};
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
 use crate::process::{Exit, Phase, Process};
 use crate::rootfs::Layer;
 use crate::sandbox::Sandbox;
+use crate::share;
 use crate::size::Limits;
 use crate::spec::{Hook, Pod, Spec};
 use crate::stdio::{Paths, Streams};
@@ -72,6 +74,7 @@ impl Container {
         let id = parts.id.clone();
         let created = Self::try_create(parts, Arc::clone(&sandbox), events).await;
         if created.is_err() {
+            sandbox.release_disks(&id).await;
             Arc::clone(&sandbox.share).remove_beside(id).await;
         }
         created
@@ -80,22 +83,31 @@ impl Container {
     async fn try_create(parts: Parts, sandbox: Arc<Sandbox>, events: Arc<Publisher>) -> Result<Arc<Self>> {
         let Parts { id, namespace, bundle, spec, layers, paths, pod, limits } = parts;
         let pause = spec.is_sandbox();
-        let sources = spec.sources(&bundle, &pod);
+        let (found, sources, wanted) = crate::blocking(move || {
+            let sources = spec.sources(&bundle, &pod);
+            let wanted = if pause { Vec::new() } else { disks::wanted(&spec, &sources, &layers)? };
+            Ok(((spec, bundle, layers, pod), sources, wanted))
+        })
+        .await?;
+        let (spec, bundle, layers, pod) = found;
+        let (disks, on_disks) = sandbox.attach_disks(&id, wanted).await?;
         let guest_spec = if pause {
-            spec.for_pause().for_guest(&id, paths.terminal, &[], &pod)?
+            spec.for_pause().for_guest(&id, paths.terminal, &[], &pod, &on_disks)?
         } else {
-            spec.for_guest(&id, paths.terminal, &sources, &pod)?
+            spec.for_guest(&id, paths.terminal, &sources, &pod, &on_disks)?
         };
         let streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
-        let (spec, id, bundle) = if pause {
+        let (spec, id, bundle, watched) = if pause {
             // Neither its root nor its mounts are of use to anybody.
-            (spec, id, bundle)
+            (spec, id, bundle, Vec::new())
         } else {
             sandbox.running().await?;
             let share = Arc::clone(&sandbox.share);
             crate::blocking(move || {
-                share.add(&id, &bundle, &spec, &layers, &sources)?;
-                Ok((spec, id, bundle))
+                let layers = Some(&layers[..]).filter(|_| !on_disks.root);
+                share.add(&id, &bundle, &spec, layers, &sources)?;
+                let watched = share::watched(&id, &spec, &sources);
+                Ok((spec, id, bundle, watched))
             })
             .await?
         };
@@ -121,8 +133,12 @@ impl Container {
             // That is where container engines without CNI set up a network.
             container.sandbox.update_network(&container.spec).await?;
         }
-        let pid = container.agent.create_container(&container.id, guest_spec, streams.ports(), pause).await?;
+        let pid = container
+            .agent
+            .create_container(&container.id, guest_spec, streams.ports(), pause, disks)
+            .await?;
         container.init.exists(pid, streams);
+        container.sandbox.watch(watched);
         container.follow(&container.init);
         Ok(container)
     }
@@ -312,12 +328,15 @@ impl Container {
             }
             Phase::Created => self.discard().await?,
         };
-        if guest_goes_on
+        // A machine that ends takes all else with it, but not what is to be written to disks.
+        if (guest_goes_on || self.sandbox.has_disks(&self.id).await)
             && !self.sandbox.is_dead()
             && let Err(e) = self.agent.remove_container(&self.id).await
         {
             log::error!("remove container {}: {e}", self.id);
         }
+        self.sandbox.release_disks(&self.id).await;
+        self.sandbox.unwatch(&self.id).await;
         Arc::clone(&self.sandbox.share).remove_beside(self.id.clone()).await;
         if let Err(e) = self.run_hooks("stopped", |hooks| hooks.poststop.clone()).await {
             log::warn!("container {}: {e}", self.id);

@@ -16,9 +16,9 @@ const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 /// Magic of an erofs superblock, which starts at byte 1024.
 const EROFS_MAGIC: [u8; 4] = 0xE0F5_E1E2_u32.to_le_bytes();
 
-/// The machine for a pod, with the processors that it needs first, and places for its network cards. Memory for its limits
+/// The machine for a pod, with the processors that it needs first, and places for its network cards and disks. Memory for its limits
 /// is plugged, see [`crate::size`].
-pub fn machine(config: &Config, size: &Bounds, vcpus: u8, net_slots: u8) -> Machine {
+pub fn machine(config: &Config, size: &Bounds, vcpus: u8, net_slots: u8, disk_slots: u8) -> Machine {
     let hypervisor = &config.hypervisor;
     let mut kernel_params = hypervisor.kernel_params.clone();
     if config.agent.enable_debug {
@@ -34,8 +34,7 @@ pub fn machine(config: &Config, size: &Bounds, vcpus: u8, net_slots: u8) -> Mach
         pluggable_mib: size.pluggable_mib,
         kernel_params: kernel_params.trim().to_owned(),
         net_slots,
-        // The shim attaches no disks, and each slot costs the guest time at boot.
-        disk_slots: 0,
+        disk_slots,
         debug: hypervisor.enable_debug,
     }
 }

@@ -9,6 +9,7 @@ mod bootstrap;
 mod cgroup;
 mod cleanup;
 mod container;
+mod disks;
 mod error;
 mod events;
 mod fds;
@@ -37,6 +38,7 @@ mod spec;
 mod stats;
 mod stdio;
 mod vmm;
+mod watch;
 
 use std::process::ExitCode;
 

@@ -20,7 +20,7 @@ use crate::options::config_path;
 use crate::pod_config::{CONFIG_ANNOTATION, PodConfig, PodFiles};
 use crate::process::Exit;
 use crate::rootfs::Layer;
-use crate::sandbox::{Launch, Sandbox};
+use crate::sandbox::{First, Launch, Sandbox};
 use crate::size::{Limits, Sum};
 use crate::spec::{self, Spec};
 use crate::stdio::Paths;
@@ -162,10 +162,13 @@ impl Pod {
             files.add_to(&mut spec);
         }
         let limits = self.add_limits(&request.id, &spec).await;
+        let layers: Vec<_> = request.rootfs.iter().map(Layer::from).collect();
         let sandbox = match self.sandboxed.get() {
             Some(_) => self.running_sandbox().await?,
             None => {
-                self.sandbox(&spec, spec.shared_memory(&bundle), limits, request.options.as_ref()).await?
+                let shared_memory = spec.shared_memory(&bundle);
+                let first = First { spec: &spec, bundle: &bundle, layers: &layers, shared_memory };
+                self.sandbox(first, limits, request.options.as_ref()).await?
             }
         };
         let pod = spec::Pod {
@@ -178,7 +181,7 @@ impl Pod {
             namespace: self.identity.namespace.clone(),
             bundle,
             spec,
-            layers: request.rootfs.iter().map(Layer::from).collect(),
+            layers,
             paths: Paths {
                 stdin: request.stdin.clone(),
                 stdout: request.stdout.clone(),
@@ -207,8 +210,8 @@ impl Pod {
     async fn try_create_holder(&self, config: &PodConfig, bundle: &Path) -> Result<Arc<Container>> {
         let spec = &config.spec;
         let limits = self.add_limits(self.id(), spec).await;
-        let memory = Some(config.files.shared_memory());
-        let sandbox = self.sandbox(spec, memory, limits, None).await?;
+        let shared_memory = Some(config.files.shared_memory());
+        let sandbox = self.sandbox(First { spec, bundle, layers: &[], shared_memory }, limits, None).await?;
         config.write_files()?;
         let parts = Parts {
             id: self.id().to_owned(),
@@ -257,8 +260,7 @@ impl Pod {
     /// The machine, launched if there is none.
     async fn sandbox(
         &self,
-        spec: &Spec,
-        shared_memory: Option<(PathBuf, u64)>,
+        first: First<'_>,
         limits: Limits,
         options: Option<&Any>,
     ) -> Result<Arc<Sandbox>> {
@@ -266,12 +268,12 @@ impl Pod {
         if let Some(sandbox) = &*sandbox {
             return Ok(Arc::clone(sandbox));
         }
-        let annotated = spec.annotation(&[CONFIG_ANNOTATION]).map(PathBuf::from);
+        let annotated = first.spec.annotation(&[CONFIG_ANNOTATION]).map(PathBuf::from);
         let explicit = config_path(options)?.or_else(|| self.config_path.clone()).or(annotated);
-        let config: Config = katana_config::load(explicit.as_deref())?.annotated(&spec.annotations)?;
+        let config: Config = katana_config::load(explicit.as_deref())?.annotated(&first.spec.annotations)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
         let (identity, run) = (&self.identity, Path::new(RUN));
-        let launch = Launch { identity, run, spec, shared_memory, limits, config: &config };
+        let launch = Launch { identity, run, first, limits, config: &config };
         let launched = Sandbox::launch(launch, &self.events).await?;
         *sandbox = Some(Arc::clone(&launched));
         Ok(launched)

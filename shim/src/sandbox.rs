@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use crate::agent::Agent;
 use crate::cgroup;
 use crate::cleanup;
+use crate::disks::{self, Place, Purpose, Slots, Wanted};
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::layout::{Identity, Layout, State};
@@ -21,10 +22,12 @@ use crate::machine;
 use crate::network::{Network, Record};
 use crate::pidfd::ProcessId;
 use crate::ports::{Ports, Waiter};
+use crate::rootfs::Layer;
 use crate::share::Share;
 use crate::size::{Bounds, Limits, Size};
-use crate::spec::Spec;
+use crate::spec::{OnDisks, Pod, Spec};
 use crate::vmm::{Vmm, wait_end};
+use crate::watch::Watcher;
 
 /// How long a VMM may take to tell what was on the console of a guest that did not come up.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -51,6 +54,21 @@ pub struct Sandbox {
     agent: watch::Receiver<Option<Result<Agent>>>,
     bounds: Bounds,
     size: tokio::sync::Mutex<Size>,
+    disks: tokio::sync::Mutex<Slots>,
+    /// For the first volume that is watched.
+    watcher: tokio::sync::Mutex<Option<Watcher>>,
+}
+
+/// A pod's first container.
+pub struct First<'a> {
+    /// Its specification.
+    pub spec: &'a Spec,
+    /// Its bundle.
+    pub bundle: &'a Path,
+    /// Its root, as the snapshotter gave it.
+    pub layers: &'a [Layer],
+    /// The directory of the host for which the guest is to have a tmpfs of so many bytes: the pod's /dev/shm.
+    pub shared_memory: Option<(PathBuf, u64)>,
 }
 
 /// What a sandbox is launched with.
@@ -59,10 +77,8 @@ pub struct Launch<'a> {
     pub identity: &'a Identity,
     /// [`crate::layout::RUN`].
     pub run: &'a Path,
-    /// The first container's specification.
-    pub spec: &'a Spec,
-    /// The directory of the host for which the guest is to have a tmpfs of so many bytes: the pod's /dev/shm.
-    pub shared_memory: Option<(PathBuf, u64)>,
+    /// The pod's first container.
+    pub first: First<'a>,
     /// What the machine has to be large enough for at first.
     pub limits: Limits,
     /// The configuration.
@@ -84,8 +100,10 @@ impl Sandbox {
     }
 
     async fn try_launch(launch: &Launch<'_>, layout: Layout, events: &Arc<Publisher>) -> Result<Arc<Self>> {
-        let Launch { config, identity, spec, .. } = launch;
+        let Launch { config, identity, first, .. } = launch;
+        let spec = first.spec;
         let files = machine::open_files(config)?;
+        let disk_slots = disk_slots(launch).await?;
         let network = Network::open(spec, &identity.namespace).await?;
         let record = Written {
             layout: layout.clone(),
@@ -105,7 +123,7 @@ impl Sandbox {
         })?;
         let bounds = Bounds::of(config);
         let size = bounds.size(&launch.limits);
-        let machine = machine::machine(config, &bounds, size.vcpus, network.slots());
+        let machine = machine::machine(config, &bounds, size.vcpus, network.slots(), disk_slots);
         let (vcpus, mib) = (machine.vcpus, machine.memory_mib);
         log::info!("boot a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
         let directory = share.open()?;
@@ -120,7 +138,7 @@ impl Sandbox {
         let (sender, agent) = watch::channel(None);
         let (share, told, started) = (Arc::new(share), tokio::sync::Mutex::default(), AtomicBool::new(false));
         let size = tokio::sync::Mutex::new(size);
-        let (shared_memory, shm_bytes) = launch.shared_memory.clone().unzip();
+        let (shared_memory, shm_bytes) = launch.first.shared_memory.clone().unzip();
         let shm_bytes = shm_bytes.unwrap_or(0);
         let sandbox = Arc::new(Self {
             share,
@@ -134,6 +152,8 @@ impl Sandbox {
             agent,
             bounds,
             size,
+            disks: Slots::new(disk_slots).into(),
+            watcher: tokio::sync::Mutex::default(),
         });
         let limit = Duration::from_secs(u64::from(config.agent.dial_timeout.max(1)));
         let hostname = spec.hostname.clone().unwrap_or_default();
@@ -241,6 +261,115 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Gives a container its disks; answers what the agent is told of them, and what the specification.
+    ///
+    /// On a task of its own: it must not stop halfway when containerd drops its request.
+    pub async fn attach_disks(
+        self: &Arc<Self>,
+        container: &str,
+        wanted: Vec<Wanted>,
+    ) -> Result<(Vec<api::Disk>, OnDisks)> {
+        let (sandbox, container) = (Arc::clone(self), container.to_owned());
+        let attached = tokio::spawn(async move { sandbox.try_attach_disks(&container, wanted).await });
+        attached.await.map_err(|e| Error::Host(format!("disks: {e}")))?
+    }
+
+    async fn try_attach_disks(
+        &self,
+        container: &str,
+        wanted: Vec<Wanted>,
+    ) -> Result<(Vec<api::Disk>, OnDisks)> {
+        let (mut messages, mut on_disks) = (Vec::new(), OnDisks::default());
+        for wanted in wanted {
+            let (path, is_needed) = (wanted.path.clone(), wanted.is_needed());
+            let disk = crate::blocking(move || wanted.open()).await?;
+            let mut slots = self.disks.lock().await;
+            let Some(Place { slot, shared }) = slots.take(container, &disk) else {
+                if !is_needed {
+                    log::info!("{} is mounted on the host: all disk slots are in use", path.display());
+                    continue;
+                }
+                return Err(Error::FailedPrecondition(format!(
+                    "disk {}: all {} disk slots of the pod's VM are in use (disk_slots in the configuration)",
+                    path.display(),
+                    slots.count()
+                )));
+            };
+            let message = disk.message(slot);
+            match disk.purpose() {
+                Purpose::Root { .. } => on_disks.root = true,
+                Purpose::Device(mount) => {
+                    on_disks.mounts.extend(mount.map(|number| (number, slot)));
+                    on_disks.devices.push((message.major.into(), message.minor.into()));
+                }
+            }
+            messages.push(message);
+            if !shared {
+                self.vmm.attach_disk(slot, disk.read_only(), disk.into_file()).await?;
+            }
+        }
+        Ok((messages, on_disks))
+    }
+
+    /// Whether a container has disks. What it wrote to them is on them after [`Sandbox::release_disks`].
+    pub async fn has_disks(&self, container: &str) -> bool {
+        self.disks.lock().await.has(container)
+    }
+
+    /// A container is gone from the guest, and its disks with it. On a task of its own.
+    pub async fn release_disks(self: &Arc<Self>, container: &str) {
+        let (sandbox, container) = (Arc::clone(self), container.to_owned());
+        let released = tokio::spawn(async move {
+            let mut slots = sandbox.disks.lock().await;
+            for slot in slots.leave(&container) {
+                match sandbox.release_disk(slot).await {
+                    Ok(()) => slots.free(slot),
+                    // The guest may still write to it: nobody else gets the slot.
+                    Err(e) => log::error!("disk slot {slot}: {e}"),
+                }
+            }
+        });
+        let _ = released.await;
+    }
+
+    async fn release_disk(&self, slot: u8) -> Result<()> {
+        if self.is_dead() {
+            return Ok(());
+        }
+        self.agent().await?.release_disk(slot).await?;
+        self.vmm.detach_disk(slot).await
+    }
+
+    /// From now on the host's changes in these volumes raise events in the guest. On a task: no start waits for this.
+    pub fn watch(self: &Arc<Self>, volumes: Vec<PathBuf>) {
+        let sandbox = Arc::clone(self);
+        if !volumes.is_empty() {
+            tokio::spawn(async move {
+                if let Err(e) = sandbox.try_watch(volumes).await {
+                    log::warn!("changes of files by the host raise no events: {e}");
+                }
+            });
+        }
+    }
+
+    async fn try_watch(&self, volumes: Vec<PathBuf>) -> Result<()> {
+        let agent = self.agent().await?;
+        let mut watcher = self.watcher.lock().await;
+        if watcher.is_none() {
+            let started = Watcher::start(self.layout.share.clone(), agent.clone());
+            *watcher = Some(started.map_err(|e| Error::io("inotify", &e))?);
+        }
+        let Some(watcher) = &*watcher else { return Ok(()) };
+        watcher.add(volumes).await
+    }
+
+    /// A container's volumes are watched no more.
+    pub async fn unwatch(&self, id: &str) {
+        if let Some(watcher) = &*self.watcher.lock().await {
+            watcher.remove(Path::new(id));
+        }
+    }
+
     /// The VMM's pid on the host.
     pub fn pid(&self) -> u32 {
         u32::try_from(self.vmm.pid()).unwrap_or(0)
@@ -259,6 +388,20 @@ impl Sandbox {
         }
         cleanup::remove_blocking(&self.layout).await;
     }
+}
+
+/// Places for the disks of the first container, and for those of a pod's later ones.
+async fn disk_slots(launch: &Launch<'_>) -> Result<u8> {
+    let Launch { first: First { spec, bundle, layers, .. }, config, .. } = launch;
+    if spec.is_sandbox() {
+        return Ok(u8::try_from(config.hypervisor.disk_slots).unwrap_or(u8::MAX));
+    }
+    let (spec, bundle, layers) = ((*spec).clone(), bundle.to_path_buf(), layers.to_vec());
+    crate::blocking(move || {
+        let wanted = disks::wanted(&spec, &spec.sources(&bundle, &Pod::default()), &layers)?;
+        Ok(u8::try_from(wanted.len()).unwrap_or(u8::MAX))
+    })
+    .await
 }
 
 /// The pod's cgroup: the sandbox container's own place below the pod's, or that of the only container.

@@ -56,13 +56,13 @@ impl Share {
         mounts::path_of_fd(self.beneath.as_fd()).join(id)
     }
 
-    /// Mounts a container's root and its bind mounts. On failure nothing is left. Blocks.
+    /// Mounts a container's root, unless that is on a disk, and its bind mounts. On failure nothing is left. Blocks.
     pub fn add(
         &self,
         id: &str,
         bundle: &Path,
         spec: &Spec,
-        layers: &[rootfs::Layer],
+        layers: Option<&[rootfs::Layer]>,
         sources: &[Source],
     ) -> Result<()> {
         let added = self.try_add(id, bundle, spec, layers, sources);
@@ -77,7 +77,7 @@ impl Share {
         id: &str,
         bundle: &Path,
         spec: &Spec,
-        layers: &[rootfs::Layer],
+        layers: Option<&[rootfs::Layer]>,
         sources: &[Source],
     ) -> Result<()> {
         let directory = self.directory(id);
@@ -88,7 +88,9 @@ impl Share {
             let part = directory.join(part);
             made(&part, fs::create_dir(&part))?;
         }
-        rootfs::mount(layers, bundle, spec, &self.path.join(id).join("rootfs"))?;
+        if let Some(layers) = layers {
+            rootfs::mount(layers, bundle, spec, &self.path.join(id).join("rootfs"))?;
+        }
         for (number, (mount, source)) in spec.mounts.iter().zip(sources).enumerate() {
             if let Source::Host(source) = source {
                 let point = directory.join("mounts").join(number.to_string());
@@ -122,6 +124,18 @@ impl Share {
             _ => {}
         }
     }
+}
+
+/// The volumes of a container in which the host's changes are to raise events, relative to the share: those that only the
+/// host changes, and those that kubelet updates. Blocks.
+pub fn watched(id: &str, spec: &Spec, sources: &[Source]) -> Vec<PathBuf> {
+    let volumes = spec.mounts.iter().zip(sources).enumerate();
+    let watched = volumes.filter(|(_, (mount, source))| {
+        let Source::Host(source) = source else { return false };
+        let updated = || source.join("..data").is_symlink();
+        source.is_dir() && (is_read_only(&mount.options) || updated())
+    });
+    watched.map(|(number, _)| Path::new(id).join("mounts").join(number.to_string())).collect()
 }
 
 /// Binds a file or directory of the host. `point` and `target` are the same place, the first below the share's
@@ -165,6 +179,11 @@ fn access(options: &[String]) -> Access {
         "rw" => Access::Inherited,
         _ => access,
     })
+}
+
+/// Whether a mount is to be read-only.
+pub fn is_read_only(options: &[String]) -> bool {
+    access(options) != Access::Inherited
 }
 
 /// Removes a whole share without a [`Share`]: its mounts, then its directories. Blocks.

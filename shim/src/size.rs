@@ -21,6 +21,8 @@ pub struct Limits {
     pub milli_cpus: u64,
     /// Bytes of memory.
     pub memory: u64,
+    /// Bytes of memory in huge pages, which do not count as memory.
+    pub huge_pages: u64,
 }
 
 impl Limits {
@@ -39,13 +41,18 @@ impl Limits {
         Self {
             milli_cpus: milli_cpus(annotated("cpu-quota"), annotated("cpu-period")),
             memory: positive(annotated("memory")),
+            huge_pages: 0,
         }
     }
 
     /// The larger of each.
     #[must_use]
     pub fn max(self, other: Self) -> Self {
-        Self { milli_cpus: self.milli_cpus.max(other.milli_cpus), memory: self.memory.max(other.memory) }
+        Self {
+            milli_cpus: self.milli_cpus.max(other.milli_cpus),
+            memory: self.memory.max(other.memory),
+            huge_pages: self.huge_pages.max(other.huge_pages),
+        }
     }
 
     /// These limits with those in an OCI resources object in their place.
@@ -53,10 +60,17 @@ impl Limits {
     pub fn updated(self, resources: &Map<String, Value>) -> Self {
         let number = |group: &str, name: &str| resources.get(group)?.get(name)?.as_i64();
         let (quota, memory) = (number("cpu", "quota"), number("memory", "limit"));
+        let huge_pages = resources.get("hugepageLimits").and_then(Value::as_array);
+        let huge_pages = huge_pages
+            .into_iter()
+            .flatten()
+            .map(|limit| positive(limit.get("limit").and_then(Value::as_i64)));
+        let huge_pages = huge_pages.fold(0, u64::saturating_add);
         Self {
             milli_cpus: quota
                 .map_or(self.milli_cpus, |quota| milli_cpus(Some(quota), number("cpu", "period"))),
             memory: memory.map_or(self.memory, |memory| positive(Some(memory))),
+            huge_pages: if huge_pages > 0 { huge_pages } else { self.huge_pages },
         }
     }
 }
@@ -106,8 +120,8 @@ impl Sum {
     /// All containers together.
     pub fn total(&self) -> Limits {
         let sum = |of: fn(&Limits) -> u64| self.containers.values().map(of).fold(0, u64::saturating_add);
-        Limits { milli_cpus: sum(|limits| limits.milli_cpus), memory: sum(|limits| limits.memory) }
-            .max(self.announced)
+        let (milli_cpus, memory) = (sum(|limits| limits.milli_cpus), sum(|limits| limits.memory));
+        Limits { milli_cpus, memory, huge_pages: sum(|limits| limits.huge_pages) }.max(self.announced)
     }
 }
 
@@ -149,6 +163,7 @@ impl Bounds {
         let vcpus = u8::try_from(limits.milli_cpus.div_ceil(1000)).unwrap_or(u8::MAX);
         // "No limit" is at times written as a number close to 2^63.
         let memory = Some(limits.memory.div_ceil(1 << 20)).filter(|mib| *mib < NO_LIMIT_MIB).unwrap_or(0);
+        let memory = memory.saturating_add(limits.huge_pages.div_ceil(1 << 20));
         Size {
             vcpus: vcpus.clamp(self.base_vcpus, self.max_vcpus),
             plugged_mib: memory.min(self.pluggable_mib),
@@ -172,8 +187,11 @@ mod tests {
             "annotations": {"io.kubernetes.cri.sandbox-cpu-quota": "75000", "io.kubernetes.cri.sandbox-cpu-period": "50000",
                             "io.kubernetes.cri.sandbox-memory": "4096"},
             "linux": {"resources": resources}}));
-        assert_eq!(Limits::of_container(&pod), Limits { milli_cpus: 8000, memory: 64 << 20 });
-        assert_eq!(Limits::announced(&pod), Limits { milli_cpus: 1500, memory: 4096 });
+        assert_eq!(
+            Limits::of_container(&pod),
+            Limits { milli_cpus: 8000, memory: 64 << 20, ..Limits::default() }
+        );
+        assert_eq!(Limits::announced(&pod), Limits { milli_cpus: 1500, memory: 4096, ..Limits::default() });
         for hostile in [
             json!({"cpu": {"quota": -1, "period": 0}, "memory": {"limit": -1}}),
             json!({"cpu": 3, "memory": {"limit": "x"}}),
@@ -185,36 +203,47 @@ mod tests {
 
     #[test]
     fn an_update_changes_what_it_names() {
-        let limits = Limits { milli_cpus: 500, memory: 1 };
+        let limits = Limits { milli_cpus: 500, memory: 1, ..Limits::default() };
         let update = |value: Value| limits.updated(value.as_object().unwrap());
-        assert_eq!(update(json!({"memory": {"limit": 7}})), Limits { milli_cpus: 500, memory: 7 });
-        assert_eq!(update(json!({"cpu": {"quota": 300_000}})), Limits { milli_cpus: 3000, memory: 1 });
+        assert_eq!(
+            update(json!({"memory": {"limit": 7}})),
+            Limits { milli_cpus: 500, memory: 7, ..Limits::default() }
+        );
+        assert_eq!(
+            update(json!({"cpu": {"quota": 300_000}})),
+            Limits { milli_cpus: 3000, memory: 1, ..Limits::default() }
+        );
         assert_eq!(update(json!({"cpu": {"quota": -1}, "memory": {"limit": -1}})), Limits::default());
         assert_eq!(update(json!({"cpu": {"shares": 2}})), limits);
+        let sizes = json!([{"pageSize": "2MB", "limit": 4 << 20}, {"pageSize": "1GB", "limit": 0}]);
+        assert_eq!(update(json!({"hugepageLimits": sizes})), Limits { huge_pages: 4 << 20, ..limits });
     }
 
     #[test]
     fn a_pod_is_the_sum_of_its_containers_or_what_was_announced() {
         let mut sum = Sum::default();
-        sum.announce(Limits { milli_cpus: 1000, memory: 300 });
-        sum.set("a", Limits { milli_cpus: 700, memory: 100 });
-        sum.set("b", Limits { milli_cpus: 800, memory: u64::MAX });
-        assert_eq!(sum.total(), Limits { milli_cpus: 1500, memory: u64::MAX });
+        sum.announce(Limits { milli_cpus: 1000, memory: 300, ..Limits::default() });
+        sum.set("a", Limits { milli_cpus: 700, memory: 100, ..Limits::default() });
+        sum.set("b", Limits { milli_cpus: 800, memory: u64::MAX, ..Limits::default() });
+        assert_eq!(sum.total(), Limits { milli_cpus: 1500, memory: u64::MAX, ..Limits::default() });
         sum.remove("b");
-        assert_eq!(sum.total(), Limits { milli_cpus: 1000, memory: 300 });
+        assert_eq!(sum.total(), Limits { milli_cpus: 1000, memory: 300, ..Limits::default() });
         sum.forget_announced();
-        assert_eq!(sum.total(), Limits { milli_cpus: 700, memory: 100 });
+        assert_eq!(sum.total(), Limits { milli_cpus: 700, memory: 100, ..Limits::default() });
     }
 
     #[test]
     fn a_machine_grows_within_its_bounds() {
         let bounds = Bounds { base_vcpus: 1, max_vcpus: 8, pluggable_mib: 1024 };
         let size = |milli_cpus, mib: u64| {
-            let size = bounds.size(&Limits { milli_cpus, memory: mib << 20 });
+            let size = bounds.size(&Limits { milli_cpus, memory: mib << 20, ..Limits::default() });
             (size.vcpus, size.plugged_mib)
         };
         assert_eq!([size(0, 0), size(8000, 0), size(1001, 100)], [(1, 0), (8, 0), (2, 100)]);
         assert_eq!(size(100_000, 4096), (8, 1024));
-        assert_eq!(bounds.size(&Limits { milli_cpus: 0, memory: u64::MAX >> 1 }).plugged_mib, 0);
+        assert_eq!(
+            bounds.size(&Limits { milli_cpus: 0, memory: u64::MAX >> 1, ..Limits::default() }).plugged_mib,
+            0
+        );
     }
 }

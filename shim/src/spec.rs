@@ -5,10 +5,11 @@
 //! are newer than this program.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use katana_protocol::{GUEST_SHARE, GUEST_SHM};
-use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use katana_protocol::{GUEST_DISKS, GUEST_ROOTS, GUEST_SHARE, GUEST_SHM};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -177,6 +178,27 @@ pub enum Source {
     Guest,
     /// The pod's shared memory, which is the guest's own as well.
     SharedMemory,
+    /// A file system of huge pages, of so many bytes each. The guest has one of its own; it belongs to the same user and
+    /// group, and has the same mode.
+    HugePages {
+        /// Of a page, in bytes.
+        page: u64,
+        /// Options of hugetlbfs for its top directory.
+        top: String,
+    },
+    /// A block device of the host, which becomes a disk of the machine.
+    BlockDevice(PathBuf),
+}
+
+/// The disks that a container has in the guest.
+#[derive(Debug, Clone, Default)]
+pub struct OnDisks {
+    /// Whether its root is on one.
+    pub root: bool,
+    /// The slots of those that are sources of mounts, by the number of the mount.
+    pub mounts: BTreeMap<usize, u8>,
+    /// The host's numbers of devices.
+    pub devices: Vec<(i64, i64)>,
 }
 
 /// What is known of the pod when a container is translated.
@@ -250,16 +272,32 @@ impl Spec {
     }
 
     /// The specification for the guest.
-    pub fn for_guest(&self, id: &str, terminal: bool, sources: &[Source], pod: &Pod) -> Result<Vec<u8>> {
+    pub fn for_guest(
+        &self,
+        id: &str,
+        terminal: bool,
+        sources: &[Source],
+        pod: &Pod,
+        disks: &OnDisks,
+    ) -> Result<Vec<u8>> {
         let mut spec = self.clone();
         let root = spec.root.get_or_insert_default();
-        root.path = PathBuf::from(format!("{GUEST_SHARE}/{id}/rootfs"));
+        root.path = if disks.root {
+            Path::new(GUEST_ROOTS).join(id)
+        } else {
+            PathBuf::from(format!("{GUEST_SHARE}/{id}/rootfs"))
+        };
         for (number, (mount, source)) in spec.mounts.iter_mut().zip(sources).enumerate() {
             match source {
                 Source::Host(_) => {
                     mount.source = Some(PathBuf::from(format!("{GUEST_SHARE}/{id}/mounts/{number}")));
                 }
                 Source::SharedMemory => mount.source = Some(PathBuf::from(GUEST_SHM)),
+                Source::BlockDevice(_) => {
+                    let slot = disks.mounts.get(&number).map(u8::to_string).unwrap_or_default();
+                    mount.source = Some(Path::new(GUEST_DISKS).join(slot));
+                }
+                Source::HugePages { page, top } => mount.become_huge_pages(*page, top),
                 Source::Guest => {}
             }
         }
@@ -271,7 +309,7 @@ impl Spec {
         }
         let linux = spec.linux.get_or_insert_default();
         linux.cgroups_path = Some(format!("/{id}"));
-        linux.devices.retain(exists_in_guest);
+        linux.devices.retain(|device| disks.have(device) || exists_in_guest(device));
         for member in ["mountLabel", "intelRdt"] {
             linux.rest.remove(member);
         }
@@ -335,8 +373,41 @@ impl Mount {
         let Some(source) = self.source.as_ref().filter(|_| self.bind().is_some()) else {
             return Source::Guest;
         };
+        let path = bundle.join(source);
+        if std::fs::metadata(&path).is_ok_and(|status| status.file_type().is_block_device()) {
+            return Source::BlockDevice(path);
+        }
+        if let Some(huge_pages) = huge_pages(&path) {
+            return huge_pages;
+        }
         let own = ["/proc", "/sys", "/dev"].iter().any(|top| source.starts_with(top));
-        if own { Source::Guest } else { Source::Host(bundle.join(source)) }
+        if own { Source::Guest } else { Source::Host(path) }
+    }
+}
+
+impl Mount {
+    fn become_huge_pages(&mut self, page: u64, top: &str) {
+        self.kind = Some("hugetlbfs".into());
+        self.source = Some("hugetlbfs".into());
+        // How it was bound, and what of the host's is to appear, means nothing here.
+        self.options.retain(|option| ["ro", "nosuid", "nodev", "noexec"].contains(&option.as_str()));
+        self.options.push(format!("pagesize={page}"));
+        self.options.extend(top.split(',').map(str::to_owned));
+    }
+}
+
+fn huge_pages(path: &Path) -> Option<Source> {
+    use std::os::unix::fs::MetadataExt;
+    let status = statfs(path).ok().filter(|status| status.filesystem_type() == HUGETLBFS_MAGIC)?;
+    let page = u64::try_from(status.block_size()).ok()?;
+    let top = std::fs::metadata(path).ok()?;
+    let top = format!("uid={},gid={},mode={:o}", top.uid(), top.gid(), top.mode() & 0o1777);
+    Some(Source::HugePages { page, top })
+}
+
+impl OnDisks {
+    fn have(&self, device: &Device) -> bool {
+        device.kind == "b" && self.devices.contains(&(device.major, device.minor))
     }
 }
 

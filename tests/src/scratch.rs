@@ -35,13 +35,13 @@ impl Scratch {
         path
     }
 
-    /// Makes a directory in it.
+    /// Makes a directory in it, with those above.
     ///
     /// # Panics
     /// When it cannot be made.
     pub fn directory(&self, name: &str) -> PathBuf {
         let path = self.0.join(name);
-        std::fs::create_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        std::fs::create_dir_all(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         path
     }
 }

@@ -105,6 +105,7 @@ impl ControlService {
             Request::AttachDisk { slot, read_only } => {
                 fd.and_then(|fd| self.attach_disk(slot, read_only, fd))
             }
+            Request::DetachDisk { slot } => self.detach_disk(slot),
             Request::AttachNet { slot, mac } => fd.and_then(|fd| self.attach_net(slot, mac, fd)),
             Request::PlugMemory { mib } => {
                 // The answer comes from the device, once the guest has followed.
@@ -128,12 +129,21 @@ impl ControlService {
 
     fn attach_disk(&self, slot: u8, read_only: bool, fd: OwnedFd) -> Result<(), Refused> {
         let disk = self.slots.disks.get(usize::from(slot)).ok_or(Refused::NoDisk(slot))?;
-        lock(disk).attach(fd.into(), read_only).map_err(|error| Refused::Disk { slot, error })
+        lock(&disk.device).attach(fd.into(), read_only).map_err(|error| Refused::Disk { slot, error })?;
+        disk.function.show(true);
+        Ok(())
+    }
+
+    fn detach_disk(&self, slot: u8) -> Result<(), Refused> {
+        let disk = self.slots.disks.get(usize::from(slot)).ok_or(Refused::NoDisk(slot))?;
+        disk.function.show(false);
+        lock(&disk.device).detach();
+        Ok(())
     }
 
     fn attach_net(&self, slot: u8, mac: [u8; 6], fd: OwnedFd) -> Result<(), Refused> {
         let net = self.slots.nets.get(usize::from(slot)).ok_or(Refused::NoNet(slot))?;
-        lock(&net.card).attach(fd, mac).map_err(|error| Refused::Net { slot, error })?;
+        lock(&net.device).attach(fd, mac).map_err(|error| Refused::Net { slot, error })?;
         net.function.show(true);
         Ok(())
     }

@@ -107,18 +107,19 @@ pub struct Slots {
     /// The stream sockets.
     pub vsock: Arc<Mutex<Vsock>>,
     /// Disk slots.
-    pub disks: Vec<Arc<Mutex<Blk>>>,
+    pub disks: Vec<Slot<Blk>>,
     /// Network slots.
-    pub nets: Vec<NetSlot>,
+    pub nets: Vec<Slot<Net>>,
     /// Memory that can be plugged, if there is any.
     pub memory: Option<Arc<Mutex<Mem>>>,
 }
 
-/// A place for a network card. The guest sees a card in it once it is attached: a card's driver asks for address and
-/// link when it starts, and a card without a network would be one more interface in every container.
-pub struct NetSlot {
-    /// The card.
-    pub card: Arc<Mutex<Net>>,
+/// A place for a disk or a network card, which the guest sees once something is attached. An empty one costs no driver's
+/// start; a card's driver asks for address and link then, a disk's for whether it can be written to, and a card without a
+/// network would be one more interface in every container.
+pub struct Slot<D> {
+    /// The device.
+    pub device: Arc<Mutex<D>>,
     /// Its function on the bus.
     pub function: Arc<VirtioPci>,
 }
@@ -171,9 +172,10 @@ impl Machine {
         devices.add("virtio-balloon", Balloon::new())?;
         let memory =
             pluggable.map(|range| devices.add("virtio-mem", Mem::new(range, plugged))).transpose()?;
-        let disk = |slot| devices.add("virtio-blk", Blk::new(&format!("disk{slot}")));
+        let disk = |slot| devices.add_slot("virtio-blk", Blk::new(&format!("disk{slot}")));
         let disks = (0..shape.disk_slots).map(disk).collect::<Result<_, _>>()?;
-        let nets = (0..shape.net_slots).map(|_| devices.add_net_slot()).collect::<Result<_, _>>()?;
+        let card = |_| devices.add_slot("virtio-net", Net::new());
+        let nets = (0..shape.net_slots).map(card).collect::<Result<_, _>>()?;
 
         let end = Arc::new(End::new().map_err(|error| Error::Host { what: "eventfd", error })?);
         let Devices { vm, pci, addresses, mut events, .. } = devices;
@@ -264,10 +266,13 @@ impl Devices {
         Ok(self.place(name, device)?.0)
     }
 
-    fn add_net_slot(&mut self) -> Result<NetSlot, Error> {
-        let (card, function) = self.place("virtio-net", Net::new())?;
+    fn add_slot<D>(&mut self, name: &'static str, device: io::Result<D>) -> Result<Slot<D>, Error>
+    where
+        D: VirtioDevice + 'static,
+    {
+        let (device, function) = self.place(name, device)?;
         function.show(false);
-        Ok(NetSlot { card, function })
+        Ok(Slot { device, function })
     }
 
     fn place<D>(

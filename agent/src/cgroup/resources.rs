@@ -48,7 +48,13 @@ pub fn settings(resources: &LinuxResources, memory_current: Option<i64>) -> Resu
         if size.is_empty() || !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
             return Err(format!("page size {size:?} is not valid"));
         }
-        settings.push(must(&format!("hugetlb.{size}.max"), max_below_zero(limit.limit())));
+        let file = format!("hugetlb.{size}.max");
+        // Kubernetes names all sizes that the host has: the guest may lack one that nobody wants.
+        settings.push(if limit.limit() == 0 {
+            try_to(&file, 0)
+        } else {
+            must(&file, max_below_zero(limit.limit()))
+        });
     }
     for (file, value) in resources.unified().iter().flatten() {
         if file.contains('/') || !file.contains('.') {

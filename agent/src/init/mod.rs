@@ -14,6 +14,7 @@ mod program;
 mod rootfs;
 mod terminal;
 
+pub use mount_options::parse as parse_mount_options;
 pub use namespaces::CLONE_NEWTIME;
 pub use rootfs::prepare;
 pub use terminal::resize;

@@ -49,7 +49,7 @@ fn a_container_comes_and_goes_and_leaves_the_users_files() {
             {"destination": "/single", "type": "bind", "source": top.join("single"), "options": ["bind"]}]));
         let path = top.join("run/share");
         let share = Share::create(&path).unwrap();
-        share.add("c1", &bundle, &spec, &[], &spec.sources(&bundle, &Pod::default())).unwrap();
+        share.add("c1", &bundle, &spec, Some(&[]), &spec.sources(&bundle, &Pod::default())).unwrap();
 
         let read = |relative: &str| fs::read_to_string(path.join("c1").join(relative)).unwrap();
         assert_eq!(read("rootfs/init"), "bundle/rootfs/init");
@@ -80,7 +80,7 @@ fn a_share_is_destroyed_with_all_in_it_and_nothing_behind_it() {
         let path = top.join("run/share");
         let share = Share::create(&path).unwrap();
         for id in ["a", "b"] {
-            share.add(id, &top.join("bundle"), &spec(&json!([])), &[], &[]).unwrap();
+            share.add(id, &top.join("bundle"), &spec(&json!([])), Some(&[]), &[]).unwrap();
         }
         unmount_container(&path, "a").unwrap();
         assert_eq!(mounts::below(&path).unwrap().len(), 2);
@@ -98,8 +98,9 @@ fn failures_leave_nothing_and_read_like_runcs() {
         let share = Share::create(&path).unwrap();
         let missing = spec(&json!([{"destination": "/mnt", "type": "bind", "source": "/nowhere"}]));
         let bundle = top.join("bundle");
-        let error =
-            share.add("c1", &bundle, &missing, &[], &missing.sources(&bundle, &Pod::default())).unwrap_err();
+        let error = share
+            .add("c1", &bundle, &missing, Some(&[]), &missing.sources(&bundle, &Pod::default()))
+            .unwrap_err();
         assert_eq!(
             error.to_string(),
             "error mounting \"/nowhere\" to rootfs at \"/mnt\": stat /nowhere: no such file or directory"
@@ -139,7 +140,7 @@ fn an_overlay_of_very_many_layers() {
         };
         let path = top.join("run/share");
         let share = Share::create(&path).unwrap();
-        share.add("c1", &root.join("bundle"), &spec(&json!([])), &[layer], &[]).unwrap();
+        share.add("c1", &root.join("bundle"), &spec(&json!([])), Some(&[layer]), &[]).unwrap();
         let names = fs::read_dir(path.join("c1/rootfs")).unwrap().count();
         assert_eq!(names, layers.len());
         fs::write(path.join("c1/rootfs/new"), "y").unwrap();

@@ -7,7 +7,7 @@ fn spec(value: Value) -> Spec {
 
 fn guest(spec: &Spec, pod: &Pod) -> Value {
     let sources = spec.sources(Path::new("/bundle"), pod);
-    serde_json::from_slice(&spec.for_guest("c1", false, &sources, pod).unwrap()).unwrap()
+    serde_json::from_slice(&spec.for_guest("c1", false, &sources, pod, &OnDisks::default()).unwrap()).unwrap()
 }
 
 #[test]
@@ -93,9 +93,10 @@ fn a_sandbox_container_keeps_what_the_pods_pause_needs() {
         "linux": {"sysctl": {"kernel.shm_rmid_forced": "1"}, "namespaces": [{"type": "pid"}, {"type": "mount"}],
                   "seccomp": {}, "maskedPaths": ["/x"], "readonlyPaths": ["/y"]}}));
     assert!(spec.is_sandbox());
-    let guest: Value =
-        serde_json::from_slice(&spec.for_pause().for_guest("p", false, &[], &Pod::default()).unwrap())
-            .unwrap();
+    let guest: Value = serde_json::from_slice(
+        &spec.for_pause().for_guest("p", false, &[], &Pod::default(), &OnDisks::default()).unwrap(),
+    )
+    .unwrap();
     assert_eq!(guest["mounts"], json!([]));
     assert_eq!(
         guest["process"],

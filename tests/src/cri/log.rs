@@ -21,7 +21,9 @@ pub struct Line {
 pub(super) fn read(path: &Path) -> Vec<Line> {
     let bytes = std::fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
-    text.lines().map(|line| parse(line).unwrap_or_else(|| panic!("not a line of a log: {line:?}"))).collect()
+    // The last line may be half written yet.
+    let lines = text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'));
+    lines.map(|line| parse(line).unwrap_or_else(|| panic!("not a line of a log: {line:?}"))).collect()
 }
 
 fn parse(line: &str) -> Option<Line> {

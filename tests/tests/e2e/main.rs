@@ -7,6 +7,7 @@
 mod coexist;
 mod containerd;
 mod cri;
+mod disks;
 mod exec;
 mod failures;
 mod guest;

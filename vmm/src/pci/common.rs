@@ -167,6 +167,11 @@ impl CommonConfig {
         }
     }
 
+    /// Changes what is offered. Seen by a driver that looks from now on.
+    pub fn offer(&mut self, features: u64) {
+        self.offered = features | TRANSPORT_FEATURES;
+    }
+
     /// The features that both sides have accepted.
     pub fn features(&self) -> u64 {
         self.accepted

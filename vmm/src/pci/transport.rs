@@ -147,8 +147,11 @@ impl VirtioPci {
 
     /// Shows the structures to drivers, or hides them. A function without them is one that no driver takes (4.1.4:
     /// a driver ignores structures of a type that it does not know), but its place on the bus and its addresses are
-    /// assigned when the guest boots. A driver that looks for the first time when they are shown finds a new device.
+    /// assigned when the guest boots. A driver that looks for the first time when they are shown finds a new device, with
+    /// the features that it has then.
     pub fn show(&self, shown: bool) {
+        let features = lock(&self.device).features();
+        lock(&self.common).offer(features);
         let mut space = lock(&self.space);
         for structure in &self.structures {
             space.put(structure.at, &[if shown { structure.kind } else { 0 }]);

@@ -1,11 +1,9 @@
 //! virtio-blk (virtio 1.2, 5.2): a slot for a disk that may come later.
 //!
 //! Wiring: `Blk::new(serial)` makes an empty slot of capacity 0; the guest finds the serial in
-//! /sys/block/vdX/serial. `attach(file, read_only)`, on the device thread, gives it a disk: the capacity changes and
-//! the driver is interrupted.
-//!
-//! Whether a disk can be written to is not known when the driver asks for features, so a read-only disk refuses
-//! writes one by one.
+//! /sys/block/vdX/serial. `attach(file, read_only)`, on the device thread, gives it a disk, and `detach` takes it away.
+//! The guest's driver is to start after the one and to let go before the other; to a driver that is there all the time,
+//! the capacity changes, and a read-only disk refuses writes.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -13,8 +11,9 @@ use std::os::fd::AsFd;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::{ByteValued, Le32, Le64};
@@ -48,7 +47,7 @@ struct Disk {
 /// Why a disk cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// One disk for each slot, for good.
+    /// One disk for each slot.
     #[error("disk slot: it is in use")]
     InUse,
     /// The file's size cannot be told.
@@ -119,6 +118,12 @@ impl Blk {
         self.disk = Some(Disk { file, sectors, read_only });
         self.base.config_changed();
         Ok(())
+    }
+
+    /// Takes the disk out of the slot.
+    pub fn detach(&mut self) {
+        self.disk = None;
+        self.base.config_changed();
     }
 
     /// virtio 1.2, 5.2.4, as far as the offered features give it a meaning.
@@ -236,7 +241,11 @@ impl VirtioDevice for Blk {
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE
+        let read_only = self.disk.as_ref().is_some_and(|disk| disk.read_only);
+        1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | u64::from(read_only) << VIRTIO_BLK_F_RO
     }
 
     fn queue_sizes(&self) -> &[u16] {

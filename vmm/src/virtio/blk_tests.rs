@@ -117,6 +117,21 @@ fn a_read_only_disk_refuses_writes() {
     file.read_exact_at(&mut start, 0).unwrap();
     assert_eq!(start, [0; 512]);
     assert_eq!(request(&mut bench, VIRTIO_BLK_T_IN, 1, &[(DATA, 512, WRITE)]), (OK, 513));
+    let says_so = |bench: &mut Bench<Blk>| bench.device().features() & 1 << VIRTIO_BLK_F_RO != 0;
+    assert!(says_so(&mut bench));
+    bench.device().detach();
+    assert!(!says_so(&mut bench));
+}
+
+#[test]
+fn a_slot_can_be_used_again() {
+    let (mut bench, _) = bench(false);
+    bench.device().detach();
+    assert_eq!(bench.config(0, 8), [0; 8]);
+    assert_eq!(request(&mut bench, VIRTIO_BLK_T_IN, 0, &[(DATA, 512, WRITE)]), (IOERR, 1));
+    bench.device().attach(disk(), false).unwrap();
+    assert_eq!(request(&mut bench, VIRTIO_BLK_T_IN, 3, &[(DATA, 512, WRITE)]), (OK, 513));
+    assert_eq!(bench.bytes(DATA, 1), [3]);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Pods, as kubelet makes them through containerd's CRI plugin.
 //!
-//! Every case runs with the runtime handlers `kata` and `runc` of containerd 1.7, and with containerd 2: a case that runc fails is a wrong case, and what
-//! a virtual machine cannot do as runc does is no case here but a line in docs/limitations.md.
+//! Every case runs with the runtime handlers `kata` and `runc` of containerd 1.7, and with containerd 2: a case that runc
+//! fails is a wrong case, and what a virtual machine cannot do as runc does is no case here but a line in
+//! docs/limitations.md.
 
 #![allow(
     clippy::unwrap_used,
@@ -17,6 +18,7 @@ mod security;
 mod sharing;
 mod streaming;
 mod volumes;
+mod watching;
 
 /// A case and its name.
 type Case = (&'static str, fn(&str));
@@ -63,6 +65,7 @@ fn every_case_with_containerd_2() {
     let all = [
         life::CASES,
         volumes::CASES,
+        watching::CASES,
         exec::CASES,
         resources::CASES,
         security::CASES,

@@ -1,6 +1,9 @@
 //! Volumes, as kubelet prepares them on the host.
 
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 
 use katana_tests::Scratch;
 use katana_tests::cri::shared_pod;
@@ -17,12 +20,16 @@ cases! {
     mounts_of_the_host_appear_if_asked,
     /// emptyDir with medium Memory and a sizeLimit
     memory_volumes_keep_their_size,
+    /// emptyDir with medium HugePages, as many as the limit says
+    huge_pages_are_there_up_to_the_limit,
     /// terminationMessagePath
     a_termination_message_reaches_the_host,
     /// ConfigMap, Secret, projected: the host swaps a symbolic link.
     a_config_map_is_updated_at_once,
-    /// subPath: a directory of another volume
-    a_part_of_a_volume_is_bound,
+    /// subPath of an emptyDir on disk, of one in memory with its sizeLimit, and of a projected volume
+    parts_of_volumes_of_all_kinds_are_bound,
+    /// volumeDevices, and devices of the host
+    a_block_device_is_read_and_written,
 }
 
 fn volume(scratch: &Scratch, more: Value) -> Value {
@@ -56,10 +63,10 @@ fn directories_and_files_are_bound(handler: &str) {
 }
 
 /// A tmpfs on a directory of the host; gone when this is dropped.
-struct Mounted(std::path::PathBuf);
+struct Mounted(PathBuf);
 
 impl Mounted {
-    fn tmpfs(place: std::path::PathBuf, options: &str) -> Self {
+    fn tmpfs(place: PathBuf, options: &str) -> Self {
         mount(Some("tmpfs"), &place, Some("tmpfs"), MsFlags::empty(), Some(options)).unwrap();
         Self(place)
     }
@@ -126,11 +133,11 @@ fn a_config_map_is_updated_at_once(handler: &str) {
     let publish = |version: &str| {
         scratch.directory(version);
         scratch.file(&format!("{version}/key"), version);
-        std::os::unix::fs::symlink(version, scratch.path().join("..data_tmp")).unwrap();
+        symlink(version, scratch.path().join("..data_tmp")).unwrap();
         fs::rename(scratch.path().join("..data_tmp"), scratch.path().join("..data")).unwrap();
     };
     publish("..one");
-    std::os::unix::fs::symlink("..data/key", scratch.path().join("key")).unwrap();
+    symlink("..data/key", scratch.path().join("key")).unwrap();
     let container = shared_pod(handler).start(volume(&scratch, json!({"readonly": true})));
     assert_eq!(container.sh("cat /volume/key").ok(), "..one");
     publish("..two");
@@ -138,14 +145,145 @@ fn a_config_map_is_updated_at_once(handler: &str) {
     assert!(eventually(|| container.sh("cat /volume/key").stdout == "..two"), "the old value stays");
 }
 
-fn a_part_of_a_volume_is_bound(handler: &str) {
+/// As kubelet does it: a mount of its own, of what a descriptor stands for, so that no link leads elsewhere meanwhile.
+fn part(of: &Path, name: &str, at: PathBuf) -> Mounted {
+    let opened = fs::File::open(of.join(name)).unwrap();
+    let source = format!("/proc/{}/fd/{}", std::process::id(), opened.as_raw_fd());
+    if opened.metadata().unwrap().is_dir() { fs::create_dir(&at) } else { fs::write(&at, "") }.unwrap();
+    mount(Some(source.as_str()), &at, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+    Mounted(at)
+}
+
+fn parts_of_volumes_of_all_kinds_are_bound(handler: &str) {
     let scratch = Scratch::new();
-    let part = scratch.directory("part");
-    fs::write(part.join("file"), "x").unwrap();
-    let config = json!({"mounts": [
-        {"host_path": scratch.path(), "container_path": "/all"}, {"host_path": part, "container_path": "/part"},
-    ]});
-    let container = shared_pod(handler).start(config);
-    container.sh("echo written > /part/file").ok();
-    assert_eq!(container.sh("cat /all/part/file").ok(), "written");
+    let memory = Mounted::tmpfs(scratch.directory("memory"), "size=1m");
+    fs::create_dir(memory.0.join("part")).unwrap();
+    fs::write(scratch.directory("disk/part").join("file"), "on disk").unwrap();
+    // A projected volume: keys are links, and a part of it is what its link led to.
+    fs::write(scratch.directory("projected/..one/tokens").join("token"), "secret").unwrap();
+    symlink("..one", scratch.path().join("projected/..data")).unwrap();
+    symlink("..data/tokens", scratch.path().join("projected/tokens")).unwrap();
+    scratch.directory("volume-subpaths");
+    let part = |of: &str, name: &str, number: u32| {
+        part(&scratch.path().join(of), name, scratch.path().join(format!("volume-subpaths/{number}")))
+    };
+    let parts = [part("memory", "part", 0), part("disk", "part", 1), part("projected", "tokens/token", 2)];
+    let bind = |host: &Path, container: &str, read_only: bool| json!({"host_path": host, "container_path": container, "readonly": read_only});
+    let container = shared_pod(handler).start(json!({"mounts": [
+        bind(&parts[0].0, "/in-memory", false), bind(&parts[1].0, "/on-disk", false),
+        bind(&parts[2].0, "/etc/token", true), bind(&scratch.path().join("projected"), "/projected", true),
+        bind(&scratch.path().join("disk"), "/all", false),
+    ]}));
+    assert_eq!(
+        container.sh("cat /on-disk/file /etc/token /projected/tokens/token").ok(),
+        "on disksecretsecret"
+    );
+    container.sh("echo written > /on-disk/file && mkdir /on-disk/new && mv /on-disk/file /on-disk/new").ok();
+    assert_eq!(container.sh("cat /all/part/new/file").ok(), "written");
+    // The limit is that of the whole volume.
+    let refused = container.sh("dd if=/dev/zero of=/in-memory/much bs=1M count=2");
+    assert!(refused.stderr.contains("No space left on device"), "{refused:?}");
+    assert!(fs::metadata(memory.0.join("part/much")).unwrap().len() <= 1 << 20);
+    container.remove().unwrap();
+}
+
+/// Huge pages of the host, which runc's containers use.
+struct HostPages;
+
+impl HostPages {
+    const NUMBER: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn reserve() -> Self {
+        fs::write(Self::NUMBER, "8").unwrap();
+        Self
+    }
+}
+
+impl Drop for HostPages {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::NUMBER, "0");
+    }
+}
+
+fn huge_pages_are_there_up_to_the_limit(handler: &str) {
+    const HUGE: u64 = 2 << 20;
+    let scratch = Scratch::new();
+    let _host = (handler == "runc").then(HostPages::reserve);
+    let place = scratch.directory("huge");
+    mount(Some("hugetlbfs"), &place, Some("hugetlbfs"), MsFlags::empty(), Some("pagesize=2M")).unwrap();
+    let volume = Mounted(place);
+    // kubelet names all sizes that the host has.
+    let limits = json!([{"page_size": "2MB", "limit": 2 * HUGE}, {"page_size": "1GB", "limit": 0}]);
+    let container = shared_pod(handler).start(json!({
+        "mounts": [
+            {"host_path": volume.0, "container_path": "/huge"},
+            {"host_path": std::env::current_exe().unwrap(), "container_path": "/check", "readonly": true},
+        ],
+        "linux": {"resources": {"hugepage_limits": limits}},
+    }));
+    let test = "KATANA_CHECK_DIRECTORY=/huge /check --ignored --exact guest::huge_pages::two_can_be_used_and_no_more";
+    let output = container.sh(test);
+    assert!(output.ok().contains("1 passed"), "{output:?}");
+    container.remove().unwrap();
+}
+
+/// A disk of the host; gone when this is dropped.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn of(image: &Path) -> Self {
+        let mut losetup = std::process::Command::new("losetup");
+        let output = losetup.args(["--find", "--show"]).arg(image).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        Self(String::from_utf8(output.stdout).unwrap().trim().to_owned())
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+fn a_block_device_is_read_and_written(handler: &str) {
+    let scratch = Scratch::new();
+    let image = scratch.file("image", "x".repeat(1 << 20));
+    let (disk, other) = (LoopDevice::of(&image), LoopDevice::of(&scratch.file("other", "y".repeat(1 << 20))));
+    let device = |host: &LoopDevice, container: &str, permissions: &str| json!({"host_path": host.0, "container_path": container, "permissions": permissions});
+    let pod = shared_pod(handler);
+    let config = json!({"devices": [device(&disk, "/dev/volume", "rwm"), device(&other, "/dev/seen", "r")]});
+    let container = pod.start(config.clone());
+    container.sh("test -b /dev/volume && head -c 3 /dev/volume && head -c 3 /dev/seen").ok();
+    let write = "printf written | dd of=/dev/DISK bs=512 seek=2 conv=notrunc,fsync";
+    container.sh(&write.replace("DISK", "volume")).ok();
+    assert_ne!(
+        container.sh(&write.replace("DISK", "seen")).code,
+        0,
+        "a device that may be read is written to"
+    );
+    assert_eq!(&fs::read(&image).unwrap()[1024..1032], b"writtenx");
+    // Another container of the pod has the same disk, and sees what was written without waiting for it.
+    let second = pod.start(config);
+    container.sh(&write.replace("DISK", "volume").replace("written", "changed").replace(",fsync", "")).ok();
+    assert_eq!(second.sh("dd if=/dev/volume bs=512 skip=2 count=1 2>/dev/null | head -c 7").ok(), "changed");
+    container.stop(0).unwrap();
+    container.remove().unwrap();
+    assert_eq!(second.sh("head -c 1 /dev/volume; head -c 1 /dev/seen").ok(), "xy");
+    second.stop(0).unwrap();
+    second.remove().unwrap();
+    // What the kernel had not written yet, it has now.
+    assert_eq!(&fs::read(&image).unwrap()[1024..1031], b"changed");
+    if handler == "kata" {
+        // More than a pod's machine has places for; and nothing is left of the attempt.
+        let many: Vec<_> =
+            (0..5).map(|n| LoopDevice::of(&scratch.file(&format!("{n}"), "x".repeat(1 << 20)))).collect();
+        let devices =
+            |count| many.iter().take(count).map(|one| device(one, &one.0, "rwm")).collect::<Vec<_>>();
+        let refused = pod.create(json!({"devices": devices(5)})).unwrap().start().unwrap_err();
+        assert!(refused.message.contains("all 4 disk slots"), "{refused}");
+        let last = pod.start(json!({"devices": devices(4)}));
+        assert_eq!(last.sh(&format!("head -c 1 {}", many[3].0)).ok(), "x");
+        last.stop(0).unwrap();
+        last.remove().unwrap();
+    }
 }

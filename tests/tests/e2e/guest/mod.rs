@@ -4,11 +4,13 @@
 mod attributes;
 mod contents;
 mod files;
+mod huge_pages;
 mod many;
 mod names;
 mod permissions;
 mod seccomp;
 mod special_bits;
+mod watch;
 
 use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};

@@ -9,6 +9,9 @@
 //! Several threads serve the queues, because a request can block for long: an fsync, a network file system. Each
 //! takes one chain at a time and first sees to it that another thread wakes up for the next one.
 
+mod known;
+mod replay;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -27,6 +30,7 @@ use virtiofsd::passthrough::{self, CachePolicy, InodeFileHandlesMode, Negotiatio
 use virtiofsd::server::Server;
 use vmm_sys_util::epoll::EpollEvent;
 
+use self::replay::Replaying;
 use super::base::{self, Event, Sources};
 use super::queue::DeviceQueue;
 use super::{Activation, VirtioDevice};
@@ -55,7 +59,7 @@ pub struct Fs {
 }
 
 struct Shared {
-    server: Server<PassthroughFs>,
+    server: Server<Replaying>,
     sources: Sources,
     state: Mutex<State>,
     /// Signalled when no request is under way.
@@ -92,13 +96,17 @@ impl Fs {
     /// # Errors
     /// When the tag is too long or a thread cannot be started and confined.
     pub fn new(tag: &str, proc_self_fd: OwnedFd) -> io::Result<Self> {
-        Self::serve(tag, "/", proc_self_fd, || seccomp::install(Kind::Fs).map_err(io::Error::other))
+        let (descriptors, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        let descriptors = descriptors - RESERVED_DESCRIPTORS.min(descriptors / 2);
+        let confine = || seccomp::install(Kind::Fs).map_err(io::Error::other);
+        Self::serve(tag, "/", proc_self_fd, descriptors, confine)
     }
 
     fn serve(
         tag: &str,
         root: &str,
         proc_self_fd: OwnedFd,
+        descriptors: u64,
         confine: fn() -> io::Result<()>,
     ) -> io::Result<Self> {
         let mut config = [0; TAG_LENGTH + 4];
@@ -112,7 +120,11 @@ impl Fs {
         }
         let shared = Arc::new(Shared {
             // It clears the umask, which the threads then inherit.
-            server: Server::new(PassthroughFs::new(configuration(root, proc_self_fd)?)?),
+            server: Server::new(Replaying::new(PassthroughFs::new(configuration(
+                root,
+                proc_self_fd,
+                descriptors,
+            ))?)),
             sources: Sources::new()?,
             state: Mutex::default(),
             idle: Condvar::new(),
@@ -136,9 +148,9 @@ impl Drop for Fs {
     }
 }
 
-fn configuration(root: &str, proc_self_fd: OwnedFd) -> io::Result<passthrough::Config> {
-    let (descriptors, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    Ok(passthrough::Config {
+/// `descriptors` is the most that the guest's files may take; beyond, they fail with ENFILE.
+fn configuration(root: &str, proc_self_fd: OwnedFd, descriptors: u64) -> passthrough::Config {
+    passthrough::Config {
         entry_timeout: CACHE_TIME,
         attr_timeout: CACHE_TIME,
         // Close-to-open: what the host writes is seen by the next open in the guest.
@@ -160,9 +172,9 @@ fn configuration(root: &str, proc_self_fd: OwnedFd) -> io::Result<passthrough::C
         // With ACLs, Linux fails every access to a file system that has none (fs/fuse/acl.c takes EOPNOTSUPP for an
         // error), and any volume may be one.
         posix_acl: NegotiationMode::Never,
-        guest_fd_limit: descriptors - RESERVED_DESCRIPTORS.min(descriptors / 2),
+        guest_fd_limit: descriptors,
         ..passthrough::Config::default()
-    })
+    }
 }
 
 impl Shared {
@@ -341,5 +353,4 @@ impl MutEventSubscriber for Fs {
 }
 
 #[cfg(test)]
-#[path = "fs_tests.rs"]
 mod tests;

@@ -1,3 +1,5 @@
+mod replays;
+
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -28,13 +30,17 @@ struct Guest {
 }
 
 fn guest() -> Guest {
+    guest_with_limit(10_000)
+}
+
+fn guest_with_limit(descriptors: u64) -> Guest {
     let dir = TempDir::new().unwrap();
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let proc_self_fd = open("/proc/self/fd", flags, Mode::empty()).unwrap();
     let root = dir.as_path().to_str().unwrap().to_owned();
     // Under the filter of the real thing: a system call that it lacks ends the test.
     let confine = || seccomp::install(Kind::Fs).map_err(io::Error::other);
-    let fs = Fs::serve("kataShared", &root, proc_self_fd, confine).unwrap();
+    let fs = Fs::serve("kataShared", &root, proc_self_fd, descriptors, confine).unwrap();
     let mut bench = Bench::new(fs);
     bench.activate(0);
     Guest { bench, dir, next: 0 }
@@ -135,9 +141,12 @@ fn the_configuration_has_tag_and_queues() {
     assert_eq!((&config[10..36], &config[36..]), (&[0; 26][..], &[1, 0, 0, 0][..]));
     let proc = || open("/proc/self/fd", OFlag::O_PATH, Mode::empty()).unwrap();
     for tag in ["", "a tag that is longer than thirty-six bytes"] {
-        assert_eq!(Fs::serve(tag, "/", proc(), || Ok(())).err().unwrap().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(
+            Fs::serve(tag, "/", proc(), 100, || Ok(())).err().unwrap().kind(),
+            io::ErrorKind::InvalidInput
+        );
     }
-    let refused = Fs::serve("x", "/", proc(), || Err(io::ErrorKind::PermissionDenied.into()));
+    let refused = Fs::serve("x", "/", proc(), 100, || Err(io::ErrorKind::PermissionDenied.into()));
     assert_eq!(refused.err().unwrap().kind(), io::ErrorKind::PermissionDenied);
 }
 

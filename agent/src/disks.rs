@@ -1,0 +1,238 @@
+//! The machine's disks: taken into use for a container, let go of after the last one.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use katana_protocol::agent::Disk;
+use katana_protocol::{GUEST_DISKS, GUEST_ROOTS};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, Spec};
+
+use crate::init::parse_mount_options;
+use crate::pci::{self, Kind};
+use crate::syscalls::{MOUNT_ATTR_RDONLY, MountAttributes, attach_mount, new_mount, set_mount};
+
+/// How long the kernel may take to end a file system whose last mount is gone, and between two looks at it.
+const END_LIMIT: Duration = Duration::from_secs(10);
+const END_INTERVAL: Duration = Duration::from_millis(5);
+
+/// What cannot be done.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The machine has no such disk, or its driver does not take it.
+    #[error("disk {0}: {1}")]
+    Disk(u32, io::Error),
+    /// A root cannot be mounted.
+    #[error("mount of {kind} on disk {slot}: {error}")]
+    Mount {
+        /// Of the disk.
+        slot: u32,
+        /// The file system.
+        kind: String,
+        /// Why.
+        error: io::Error,
+    },
+}
+
+/// The disks of a container. Its root, if that is on one, is unmounted when this is dropped.
+#[derive(Debug, Default)]
+pub struct Disks {
+    devices: Vec<Device>,
+    root: Option<PathBuf>,
+}
+
+/// A block device by its numbers, on the host and in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Device {
+    host: (i64, i64),
+    guest: (i64, i64),
+}
+
+impl Disks {
+    /// Takes disks into use. Blocks.
+    pub fn take(container: &str, disks: &[Disk]) -> Result<Self, Error> {
+        let mut taken = Self::default();
+        for disk in disks {
+            let failed = |error| Error::Disk(disk.slot, error);
+            let (name, guest) = find(disk.slot).map_err(failed)?;
+            make_node(disk.slot, guest).map_err(failed)?;
+            let numbers = |(major, minor): (u32, u32)| (i64::from(major), i64::from(minor));
+            if (disk.major, disk.minor) != (0, 0) {
+                taken.devices.push(Device { host: numbers((disk.major, disk.minor)), guest: numbers(guest) });
+            }
+            if !disk.file_system.is_empty() {
+                let point = Path::new(GUEST_ROOTS).join(container);
+                taken.root = Some(point.clone());
+                mount(&name, disk, &point).map_err(|error| {
+                    let (slot, kind) = (disk.slot, disk.file_system.clone());
+                    Error::Mount { slot, kind, error }
+                })?;
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Replaces the host's numbers of devices by the guest's.
+    pub fn translate(&self, spec: &mut Spec) {
+        let Some(linux) = spec.linux_mut().as_mut() else { return };
+        for device in linux.devices_mut().iter_mut().flatten() {
+            let host = (device.major(), device.minor());
+            if let Some((major, minor)) = self.guest(host).filter(|_| device.typ() == LinuxDeviceType::B) {
+                device.set_major(major);
+                device.set_minor(minor);
+            }
+        }
+        if let Some(resources) = linux.resources_mut() {
+            self.translate_rules(resources);
+        }
+    }
+
+    /// Replaces the host's numbers in the rules of who may use what.
+    pub fn translate_rules(&self, resources: &mut LinuxResources) {
+        for rule in resources.devices_mut().iter_mut().flatten() {
+            self.translate_rule(rule);
+        }
+    }
+
+    fn translate_rule(&self, rule: &mut LinuxDeviceCgroup) {
+        if let (Some(LinuxDeviceType::B), Some(major), Some(minor)) = (rule.typ(), rule.major(), rule.minor())
+            && let Some((major, minor)) = self.guest((major, minor))
+        {
+            rule.set_major(Some(major));
+            rule.set_minor(Some(minor));
+        }
+    }
+
+    fn guest(&self, host: (i64, i64)) -> Option<(i64, i64)> {
+        self.devices.iter().find(|device| device.host == host).map(|device| device.guest)
+    }
+}
+
+impl Drop for Disks {
+    fn drop(&mut self) {
+        let Some(root) = &self.root else { return };
+        match umount2(root, MntFlags::UMOUNT_NOFOLLOW) {
+            // Not mounted: that is what failed.
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
+            Err(error) => log::warn!("unmount {}: {error}", root.display()),
+        }
+        let _ = fs::remove_dir(root);
+    }
+}
+
+/// Lets go of a disk that no container uses any more: what was written to it is on it afterwards. Blocks.
+pub fn release(slot: u32) -> Result<(), Error> {
+    try_release(slot).map_err(|error| Error::Disk(slot, error))
+}
+
+fn try_release(slot: u32) -> io::Result<()> {
+    let function = pci::function(Kind::Disk, slot)?;
+    if let Some(disk) = pci::made_of(&function, "block") {
+        let name = disk.file_name().ok_or(io::ErrorKind::InvalidData)?;
+        // What programs wrote to the device itself.
+        unused(&Path::new("/dev").join(name))?.sync_all()?;
+    }
+    pci::unbind(&function)?;
+    match fs::remove_file(Path::new(GUEST_DISKS).join(slot.to_string())) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Opens a disk when no file system is on it any more. The kernel ends one some time after its last mount, in the background,
+/// and writes to it until then; it tells nobody when that is.
+fn unused(device: &Path) -> io::Result<fs::File> {
+    let begun = Instant::now();
+    loop {
+        // For a block device O_EXCL means that no file system is mounted from it (open(2)).
+        match fs::OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && begun.elapsed() < END_LIMIT => {
+                thread::sleep(END_INTERVAL);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// The node and the numbers of the disk in a slot.
+fn find(slot: u32) -> io::Result<(PathBuf, (u32, u32))> {
+    let function = pci::function(Kind::Disk, slot)?;
+    let disk = match pci::made_of(&function, "block") {
+        Some(disk) => disk,
+        None => {
+            pci::probe(&function)?;
+            pci::made_of(&function, "block").ok_or_else(|| io::Error::other("no driver takes it"))?
+        }
+    };
+    let name = disk.file_name().ok_or(io::ErrorKind::InvalidData)?;
+    let numbers = fs::read_to_string(disk.join("dev"))?;
+    let numbers = numbers.trim().split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+    Ok((Path::new("/dev").join(name), numbers.ok_or(io::ErrorKind::InvalidData)?))
+}
+
+/// The node that mounts of the device itself have as their source.
+fn make_node(slot: u32, (major, minor): (u32, u32)) -> io::Result<()> {
+    fs::create_dir_all(GUEST_DISKS)?;
+    let node = Path::new(GUEST_DISKS).join(slot.to_string());
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+    match mknod(&node, SFlag::S_IFBLK, mode, makedev(major.into(), minor.into())) {
+        // Another container has the disk as well.
+        Ok(()) | Err(Errno::EEXIST) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn mount(device: &Path, disk: &Disk, point: &Path) -> io::Result<()> {
+    let options = parse_mount_options(&disk.options).map_err(io::Error::other)?;
+    let mut data = options.data;
+    if options.attributes.set & MOUNT_ATTR_RDONLY != 0 {
+        data.push("ro".to_owned());
+    }
+    let mount = new_mount(&disk.file_system, &device.to_string_lossy(), &data)?;
+    if options.attributes != MountAttributes::default() {
+        set_mount(&mount, &options.attributes, false)?;
+    }
+    fs::create_dir_all(point)?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    attach_mount(mount, open(point, flags, Mode::empty())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_the_host_become_those_of_the_guest() {
+        let disks = Disks { devices: vec![Device { host: (7, 3), guest: (254, 16) }], root: None };
+        let mut spec: Spec = serde_json::from_str(
+            r#"{"linux": {
+                "devices": [
+                    {"path": "/dev/disk", "type": "b", "major": 7, "minor": 3},
+                    {"path": "/dev/other", "type": "c", "major": 7, "minor": 3}
+                ],
+                "resources": {"devices": [
+                    {"allow": false, "access": "rwm"},
+                    {"allow": true, "type": "b", "major": 7, "minor": 3, "access": "r"},
+                    {"allow": true, "type": "b", "major": 7, "minor": 4, "access": "rw"},
+                    {"allow": true, "type": "c", "major": 7, "minor": 3, "access": "rw"}
+                ]}
+            }}"#,
+        )
+        .unwrap();
+        disks.translate(&mut spec);
+        let linux = spec.linux().as_ref().unwrap();
+        let devices = linux.devices().as_ref().unwrap();
+        assert_eq!((devices[0].major(), devices[0].minor()), (254, 16));
+        assert_eq!((devices[1].major(), devices[1].minor()), (7, 3));
+        let rules = linux.resources().as_ref().unwrap().devices().as_ref().unwrap();
+        let numbers: Vec<_> = rules.iter().map(|rule| (rule.major(), rule.minor())).collect();
+        assert_eq!(numbers, [(None, None), (Some(254), Some(16)), (Some(7), Some(4)), (Some(7), Some(3))]);
+    }
+}

@@ -1,0 +1,114 @@
+use super::*;
+use serde_json::json;
+
+fn layer(kind: &str, source: &str, options: &[&str]) -> Layer {
+    let options = options.iter().map(|&option| option.to_owned()).collect();
+    Layer { kind: kind.into(), source: source.into(), target: String::new(), options }
+}
+
+/// An image that is there. Only whether it is a file is looked at.
+fn image() -> String {
+    std::env::current_exe().unwrap().to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_root_on_one_disk_is_mounted_in_the_guest() {
+    // containerd 1.7, blockfile, with the option of its default configuration; Prepare and View.
+    let active = root(&[layer("ext4", &image(), &["loop", "rw"])]).unwrap();
+    assert!(!active.read_only);
+    let options = vec!["rw".to_owned()];
+    assert_eq!(active.purpose, Purpose::Root { kind: "ext4".into(), options });
+    assert!(root(&[layer("ext4", &image(), &["loop", "ro"])]).unwrap().read_only);
+    // containerd 2.1, erofs: a View of one layer.
+    let view = root(&[layer("erofs", &image(), &["ro", "loop"])]).unwrap();
+    assert!(view.read_only);
+    let options = vec!["ro".to_owned()];
+    assert_eq!(view.purpose, Purpose::Root { kind: "erofs".into(), options });
+}
+
+#[test]
+fn all_other_roots_are_mounted_on_the_host() {
+    let overlay = ["workdir=/s/9/work", "upperdir=/s/9/fs", "lowerdir=/s/8/fs:/s/7/fs"];
+    let image = image();
+    for layers in [
+        vec![],
+        // containerd 2.1, erofs: its layers are mounted on the host by the snapshotter itself.
+        vec![layer("overlay", "overlay", &overlay)],
+        vec![layer("bind", "/s/9/fs", &["rw", "rbind"])],
+        vec![layer("xfs", &image, &["nouuid"])],
+        vec![layer("ext4", "/does/not/exist", &["rw"])],
+        vec![layer("ext4", "/tmp", &["rw"])],
+        vec![layer("erofs", &image, &["ro"]), layer("overlay", "overlay", &overlay)],
+    ] {
+        assert_eq!(root(&layers), None, "{layers:?}");
+    }
+}
+
+#[test]
+fn the_last_rule_that_speaks_of_a_device_decides() {
+    let cases = [
+        (json!([]), true),
+        (json!([{"allow": false, "access": "rwm"}]), false),
+        (
+            json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "b", "major": 7, "minor": 3, "access": "rwm"}]),
+            true,
+        ),
+        (
+            json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "b", "major": 7, "minor": 3, "access": "rm"}]),
+            false,
+        ),
+        (
+            json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "b", "major": 7, "minor": 4, "access": "rwm"}]),
+            false,
+        ),
+        (
+            json!([{"allow": false, "access": "rwm"}, {"allow": true, "type": "c", "major": 7, "minor": 3, "access": "rwm"}]),
+            false,
+        ),
+        (
+            json!([{"allow": true, "type": "a"}, {"allow": false, "type": "b", "major": 7, "minor": -1, "access": "w"}]),
+            false,
+        ),
+    ];
+    for (rules, expected) in cases {
+        let resources = json!({"devices": rules});
+        let rules = Rules::of(resources.as_object());
+        assert_eq!(rules.allow_write(7, 3), expected, "{resources}");
+    }
+}
+
+#[test]
+fn the_hosts_disks_are_not_for_those_who_may_use_everything() {
+    let spec = |rules| {
+        let device = json!({"path": "/dev/sda", "type": "b", "major": 999, "minor": 0});
+        let spec = json!({"linux": {"devices": [device], "resources": {"devices": rules}}});
+        serde_json::from_value::<Spec>(spec).unwrap()
+    };
+    let privileged = spec(json!([{"allow": false, "access": "rwm"}, {"allow": true, "access": "rwm"}]));
+    assert_eq!(wanted(&privileged, &[], &[]).unwrap(), []);
+    let error = wanted(&spec(json!([])), &[], &[]).unwrap_err().to_string();
+    assert!(error.contains("/dev/sda") && error.contains("999:0"), "{error}");
+}
+
+fn opened(inode: u64, read_only: bool) -> Opened {
+    let file = File::open("/dev/null").unwrap().into();
+    Opened { file, read_only, purpose: Purpose::Device(None), numbers: (0, 0), identity: (false, 1, inode) }
+}
+
+#[test]
+fn a_disk_of_two_containers_takes_one_slot() {
+    let mut slots = Slots::new(2);
+    let place = |slot, shared| Some(Place { slot, shared });
+    assert_eq!(slots.take("a", &opened(5, false)), place(0, false));
+    assert_eq!(slots.take("b", &opened(5, true)), place(0, true));
+    assert_eq!(slots.take("b", &opened(6, true)), place(1, false));
+    // It would have to be written to.
+    assert_eq!(slots.take("c", &opened(6, false)), None);
+    assert!(slots.leave("a").is_empty());
+    assert_eq!(slots.leave("b"), [0, 1]);
+    // Until the guest has let go of it.
+    assert_eq!(slots.take("c", &opened(7, false)), None);
+    slots.free(1);
+    assert_eq!(slots.take("c", &opened(7, false)), place(1, false));
+    assert!(slots.has("c") && !slots.has("b"));
+}

@@ -1,0 +1,99 @@
+use super::*;
+use std::os::unix::fs::symlink;
+
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn watches(name: &str) -> (Scratch, Watches) {
+    let share = std::env::temp_dir().join(format!("katana-watch-{name}-{}", std::process::id()));
+    for volume in ["c/mounts/1", "c/mounts/2", "d/mounts/1/inner/most"] {
+        fs::create_dir_all(share.join(volume)).unwrap();
+    }
+    let queue = Queue(Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).unwrap());
+    // SAFETY: the queue always answers the same descriptor, and keeps it open while it lives.
+    let queue = unsafe { AsyncFd::register_with_interest(queue, Interest::READABLE) }.unwrap();
+    (
+        Scratch(share.clone()),
+        Watches { queue, share, state: Mutex::default(), telling: tokio::sync::Mutex::default() },
+    )
+}
+
+/// As (kind, directory, name).
+fn told(changes: &[Change]) -> Vec<(Kind, String, String)> {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    changes.iter().map(|c| (c.kind.enum_value().unwrap(), text(&c.directory), text(&c.name))).collect()
+}
+
+fn what(kind: Kind, directory: &str, name: &str) -> (Kind, String, String) {
+    (kind, directory.into(), name.into())
+}
+
+#[tokio::test]
+async fn an_update_as_kubelet_makes_it_is_told_of() {
+    let (scratch, watches) = watches("update");
+    let volume = scratch.0.join("c/mounts/1");
+    fs::create_dir(volume.join("..old")).unwrap();
+    symlink("..old", volume.join("..data")).unwrap();
+    let added = watches.add(Path::new("c/mounts/1"), Path::new("."));
+    assert_eq!(
+        told(&added),
+        [what(Kind::WATCHED, "c/mounts/1", ""), what(Kind::WATCHED, "c/mounts/1/..old", "")]
+    );
+    fs::create_dir(volume.join("..new")).unwrap();
+    symlink("..new", volume.join("..tmp")).unwrap();
+    fs::rename(volume.join("..tmp"), volume.join("..data")).unwrap();
+    fs::remove_dir(volume.join("..old")).unwrap();
+    let changes = told(&watches.digest(&watches.events().await.unwrap()));
+    assert_eq!(
+        changes,
+        [
+            what(Kind::CREATED, "c/mounts/1", "..new"),
+            what(Kind::WATCHED, "c/mounts/1/..new", ""),
+            what(Kind::CREATED, "c/mounts/1", "..tmp"),
+            what(Kind::REMOVED, "c/mounts/1", "..tmp"),
+            what(Kind::MOVED_HERE, "c/mounts/1", "..data"),
+            what(Kind::REMOVED, "c/mounts/1", "..old"),
+        ]
+    );
+    assert_eq!(watches.state().places.len(), 2, "the volume and ..new");
+}
+
+#[tokio::test]
+async fn a_removed_container_is_told_of_nothing() {
+    let (scratch, watches) = watches("removed");
+    assert_eq!(watches.add(Path::new("d/mounts/1"), Path::new(".")).len(), 3);
+    assert_eq!(watches.add(Path::new("c/mounts/1"), Path::new(".")).len(), 1);
+    watches.remove(Path::new("d"));
+    fs::write(scratch.0.join("d/mounts/1/inner/file"), "x").unwrap();
+    fs::write(scratch.0.join("c/mounts/1/file"), "x").unwrap();
+    let mut changes = Vec::new();
+    while changes.len() < 3 {
+        changes.extend(told(&watches.digest(&watches.events().await.unwrap())));
+    }
+    let place = "c/mounts/1";
+    assert_eq!(changes, [Kind::CREATED, Kind::MODIFIED, Kind::WRITTEN].map(|kind| what(kind, place, "file")),);
+}
+
+#[tokio::test]
+async fn there_is_a_limit() {
+    let (scratch, watches) = watches("limit");
+    for number in 0..MOST_DIRECTORIES + 10 {
+        fs::create_dir(scratch.0.join(format!("c/mounts/1/{number}"))).unwrap();
+    }
+    assert_eq!(watches.add(Path::new("c/mounts/1"), Path::new(".")).len(), MOST_DIRECTORIES);
+    assert!(watches.state().told_of_limit);
+}
+
+#[tokio::test]
+async fn no_link_is_followed() {
+    let (scratch, watches) = watches("links");
+    symlink("/etc", scratch.0.join("c/mounts/1/etc")).unwrap();
+    symlink("../2", scratch.0.join("c/mounts/1/other")).unwrap();
+    assert_eq!(watches.add(Path::new("c/mounts/1"), Path::new(".")).len(), 1);
+    assert_eq!(watches.add(Path::new("c/mounts/1"), Path::new("etc")), []);
+}
