@@ -9,6 +9,7 @@ mod console;
 mod container;
 mod cpus;
 mod device_filter;
+mod forward;
 mod hooks;
 mod init;
 mod launch;

@@ -4,9 +4,11 @@
 //! number of times: interfaces that were added since get their cards then. CNI plugins are done before the pod is
 //! created; hooks run during its creation; Docker and `ctr --cni` add theirs between Create and Start.
 
+mod loopback;
 mod names;
 mod namespace;
 mod scan;
+mod steer;
 mod tap;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,6 +16,7 @@ use std::sync::Arc;
 
 use katana_protocol::agent as api;
 
+pub use self::loopback::Loopback;
 use self::namespace::Namespace;
 pub use self::namespace::Record;
 use self::scan::{Interface, Snapshot};
@@ -108,6 +111,13 @@ impl Network {
             let serve = |server| names::serve(server, &self.namespace, ports);
             state.name_servers = servers.into_iter().map(serve).collect();
         }
+    }
+
+    /// Takes what connects to `localhost` in the namespace, as port forwarding does. That it cannot is no reason for a pod
+    /// not to run.
+    pub async fn listen_on_loopback(&self) -> Option<Loopback> {
+        let listening = Loopback::listen(Arc::clone(&self.namespace)).await;
+        listening.inspect_err(|e| log::warn!("ports of this pod cannot be forwarded: {e}")).ok()
     }
 
     fn free_slot(&self, cards: &[u32], interface: &Interface) -> Result<u8> {
