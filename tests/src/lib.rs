@@ -6,6 +6,7 @@ pub mod command;
 pub mod configuration;
 pub mod container;
 pub mod cri;
+pub mod docker;
 pub mod environment;
 pub mod events;
 pub mod host;

@@ -6,6 +6,7 @@
 
 mod coexist;
 mod cri;
+mod docker;
 mod exec;
 mod failures;
 mod guest;
