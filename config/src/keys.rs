@@ -58,6 +58,11 @@ pub(crate) const KEYS: &[Key] = &[
         name: "default_maxmemory",
         set: |c, v| most_memory(v, &mut c.hypervisor.default_maxmemory),
     },
+    Key {
+        section: HYPERVISOR,
+        name: "disable_vhost_net",
+        set: |c, v| boolean(v, &mut c.hypervisor.disable_vhost_net),
+    },
     Key { section: HYPERVISOR, name: "enable_debug", set: |c, v| boolean(v, &mut c.hypervisor.enable_debug) },
     Key {
         section: HYPERVISOR,

@@ -86,7 +86,7 @@ impl Sandbox {
     async fn try_launch(launch: &Launch<'_>, layout: Layout, events: &Arc<Publisher>) -> Result<Arc<Self>> {
         let Launch { config, identity, spec, bundle, .. } = launch;
         let files = machine::open_files(config)?;
-        let network = Network::open(spec, &identity.namespace).await?;
+        let network = Network::open(spec, &identity.namespace, !config.hypervisor.disable_vhost_net).await?;
         let record = Written {
             layout: layout.clone(),
             identity: (*identity).clone(),

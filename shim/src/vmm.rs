@@ -150,11 +150,18 @@ impl Vmm {
         self.plugged.clone()
     }
 
-    /// Gives a tap to a network slot. The VMM serves requests in their order, so it need not run yet.
+    /// Gives a tap, and a /dev/vhost-net to serve it, to a network slot. The VMM serves requests in their order, so it need not run yet.
     /// Must be awaited to the end: the next one would take this one's answer for its own.
-    pub async fn attach_net(&self, slot: u8, mac: [u8; 6], tap: OwnedFd) -> Result<()> {
+    pub async fn attach_net(
+        &self,
+        slot: u8,
+        mac: [u8; 6],
+        tap: OwnedFd,
+        vhost: Option<OwnedFd>,
+    ) -> Result<()> {
         let mut answers = self.answers.lock().await;
-        vmm::send(self.control.get_ref(), &Request::AttachNet { slot, mac }, &[tap.as_fd()])
+        let fds: Vec<_> = std::iter::once(&tap).chain(&vhost).map(AsFd::as_fd).collect();
+        vmm::send(self.control.get_ref(), &Request::AttachNet { slot, mac }, &fds)
             .map_err(|e| Error::Unavailable(format!("kata-vmm: {e}")))?;
         // A tap is gone when nobody holds it any more, which is to be the VMM's doing alone.
         drop(tap);

@@ -34,6 +34,8 @@ const DOCKERS_SPARE_SLOTS: u8 = 4;
 pub struct Network {
     namespace: Arc<Namespace>,
     slots: u8,
+    /// Whether the host's kernel may move packets.
+    vhost: bool,
     state: tokio::sync::Mutex<State>,
 }
 
@@ -48,8 +50,9 @@ struct State {
 }
 
 impl Network {
-    /// Finds or makes the network namespace of a specification. `client` is containerd's namespace.
-    pub async fn open(spec: &Spec, client: &str) -> Result<Self> {
+    /// Finds or makes the network namespace of a specification. `client` is containerd's namespace; `vhost` lets the host's
+    /// kernel move packets if it can.
+    pub async fn open(spec: &Spec, client: &str, vhost: bool) -> Result<Self> {
         let wanted = spec.clone();
         let (namespace, first) = crate::blocking(move || {
             let namespace = Namespace::of(&wanted)?;
@@ -64,7 +67,7 @@ impl Network {
         }
         let slots = slots(first.interfaces.len(), spec, client);
         let state = State { first: Some(first), ..State::default() };
-        Ok(Self { namespace: Arc::new(namespace), slots, state: tokio::sync::Mutex::new(state) })
+        Ok(Self { namespace: Arc::new(namespace), slots, vhost, state: tokio::sync::Mutex::new(state) })
     }
 
     /// How many cards the machine must have places for.
@@ -96,7 +99,8 @@ impl Network {
             if !state.cards.contains(&interface.index) {
                 let slot = self.free_slot(&state.cards, interface)?;
                 let tap = self.tap(interface.clone(), slot, !state.name_servers.is_empty()).await?;
-                vmm.attach_net(slot, interface.mac, tap).await?;
+                let vhost = if self.vhost { tap::vhost() } else { None };
+                vmm.attach_net(slot, interface.mac, tap, vhost).await?;
                 state.cards.push(interface.index);
             }
         }
