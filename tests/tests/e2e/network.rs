@@ -373,7 +373,7 @@ fn a_namespace_is_left_as_it_was() {
 #[test]
 fn nginx_serves_a_large_file_to_many() {
     let _turn = shared();
-    let (megabytes, clients) = if environment::is_soak() { (100, 20) } else { (20, 20) };
+    let (megabytes, clients) = (100, 20);
     let scratch = Scratch::new();
     let content = Arc::new(noise(megabytes << 20, 3));
     scratch.file("large", &*content);
