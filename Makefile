@@ -22,7 +22,7 @@ install: ## install what was built to $(DESTDIR)$(PREFIX)
 dist: build ## pack target/kata-static-VERSION-x86_64.tar.xz
 	scripts/dist $(VERSION)
 
-bench: build ## measure start time and memory: target/bench/start.json
+bench: build ## measure starts, memory, network and file systems: target/bench/*.json
 	tests/run bench
 
 soak: build ## the long versions of the end-to-end tests

@@ -10,6 +10,7 @@ mod container;
 mod cpus;
 mod device_filter;
 mod disks;
+mod forward;
 mod hooks;
 mod huge_pages;
 mod init;

@@ -18,6 +18,7 @@ use nix::unistd::sethostname;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::container::{self, Container, Pod, Request};
+use crate::forward;
 use crate::names::{self, Names};
 use crate::network;
 use crate::reaper::Reaper;
@@ -45,6 +46,9 @@ pub enum Error {
     /// A name server cannot be stood in for.
     #[error(transparent)]
     Names(#[from] names::Error),
+    /// Nobody listens on a port.
+    #[error("connect to port {0}: {1}")]
+    Port(u32, io::Error),
     /// One container fails.
     #[error(transparent)]
     Container(#[from] container::Error),
@@ -103,6 +107,12 @@ impl Sandbox {
     pub async fn set_network(&self, network: &Network) -> Result<()> {
         network::configure(network).await?;
         Ok(self.names.serve(&network.name_servers, &self.pod.transport).await?)
+    }
+
+    /// Connects a port of localhost to one of the host.
+    pub async fn forward(&self, port: u32, host_port: u32) -> Result<()> {
+        let failed = |error| Error::Port(port, error);
+        forward::start(port, host_port, &self.pod.transport).await.map_err(failed)
     }
 
     /// Creates a container.

@@ -10,8 +10,9 @@ use async_trait::async_trait;
 use katana_protocol::agent::{
     self, Agent, Changes, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreateSandboxRequest, Empty, ExecProcessRequest, ExecProcessResponse,
-    ListProcessesResponse, Network, OomResponse, ProcessRequest, ReleaseDiskRequest, ResizeTerminalRequest,
-    SetCpusRequest, SignalProcessRequest, Stdio, UpdateContainerRequest, WaitProcessResponse, create_agent,
+    ForwardPortRequest, ListProcessesResponse, Network, OomResponse, ProcessRequest, ReleaseDiskRequest,
+    ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
+    WaitProcessResponse, create_agent,
 };
 use katana_protocol::{AGENT_PORT, DEBUG_CONSOLE_PORT};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -128,6 +129,7 @@ fn status(error: &sandbox::Error) -> ttrpc::Error {
         sandbox::Error::ContainerExists(_) => Code::ALREADY_EXISTS,
         sandbox::Error::BadId(_) => Code::INVALID_ARGUMENT,
         sandbox::Error::Guest(..) | sandbox::Error::Network(_) | sandbox::Error::Names(_) => Code::INTERNAL,
+        sandbox::Error::Port(..) => Code::UNAVAILABLE,
         sandbox::Error::Container(error) => match error {
             C::Parse(_) | C::Invalid(_) | C::Seccomp(_) => Code::INVALID_ARGUMENT,
             C::Cgroup(cgroup::Error::Invalid(_)) | C::Devices(device_filter::Error::Rule(..)) => {
@@ -186,6 +188,11 @@ impl Agent for Service {
 
     async fn update_network(&self, _: &TtrpcContext, network: Network) -> ttrpc::Result<Empty> {
         self.set_network(network).await
+    }
+
+    async fn forward_port(&self, _: &TtrpcContext, request: ForwardPortRequest) -> ttrpc::Result<Empty> {
+        self.sandbox.forward(request.port, request.host_port).await.map_err(|e| status(&e))?;
+        Ok(Empty::new())
     }
 
     async fn create_container(

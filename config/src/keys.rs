@@ -62,6 +62,11 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         section: HYPERVISOR,
+        name: "disable_vhost_net",
+        set: |c, v| boolean(v, &mut c.hypervisor.disable_vhost_net),
+    },
+    Key {
+        section: HYPERVISOR,
         name: "disk_slots",
         set: |c, v| number(v, 0, MOST_DISKS, &mut c.hypervisor.disk_slots),
     },

@@ -56,6 +56,8 @@ pub struct Hypervisor {
     pub default_memory: u32,
     /// The most MiB of memory a pod can have, at least `default_memory`.
     pub default_maxmemory: u32,
+    /// Do not have the host's kernel move network packets (vhost-net).
+    pub disable_vhost_net: bool,
     /// Disks that containers of a pod can have at a time.
     pub disk_slots: u32,
     /// Log the guest's console and boot its kernel verbosely.
@@ -96,6 +98,7 @@ impl Default for Hypervisor {
             default_maxvcpus: keys::host_cpus(),
             default_memory: 512,
             default_maxmemory: keys::host_memory(),
+            disable_vhost_net: false,
             disk_slots: 4,
             enable_debug: false,
             enable_annotations: ["default_vcpus", "default_memory", "kernel_params"]

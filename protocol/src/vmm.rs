@@ -70,8 +70,8 @@ pub enum Request {
         /// Slot number from 0.
         slot: u8,
     },
-    /// Gives a tap device to a network slot, in which the guest then finds a card if it looks. Descriptor: the tap.
-    /// Answered by [`Event::Done`].
+    /// Gives a tap device to a network slot, in which the guest then finds a card if it looks. Descriptors: the tap,
+    /// and a fresh /dev/vhost-net if the host's kernel is to move the packets. Answered by [`Event::Done`].
     AttachNet {
         /// Slot number from 0.
         slot: u8,

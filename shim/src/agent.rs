@@ -116,6 +116,14 @@ impl Agent {
         Ok(())
     }
 
+    /// Has the guest connect a port of its `localhost` to a vsock port of the host.
+    pub async fn forward_port(&self, port: u16, host_port: u32) -> Result<()> {
+        let request = api::ForwardPortRequest { port: port.into(), host_port, ..Default::default() };
+        let client = self.client.clone();
+        self.call("ForwardPort", async move { client.forward_port(limit(), &request).await }).await?;
+        Ok(())
+    }
+
     /// Creates a container; its first process, a program or the agent's pause, waits. The answer is that process's pid
     /// in the guest.
     pub async fn create_container(

@@ -258,12 +258,7 @@ impl Pod {
     }
 
     /// The machine, launched if there is none.
-    async fn sandbox(
-        &self,
-        first: First<'_>,
-        limits: Limits,
-        options: Option<&Any>,
-    ) -> Result<Arc<Sandbox>> {
+    async fn sandbox(&self, first: First<'_>, limits: Limits, options: Option<&Any>) -> Result<Arc<Sandbox>> {
         let mut sandbox = self.sandbox.lock().await;
         if let Some(sandbox) = &*sandbox {
             return Ok(Arc::clone(sandbox));

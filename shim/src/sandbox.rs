@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::layout::{Identity, Layout, State};
 use crate::machine;
-use crate::network::{Network, Record};
+use crate::network::{Loopback, Network, Record};
 use crate::pidfd::ProcessId;
 use crate::ports::{Ports, Waiter};
 use crate::rootfs::Layer;
@@ -104,7 +104,7 @@ impl Sandbox {
         let spec = first.spec;
         let files = machine::open_files(config)?;
         let disk_slots = disk_slots(launch).await?;
-        let network = Network::open(spec, &identity.namespace).await?;
+        let network = Network::open(spec, &identity.namespace, !config.hypervisor.disable_vhost_net).await?;
         let record = Written {
             layout: layout.clone(),
             identity: (*identity).clone(),
@@ -157,11 +157,16 @@ impl Sandbox {
         });
         let limit = Duration::from_secs(u64::from(config.agent.dial_timeout.max(1)));
         let hostname = spec.hostname.clone().unwrap_or_default();
-        let (connecting, events) = (Arc::clone(&sandbox), Arc::clone(events));
+        let (connecting, events, is_pod) = (Arc::clone(&sandbox), Arc::clone(events), spec.is_sandbox());
         tokio::spawn(async move {
-            let agent = connecting.connect(agent_port, limit, &hostname, shm_bytes).await;
+            let loopback = connecting.loopback(is_pod);
+            let agent = connecting.connect(agent_port, limit, &hostname, shm_bytes);
+            let (agent, loopback) = tokio::join!(agent, loopback);
             if let Ok(agent) = &agent {
                 tokio::spawn(report_oom(agent.clone(), events));
+                if let Some(loopback) = loopback {
+                    connecting.serve_loopback(loopback, agent.clone());
+                }
             }
             sender.send_replace(Some(agent));
         });
@@ -177,6 +182,23 @@ impl Sandbox {
         agent.create_sandbox(hostname, shm_bytes, network.clone()).await?;
         *told = network;
         Ok(agent)
+    }
+
+    /// Takes what connects to `localhost` in a pod's network namespace. Nobody asks other clients' containers to forward
+    /// ports, and their namespace may be shared with containers outside the guest.
+    async fn loopback(&self, is_pod: bool) -> Option<Loopback> {
+        if is_pod { self.network.listen_on_loopback().await } else { None }
+    }
+
+    /// Leads that to the guest's `localhost`, until the guest is gone.
+    fn serve_loopback(&self, loopback: Loopback, agent: Agent) {
+        let (ports, mut ended) = (Arc::clone(&self.ports), self.vmm.ended());
+        tokio::spawn(async move {
+            tokio::select! {
+                Err(e) = loopback.serve(agent, ports) => log::error!("ports are not forwarded any more: {e}"),
+                _ = wait_end(&mut ended) => {}
+            }
+        });
     }
 
     async fn connect_agent(&self, port: Waiter, limit: Duration) -> Result<Agent> {

@@ -150,31 +150,39 @@ impl Vmm {
         self.plugged.clone()
     }
 
-    /// Gives a tap to a network slot. The VMM serves requests in their order, so it need not run yet.
+    /// Gives a tap, and a /dev/vhost-net to serve it, to a network slot. The VMM serves requests in their order, so it
+    /// need not run yet.
     /// Must be awaited to the end: the next one would take this one's answer for its own.
-    pub async fn attach_net(&self, slot: u8, mac: [u8; 6], tap: OwnedFd) -> Result<()> {
+    pub async fn attach_net(
+        &self,
+        slot: u8,
+        mac: [u8; 6],
+        tap: OwnedFd,
+        vhost: Option<OwnedFd>,
+    ) -> Result<()> {
         // A tap is gone when nobody holds it any more, which is to be the VMM's doing alone.
-        self.ask(&Request::AttachNet { slot, mac }, Some(tap)).await
+        let fds = std::iter::once(tap).chain(vhost).collect();
+        self.ask(&Request::AttachNet { slot, mac }, fds).await
     }
 
     /// Gives a disk to a slot. Likewise to be awaited to the end.
     pub async fn attach_disk(&self, slot: u8, read_only: bool, disk: OwnedFd) -> Result<()> {
-        self.ask(&Request::AttachDisk { slot, read_only }, Some(disk)).await
+        self.ask(&Request::AttachDisk { slot, read_only }, vec![disk]).await
     }
 
     /// Takes the disk out of a slot. Likewise to be awaited to the end.
     pub async fn detach_disk(&self, slot: u8) -> Result<()> {
-        self.ask(&Request::DetachDisk { slot }, None).await
+        self.ask(&Request::DetachDisk { slot }, Vec::new()).await
     }
 
-    /// Passes a descriptor on, which is closed here before the answer comes.
-    async fn ask(&self, request: &Request, fd: Option<OwnedFd>) -> Result<()> {
+    /// Passes descriptors on, which are closed here before the answer comes.
+    async fn ask(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<()> {
         let mut answers = self.answers.lock().await;
-        let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-        vmm::send(self.control.get_ref(), request, &fds)
+        let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        vmm::send(self.control.get_ref(), request, &borrowed)
             .map_err(|e| Error::Unavailable(format!("kata-vmm: {e}")))?;
+        drop(borrowed);
         drop(fds);
-        drop(fd);
         match answers.recv().await {
             Some(None) => Ok(()),
             Some(Some(why)) => Err(Error::Host(format!("kata-vmm: {}", one_line(&why)))),

@@ -1,6 +1,9 @@
-//! How long `ctr run --rm busybox true` takes with Katana and with runc, in turns, and what a container at rest costs
-//! in memory. Run it as root below `tests/with-containerd`. The figures go to the file $OUT, or to start.json in
-//! $KATANA_OUT, or to target/bench/start.json.
+//! How long `ctr run --rm busybox true` takes with Katana and with runc, in turns, what a container at rest costs in
+//! memory, and how fast network and file systems are. Run it as root below `tests/with-containerd`; `start` or `io` as an
+//! argument measures one of them. The figures of a start go to the file $OUT, or to start.json in $KATANA_OUT, or to
+//! target/bench/start.json; the others to io.json in $KATANA_OUT or target/bench.
+
+mod io;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,12 +20,22 @@ const LEAST_GUEST_KIB: u64 = 64 << 10;
 fn main() {
     let file = std::env::var_os("OUT").map(PathBuf::from);
     let directory =
-        || std::env::var_os("KATANA_OUT").map_or_else(|| PathBuf::from("target/bench"), PathBuf::from);
-    let path = file.unwrap_or_else(|| directory().join("start.json"));
+        std::env::var_os("KATANA_OUT").map_or_else(|| PathBuf::from("target/bench"), PathBuf::from);
+    let wanted = std::env::args().nth(1);
+    let wants = |part: &str| wanted.as_ref().is_none_or(|wanted| wanted == part);
     let runtime = environment::runtime();
-    let mut times = measure(&[RUNC, &runtime]);
+    if wants("start") {
+        write(&file.unwrap_or_else(|| directory.join("start.json")), &start(&runtime));
+    }
+    if wants("io") {
+        write(&directory.join("io.json"), &io::run(&runtime));
+    }
+}
+
+fn start(runtime: &str) -> Value {
+    let mut times = measure(&[RUNC, runtime]);
     let (kata, runc) = (times.remove(1), times.remove(0));
-    let memory = Memory::of_container_at_rest(&runtime);
+    let memory = Memory::of_container_at_rest(runtime);
     let runc_memory = Memory::of_container_at_rest(RUNC);
 
     let ratio = |of: fn(&Times) -> f64| (of(&kata) / of(&runc) * 100.0).round() / 100.0;
@@ -41,15 +54,14 @@ fn main() {
     println!("    the guest's memory in it      {:7} KiB", memory.guest);
     println!("    without it                    {:7} KiB", memory.vmm.resident.saturating_sub(memory.guest));
 
-    let result = json!({
+    json!({
         "runc_ms": runc.to_json(),
         "kata_ms": kata.to_json(),
         "ratio": {"best": best, "median": median},
         "rss_kib": {"shim": memory.shim.resident, "vmm": memory.vmm.resident, "guest": memory.guest,
                     "runc_shim": runc_memory.shim.resident},
         "pss_kib": {"shim": memory.shim.share, "vmm": memory.vmm.share, "runc_shim": runc_memory.shim.share},
-    });
-    write(&path, &result);
+    })
 }
 
 /// Runs each runtime in turn, so that all have the same machine.

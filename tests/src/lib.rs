@@ -7,6 +7,7 @@ pub mod configuration;
 pub mod container;
 pub mod containerd;
 pub mod cri;
+pub mod docker;
 pub mod environment;
 pub mod events;
 pub mod host;
@@ -31,6 +32,8 @@ pub const BUSYBOX: &str = "localhost/busybox:1";
 pub const DEBIAN: &str = "localhost/debian:1";
 /// An nginx that serves one page on port 80, and a busybox.
 pub const NGINX: &str = "localhost/nginx:1";
+/// fio, iperf3, wrk and busybox.
+pub const BENCH: &str = "localhost/bench:1";
 /// PostgreSQL, run as its user postgres.
 pub const POSTGRES: &str = "localhost/postgres:1";
 

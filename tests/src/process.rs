@@ -37,6 +37,13 @@ impl Process {
         pids.filter_map(Self::read).collect()
     }
 
+    /// The names of its threads. On newer kernels, those of the kernel that work for it are among them.
+    pub fn threads(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| std::fs::read_to_string(entry.path().join("comm")).ok());
+        names.map(|name| name.trim().to_owned()).collect()
+    }
+
     /// The shim of a container that is a pod of its own.
     ///
     /// # Panics

@@ -99,14 +99,15 @@ impl ControlService {
     }
 
     fn serve(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<(), Error> {
-        let fd = fds.into_iter().next().ok_or(Refused::Descriptor);
+        let mut fds = fds.into_iter();
+        let fd = fds.next().ok_or(Refused::Descriptor);
         let result = match *request {
             Request::Boot(_) => Err(Refused::Running),
             Request::AttachDisk { slot, read_only } => {
                 fd.and_then(|fd| self.attach_disk(slot, read_only, fd))
             }
             Request::DetachDisk { slot } => self.detach_disk(slot),
-            Request::AttachNet { slot, mac } => fd.and_then(|fd| self.attach_net(slot, mac, fd)),
+            Request::AttachNet { slot, mac } => fd.and_then(|fd| self.attach_net(slot, mac, fd, fds.next())),
             Request::PlugMemory { mib } => {
                 // The answer comes from the device, once the guest has followed.
                 match &self.slots.memory {
@@ -141,9 +142,15 @@ impl ControlService {
         Ok(())
     }
 
-    fn attach_net(&self, slot: u8, mac: [u8; 6], fd: OwnedFd) -> Result<(), Refused> {
+    fn attach_net(
+        &self,
+        slot: u8,
+        mac: [u8; 6],
+        tap: OwnedFd,
+        vhost: Option<OwnedFd>,
+    ) -> Result<(), Refused> {
         let net = self.slots.nets.get(usize::from(slot)).ok_or(Refused::NoNet(slot))?;
-        lock(&net.device).attach(fd, mac).map_err(|error| Refused::Net { slot, error })?;
+        lock(&net.device).attach(tap, mac, vhost).map_err(|error| Refused::Net { slot, error })?;
         net.function.show(true);
         Ok(())
     }

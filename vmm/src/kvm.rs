@@ -181,7 +181,7 @@ impl Vm {
     /// When there are no descriptors or lines left.
     pub fn message_line(&self) -> Result<Box<dyn Line>, Error> {
         let gsi = lock(&self.router.table).reserve()?;
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?;
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?);
         Ok(Box::new(MessageLine { router: self.router.clone(), gsi, event, wired: false }))
     }
 }
@@ -276,7 +276,7 @@ impl Table {
 struct MessageLine {
     router: Arc<Router>,
     gsi: u32,
-    event: EventFd,
+    event: Arc<EventFd>,
     wired: bool,
 }
 
@@ -296,6 +296,10 @@ impl Line for MessageLine {
     fn send(&self) {
         // The kernel consumes the event at once; a full counter means that it is on its way already.
         let _ = self.event.write(1);
+    }
+
+    fn event(&self) -> Option<Arc<EventFd>> {
+        Some(self.event.clone())
     }
 }
 

@@ -51,8 +51,9 @@ const EVERY: &[c_long] = &[
     libc::SYS_set_robust_list,
 ];
 
-/// KVM's calls of a running VM: KVM_RUN and KVM_GET_REGS of a vCPU, KVM_IRQFD and KVM_SET_GSI_ROUTING of the VM.
-const VCPU_IOCTLS: &[u64] = &[0xae80, 0x8090_ae81, 0x4020_ae76, 0x4008_ae6a];
+/// KVM's calls of a running VM: KVM_RUN and KVM_GET_REGS of a vCPU, KVM_IRQFD and KVM_SET_GSI_ROUTING of the VM. And
+/// VHOST_NET_SET_BACKEND, since a card that is reset is at rest when the driver goes on.
+const VCPU_IOCTLS: &[u64] = &[0xae80, 0x8090_ae81, 0x4020_ae76, 0x4008_ae6a, 0x4008_af30];
 
 /// Sockets of vsock and control, disks, taps, the event loop.
 const MAIN: &[c_long] = &[
@@ -79,8 +80,24 @@ const MAIN: &[c_long] = &[
 ];
 /// Only a pair of sockets, whose other end goes to the shim: never one that could reach further.
 const AF_UNIX: u64 = libc::AF_UNIX as u64;
-/// FIONBIO for a stream; TUNSETOFFLOAD, TUNSETVNETHDRSZ and TUNGETIFF for a tap that is there already.
-const MAIN_IOCTLS: &[u64] = &[0x5421, 0x4004_54d0, 0x4004_54d8, 0x8004_54d2];
+/// FIONBIO for a stream; TUNSETOFFLOAD, TUNSETVNETHDRSZ and TUNGETIFF for a tap that is there already; those of
+/// `virtio/vhost.rs`, in its order.
+const MAIN_IOCTLS: &[u64] = &[
+    0x5421,
+    0x4004_54d0,
+    0x4004_54d8,
+    0x8004_54d2,
+    0xaf01,
+    0x8008_af00,
+    0x4008_af00,
+    0x4008_af03,
+    0x4008_af10,
+    0x4028_af11,
+    0x4008_af12,
+    0x4008_af20,
+    0x4008_af21,
+    0x4008_af30,
+];
 
 /// The file system calls of virtiofsd, all below the jail's root.
 const FS: &[c_long] = &[

@@ -4,9 +4,11 @@
 //! number of times: interfaces that were added since get their cards then. CNI plugins are done before the pod is
 //! created; hooks run during its creation; Docker and `ctr --cni` add theirs between Create and Start.
 
+mod loopback;
 mod names;
 mod namespace;
 mod scan;
+mod steer;
 mod tap;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,6 +16,7 @@ use std::sync::Arc;
 
 use katana_protocol::agent as api;
 
+pub use self::loopback::Loopback;
 use self::namespace::Namespace;
 pub use self::namespace::Record;
 use self::scan::{Interface, Snapshot};
@@ -31,6 +34,8 @@ const DOCKERS_SPARE_SLOTS: u8 = 4;
 pub struct Network {
     namespace: Arc<Namespace>,
     slots: u8,
+    /// Whether the host's kernel may move packets.
+    vhost: bool,
     state: tokio::sync::Mutex<State>,
 }
 
@@ -45,8 +50,9 @@ struct State {
 }
 
 impl Network {
-    /// Finds or makes the network namespace of a specification. `client` is containerd's namespace.
-    pub async fn open(spec: &Spec, client: &str) -> Result<Self> {
+    /// Finds or makes the network namespace of a specification. `client` is containerd's namespace; `vhost` lets the host's
+    /// kernel move packets if it can.
+    pub async fn open(spec: &Spec, client: &str, vhost: bool) -> Result<Self> {
         let wanted = spec.clone();
         let (namespace, first) = crate::blocking(move || {
             let namespace = Namespace::of(&wanted)?;
@@ -61,7 +67,7 @@ impl Network {
         }
         let slots = slots(first.interfaces.len(), spec, client);
         let state = State { first: Some(first), ..State::default() };
-        Ok(Self { namespace: Arc::new(namespace), slots, state: tokio::sync::Mutex::new(state) })
+        Ok(Self { namespace: Arc::new(namespace), slots, vhost, state: tokio::sync::Mutex::new(state) })
     }
 
     /// How many cards the machine must have places for.
@@ -93,7 +99,8 @@ impl Network {
             if !state.cards.contains(&interface.index) {
                 let slot = self.free_slot(&state.cards, interface)?;
                 let tap = self.tap(interface.clone(), slot, !state.name_servers.is_empty()).await?;
-                vmm.attach_net(slot, interface.mac, tap).await?;
+                let vhost = if self.vhost { tap::vhost() } else { None };
+                vmm.attach_net(slot, interface.mac, tap, vhost).await?;
                 state.cards.push(interface.index);
             }
         }
@@ -108,6 +115,13 @@ impl Network {
             let serve = |server| names::serve(server, &self.namespace, ports);
             state.name_servers = servers.into_iter().map(serve).collect();
         }
+    }
+
+    /// Takes what connects to `localhost` in the namespace, as port forwarding does. That it cannot is no reason for a pod
+    /// not to run.
+    pub async fn listen_on_loopback(&self) -> Option<Loopback> {
+        let listening = Loopback::listen(Arc::clone(&self.namespace)).await;
+        listening.inspect_err(|e| log::warn!("ports of this pod cannot be forwarded: {e}")).ok()
     }
 
     fn free_slot(&self, cards: &[u32], interface: &Interface) -> Result<u8> {

@@ -78,6 +78,21 @@ pub fn connect(interface: &Interface, slot: u8, name_server: bool) -> Result<Own
     Ok(tap)
 }
 
+/// What serves a tap in the host's kernel, if there is such a thing.
+pub fn vhost() -> Option<OwnedFd> {
+    const PATH: &str = "/dev/vhost-net";
+    match File::options().read(true).write(true).open(PATH) {
+        Ok(file) => Some(file.into()),
+        Err(e) => {
+            // Without the module there is no such file, or no device behind it.
+            if !matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENXIO)) {
+                log::warn!("{PATH}: {e}");
+            }
+            None
+        }
+    }
+}
+
 fn create(name: &str) -> io::Result<OwnedFd> {
     const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
     let file = File::options().read(true).write(true).open("/dev/net/tun")?;

@@ -8,13 +8,14 @@ mod log;
 mod pod;
 mod shared;
 mod streaming;
+mod websocket;
 
 pub use container::{Container, Exec};
 pub use grpc::Status;
 pub use log::Line;
 pub use pod::Pod;
 pub use shared::shared_pod;
-pub use streaming::Session;
+pub use streaming::{Forward, Session};
 
 /// The interface's messages.
 #[allow(missing_docs, unused_imports, unused_qualifications)]

@@ -1,15 +1,11 @@
-//! Exec and attach as `kubectl` does them: a WebSocket to the server whose address the CRI plugin answers with.
-//!
-//! The subprotocol is Kubernetes' v4.channel.k8s.io: each message begins with the number of its channel.
-
-use std::io::{Read, Write};
-use std::net::TcpStream;
+//! Exec, attach and port-forward as `kubectl` does them: a WebSocket to the server whose address the CRI plugin answers
+//! with.
 
 use serde_json::Value;
 
-use super::messages::{AttachRequest, ExecRequest, StreamResponse};
-use super::{Container, Status, call};
-use crate::environment;
+use super::messages::{AttachRequest, ExecRequest, PortForwardRequest, StreamResponse};
+use super::websocket::WebSocket;
+use super::{Container, Pod, Status, call};
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
@@ -17,15 +13,9 @@ const STDERR: u8 = 2;
 const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
 
-/// RFC 6455, 5.2
-const FINAL: u8 = 0x80;
-const BINARY: u8 = 2;
-const CLOSE: u8 = 8;
-const MASKED: u8 = 0x80;
-
 /// The streams of a process in a container.
 pub struct Session {
-    connection: TcpStream,
+    socket: WebSocket,
     /// Standard output so far.
     pub stdout: String,
     /// Standard error so far.
@@ -66,24 +56,8 @@ impl Container {
 
 impl Session {
     fn open(url: &str) -> Self {
-        let (host, path) = url.strip_prefix("http://").and_then(|rest| rest.split_once('/')).expect(url);
-        let mut connection = TcpStream::connect(host).unwrap_or_else(|e| panic!("{url}: {e}"));
-        let request = format!(
-            "GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: a2F0YW5hLXRlc3Qta2V5IQ==\r\n\
-             Sec-WebSocket-Protocol: v4.channel.k8s.io\r\nOrigin: http://{host}\r\n\r\n"
-        );
-        let prepared = connection.set_read_timeout(Some(environment::hang_limit()));
-        prepared.and_then(|()| connection.write_all(request.as_bytes())).expect(url);
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            let mut byte = [0];
-            connection.read_exact(&mut byte).expect(url);
-            head.extend(byte);
-        }
-        let head = String::from_utf8_lossy(&head);
-        assert!(head.starts_with("HTTP/1.1 101 "), "{url}: {head}");
-        Self { connection, stdout: String::new(), stderr: String::new(), status: None }
+        let socket = WebSocket::open(url);
+        Self { socket, stdout: String::new(), stderr: String::new(), status: None }
     }
 
     /// Writes to the process.
@@ -92,7 +66,7 @@ impl Session {
     /// When the connection is gone.
     #[track_caller]
     pub fn write(&mut self, text: &str) {
-        self.send(STDIN, text.as_bytes());
+        self.socket.send(STDIN, text.as_bytes());
     }
 
     /// Sets the terminal's size.
@@ -102,19 +76,7 @@ impl Session {
     #[track_caller]
     pub fn resize(&mut self, columns: u16, rows: u16) {
         let size = serde_json::json!({ "Width": columns, "Height": rows }).to_string();
-        self.send(RESIZE, size.as_bytes());
-    }
-
-    #[track_caller]
-    fn send(&mut self, channel: u8, bytes: &[u8]) {
-        // Clients have to mask what they send, and nobody says with what: zeroes leave it as it is.
-        let length = u16::try_from(bytes.len() + 1).expect("a short message");
-        let mut frame = vec![FINAL | BINARY, MASKED | 126];
-        frame.extend(length.to_be_bytes());
-        frame.extend([0; 4]);
-        frame.push(channel);
-        frame.extend(bytes);
-        self.connection.write_all(&frame).expect("write to the stream");
+        self.socket.send(RESIZE, size.as_bytes());
     }
 
     /// Reads until standard output has this in it.
@@ -145,34 +107,67 @@ impl Session {
 
     /// Takes one message; false at the end.
     fn receive(&mut self) -> bool {
-        let Some((kind, payload)) = self.frame() else { return false };
-        if kind == CLOSE {
-            return false;
-        }
-        let Some((&channel, bytes)) = payload.split_first() else { return true };
-        let text = String::from_utf8_lossy(bytes);
+        let Some((channel, bytes)) = self.socket.receive() else { return false };
+        let text = String::from_utf8_lossy(&bytes);
         match channel {
             STDOUT => self.stdout.push_str(&text),
             STDERR => self.stderr.push_str(&text),
-            ERROR if !bytes.is_empty() => self.status = serde_json::from_slice(bytes).ok(),
+            ERROR if !bytes.is_empty() => self.status = serde_json::from_slice(&bytes).ok(),
             _ => {}
         }
         true
     }
+}
 
-    fn frame(&mut self) -> Option<(u8, Vec<u8>)> {
-        let mut bytes = |count: usize| {
-            let mut buffer = vec![0; count];
-            self.connection.read_exact(&mut buffer).ok()?;
-            Some(buffer)
+/// A connection to a port of a pod.
+pub struct Forward {
+    socket: WebSocket,
+    /// What has come so far.
+    pub received: Vec<u8>,
+    /// What the server says of a failure.
+    pub error: String,
+    /// On each of the two channels, the first message is the port's number.
+    headers: u8,
+}
+
+impl Pod {
+    /// Connects to a port of this pod's localhost.
+    pub fn forward(&self, port: u16) -> Result<Forward, Status> {
+        let request = PortForwardRequest {
+            pod_sandbox_id: self.id().to_owned(),
+            port: vec![port.into()],
+            ..Default::default()
         };
-        let head = bytes(2)?;
-        let number = |bytes: Vec<u8>| bytes.iter().fold(0, |number, byte| number << 8 | usize::from(*byte));
-        let length = match head[1] & !MASKED {
-            126 => number(bytes(2)?),
-            127 => number(bytes(8)?),
-            short => usize::from(short),
-        };
-        Some((head[0] & 0xf, bytes(length)?))
+        let answer: StreamResponse = call(self.containerd(), "PortForward", &request)?;
+        let socket = WebSocket::open(&answer.url);
+        Ok(Forward { socket, received: Vec::new(), error: String::new(), headers: 0 })
+    }
+}
+
+impl Forward {
+    const DATA: u8 = 0;
+    const ERROR: u8 = 1;
+
+    /// Sends bytes, at most 64 KiB.
+    ///
+    /// # Panics
+    /// When the connection is gone.
+    #[track_caller]
+    pub fn write(&mut self, bytes: &[u8]) {
+        self.socket.send(Self::DATA, bytes);
+    }
+
+    /// Reads on until there are so many bytes; false if the connection ends before.
+    pub fn read_to(&mut self, count: usize) -> bool {
+        while self.received.len() < count {
+            let Some((channel, bytes)) = self.socket.receive() else { return false };
+            match channel {
+                channel if self.headers & (1 << channel) == 0 => self.headers |= 1 << channel,
+                Self::DATA => self.received.extend(bytes),
+                Self::ERROR => self.error.push_str(&String::from_utf8_lossy(&bytes)),
+                _ => {}
+            }
+        }
+        true
     }
 }

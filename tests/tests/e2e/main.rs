@@ -8,6 +8,7 @@ mod coexist;
 mod containerd;
 mod cri;
 mod disks;
+mod docker;
 mod exec;
 mod failures;
 mod guest;

@@ -1,7 +1,9 @@
 //! MSI-X: PCI Local Bus Specification 3.0, 6.8.2. One table of vectors per function.
 
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
+
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::copy_out;
 use crate::sync::lock;
@@ -26,6 +28,10 @@ pub trait Line: Send + Sync {
     fn set_message(&mut self, address: u64, data: u32) -> io::Result<()>;
     /// Sends the message.
     fn send(&self);
+    /// What sends the message when it is written to, if the line has it.
+    fn event(&self) -> Option<Arc<EventFd>> {
+        None
+    }
 }
 
 /// The vectors of a function.
@@ -93,6 +99,13 @@ impl Msix {
         } else {
             vector.pending = true;
         }
+    }
+
+    /// What interrupts by `vector` when it is written to, while MSI-X is enabled.
+    pub fn event(&self, vector: u16) -> Option<Arc<EventFd>> {
+        let state = lock(&self.state);
+        let vector = state.vectors.get(usize::from(vector)).filter(|_| state.control & ENABLE != 0)?;
+        vector.line.event()
     }
 
     /// Reads the table.
@@ -172,7 +185,6 @@ impl Vector {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use std::sync::Arc;
 
     /// What a line was told.
     #[derive(Debug, PartialEq, Eq)]

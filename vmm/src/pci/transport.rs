@@ -96,6 +96,10 @@ impl Trigger for Source {
             self.isr.fetch_or(self.isr_bit, Ordering::AcqRel);
         }
     }
+
+    fn event(&self) -> Option<Arc<EventFd>> {
+        self.msix.event(self.vector.load(Ordering::Acquire))
+    }
 }
 
 /// How many vectors a device with so many queues has: each queue its own, and the configuration.

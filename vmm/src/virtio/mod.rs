@@ -14,6 +14,7 @@ mod queue;
 pub mod rng;
 #[cfg(test)]
 mod testing;
+mod vhost;
 pub mod vsock;
 
 use std::io;
@@ -90,11 +91,21 @@ pub struct Interrupt {
 pub(crate) trait Trigger: Send + Sync {
     /// Delivers the interrupt, or remembers it while the vector is masked.
     fn trigger(&self);
+    /// What delivers the interrupt as well when it is written to, masked or not, if there is such a thing.
+    fn event(&self) -> Option<Arc<EventFd>> {
+        None
+    }
 }
 
 impl Interrupt {
     /// Interrupts the driver.
     pub fn trigger(&self) {
         self.vector.trigger();
+    }
+
+    /// For the host's kernel, to interrupt without this process. A vector that is masked is not spared: drivers mask while
+    /// they set up and move interrupts, and one too many does no harm.
+    pub fn event(&self) -> Option<Arc<EventFd>> {
+        self.vector.event()
     }
 }

@@ -7,7 +7,7 @@
 //! the guest until it is attached. F_MTU is not offered: it would limit what can be set later.
 //!
 //! Packets move between tap and guest memory without a copy in between, with the 12 bytes of virtio_net_hdr that
-//! the tap itself writes and reads.
+//! the tap itself writes and reads. With vhost-net the host's kernel moves them, and the queues are not looked at here.
 
 use std::collections::VecDeque;
 use std::io;
@@ -25,6 +25,7 @@ use virtio_bindings::virtio_net::{
 use super::base::{self, Active, Base, Event};
 use super::chain::{Buffers, Chain, MAX_DESCRIPTORS};
 use super::queue::DeviceQueue;
+use super::vhost::Vhost;
 use super::{Activation, VirtioDevice};
 use crate::memory::GuestMemory;
 
@@ -56,6 +57,8 @@ pub struct Net {
     base: Base,
     mac: [u8; 6],
     tap: Option<Tap>,
+    /// Who serves the queues instead.
+    vhost: Option<Vhost>,
 }
 
 struct Tap {
@@ -86,14 +89,15 @@ impl Net {
     /// # Errors
     /// When the process is out of descriptors.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { base: Base::new("net")?, mac: [0; 6], tap: None })
+        Ok(Self { base: Base::new("net")?, mac: [0; 6], tap: None, vhost: None })
     }
 
-    /// Connects the card to `tap`, gives it its address and raises its link.
+    /// Connects the card to `tap`, gives it its address and raises its link. `vhost` is a /dev/vhost-net, if the kernel is
+    /// to move the packets.
     ///
     /// # Errors
     /// When the card is connected already, or it is not a tap with IFF_VNET_HDR.
-    pub fn attach(&mut self, tap: OwnedFd, mac: [u8; 6]) -> Result<(), AttachError> {
+    pub fn attach(&mut self, tap: OwnedFd, mac: [u8; 6], vhost: Option<OwnedFd>) -> Result<(), AttachError> {
         if self.tap.is_some() {
             return Err(AttachError::InUse);
         }
@@ -103,6 +107,9 @@ impl Net {
         if unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) } != 0 {
             return Err(AttachError::Tap("TUNSETVNETHDRSZ", io::Error::last_os_error()));
         }
+        self.vhost = vhost.and_then(|fd| {
+            Vhost::new(fd).inspect_err(|e| log::warn!("vhost-net: {e}; packets take the longer way")).ok()
+        });
         self.connect(tap, mac)
     }
 
@@ -113,14 +120,33 @@ impl Net {
                 fcntl(&tap, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK))
             })
             .map_err(|error| AttachError::Tap("O_NONBLOCK", error.into()))?;
-        self.base
-            .sources()
-            .add(tap.as_fd(), TAP, EventSet::IN | EventSet::OUT)
-            .map_err(|error| AttachError::Tap("epoll", error))?;
+        if self.vhost.is_none() {
+            self.watch(&tap).map_err(|error| AttachError::Tap("epoll", error))?;
+        }
         self.mac = mac;
         self.tap = Some(Tap { fd: tap, readable: false, offloads: 0 });
         self.base.config_changed();
         Ok(())
+    }
+
+    fn watch(&self, tap: &OwnedFd) -> io::Result<()> {
+        self.base.sources().add(tap.as_fd(), TAP, EventSet::IN | EventSet::OUT)
+    }
+
+    /// Has the kernel serve the driver that is ready; where it does not, this process does.
+    fn start_vhost(&mut self) {
+        let (Some(vhost), Some(tap)) = (&mut self.vhost, &mut self.tap) else { return };
+        let Some(activation) = vhost.waiting.take() else { return };
+        tap.set_offloads(activation.features);
+        let Err(error) = vhost.start(tap.fd.as_fd(), &activation) else { return };
+        log::warn!("vhost-net: {error}; packets take the longer way");
+        self.vhost = None;
+        self.base.activate(activation);
+        if let Some(tap) = &self.tap
+            && let Err(error) = self.watch(&tap.fd)
+        {
+            log::error!("net: the tap cannot be watched: {error}");
+        }
     }
 
     /// virtio 1.2, 5.1.4: address and status.
@@ -344,12 +370,23 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        self.base.activate(activation);
+        match &mut self.vhost {
+            // Setting it up is the device thread's part.
+            Some(vhost) => {
+                vhost.waiting = Some(activation);
+                self.base.sources().wake();
+            }
+            None => self.base.activate(activation),
+        }
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.base.reset();
+        match &mut self.vhost {
+            // At once: the driver takes its memory back after this.
+            Some(vhost) => vhost.stop(),
+            None => self.base.reset(),
+        }
     }
 }
 
@@ -357,6 +394,7 @@ impl MutEventSubscriber for Net {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
         for event in self.base.events() {
             match event {
+                Event::Wake => self.start_vhost(),
                 Event::Queue(RECEIVE) => self.receive(),
                 Event::Queue(TRANSMIT) => self.transmit(),
                 Event::Other { token: TAP, ready } => {

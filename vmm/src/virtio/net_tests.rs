@@ -40,10 +40,10 @@ fn the_link_comes_up_with_the_tap() {
     bench.device().connect(far.into(), [2, 1, 2, 3, 4, 5]).unwrap();
     assert_eq!((bench.config(0, 8), bench.config_interrupts()), (vec![2, 1, 2, 3, 4, 5, 1, 0], 1));
     let (_, other) = UnixDatagram::pair().unwrap();
-    assert!(matches!(bench.device().attach(other.into(), [0; 6]), Err(AttachError::InUse)));
+    assert!(matches!(bench.device().attach(other.into(), [0; 6], None), Err(AttachError::InUse)));
     let mut card = Net::new().unwrap();
     let (_, no_tap) = UnixDatagram::pair().unwrap();
-    assert!(matches!(card.attach(no_tap.into(), [0; 6]), Err(AttachError::Tap("TUNGETIFF", _))));
+    assert!(matches!(card.attach(no_tap.into(), [0; 6], None), Err(AttachError::Tap("TUNGETIFF", _))));
 }
 
 #[test]
@@ -180,8 +180,10 @@ fn tap(name: &[u8], flags: libc::c_int) -> Option<OwnedFd> {
 fn a_real_tap_carries_packets() {
     let needed = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let Some(tap) = tap(b"ktest0", needed) else { return };
+    // What is no /dev/vhost-net is not used.
+    let no_vhost = std::fs::File::open("/dev/null").ok().map(OwnedFd::from);
     let mut bench = Bench::new(Net::new().unwrap());
-    bench.device().attach(tap, [2, 0, 0, 0, 0, 1]).unwrap();
+    bench.device().attach(tap, [2, 0, 0, 0, 0, 1], no_vhost).unwrap();
     let features = bench.device().features();
     bench.activate(features);
     bench.memory.write_slice(&[0; 12], GuestAddress(BUFFERS)).unwrap();
@@ -194,5 +196,5 @@ fn a_real_tap_carries_packets() {
 #[test]
 fn a_tap_without_the_header_is_refused() {
     let Some(tap) = tap(b"ktest1", libc::IFF_TAP | libc::IFF_NO_PI) else { return };
-    assert!(matches!(Net::new().unwrap().attach(tap, [0; 6]), Err(AttachError::Flags(0x1002))));
+    assert!(matches!(Net::new().unwrap().attach(tap, [0; 6], None), Err(AttachError::Flags(0x1002))));
 }

@@ -1,6 +1,12 @@
-//! `kubectl exec -i`, `kubectl exec -it` and `kubectl attach`.
+//! `kubectl exec -i`, `kubectl exec -it`, `kubectl attach` and `kubectl port-forward`; ports of the host.
 
-use katana_tests::cri::shared_pod;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use katana_tests::Scratch;
+use katana_tests::cri::{Pod, shared_pod};
+use katana_tests::host::eventually;
+use katana_tests::scratch::noise;
 use serde_json::json;
 
 use super::cases;
@@ -14,6 +20,10 @@ cases! {
     attach_to_a_container,
     /// What a client that goes leaves behind: nothing of attach, all of the container
     a_client_goes_away,
+    /// Servers on localhost: of IPv4, of IPv6, on all addresses, none at all
+    ports_are_forwarded,
+    /// hostPort, by TCP and UDP
+    ports_of_the_host,
 }
 
 fn exec_with_input(handler: &str) {
@@ -61,10 +71,60 @@ fn a_client_goes_away(handler: &str) {
         container.attach(false).unwrap().wait_for("tick");
     }
     let before = container.output().len();
-    assert!(
-        katana_tests::host::eventually(|| container.output().len() > before + 20),
-        "the log stands still"
-    );
+    assert!(eventually(|| container.output().len() > before + 20), "the log stands still");
     container.stop(0).unwrap();
     assert_eq!(container.status().exit_code, 137);
+}
+
+/// Pages on localhost of either kind and on all addresses, and a program that tells who asks.
+const SERVERS: &str = "cd /www; mkdir cgi-bin
+    printf '#!/bin/sh\necho; echo client=$REMOTE_ADDR.\n' >cgi-bin/client; chmod +x cgi-bin/client
+    for at in 127.0.0.1:7101 '[::1]:7102' 7103; do httpd -p $at; done
+    echo ready; exec sleep 10000";
+
+fn ports_are_forwarded(handler: &str) {
+    let pod = shared_pod(handler);
+    let (scratch, file) = (Scratch::new(), noise(3_000_000, 5));
+    std::fs::write(scratch.path().join("file"), &file).unwrap();
+    let www = json!({"host_path": scratch.path(), "container_path": "/www"});
+    let container = pod.start(json!({"command": ["sh", "-c", SERVERS], "mounts": [www]}));
+    container.wait_for_output("ready");
+    let get = |port, page: &str| {
+        let mut answer = pod.forward(port).unwrap();
+        answer.write(format!("GET {page} HTTP/1.0\r\n\r\n").as_bytes());
+        answer.read_to(usize::MAX);
+        (answer.received, answer.error)
+    };
+    for port in [7101, 7102, 7103] {
+        let (answer, error) = get(port, "/file");
+        assert!(answer.ends_with(&file), "port {port}: {} bytes, {error:?}", answer.len());
+    }
+    // As anybody on localhost.
+    let (answer, error) = get(7101, "/cgi-bin/client");
+    assert!(answer.ends_with(b"client=127.0.0.1.\n"), "{:?}, {error:?}", String::from_utf8_lossy(&answer));
+
+    // runc's client is refused, Katana's is reset.
+    let mut answer = pod.forward(7104).unwrap();
+    assert!(!answer.read_to(1));
+    let expected = ["error forwarding port 7104 to pod", "connection re"];
+    assert!(expected.iter().all(|part| answer.error.contains(part)), "{:?}", answer.error);
+}
+
+fn ports_of_the_host(handler: &str) {
+    let port = if handler == "runc" { 17201 } else { 17202 };
+    let mapping = json!({"protocol": "TCP", "container_port": 7103, "host_port": port});
+    let pod = Pod::run_with(handler, json!({"port_mappings": [mapping]}));
+    let container = pod.sh("exec nc -ll -p 7103 -e cat");
+    let listens = || container.sh("netstat -tln").ok().contains(":7103 ");
+    assert!(eventually(listens), "{:?}", container.log());
+    let data = noise(1 << 20, 3);
+    let mut connection = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let (mut writer, sent) = (connection.try_clone().unwrap(), data.clone());
+    let sender = std::thread::spawn(move || writer.write_all(&sent));
+    let mut received = vec![0; data.len()];
+    connection.read_exact(&mut received).unwrap();
+    sender.join().unwrap().unwrap();
+    assert!(received == data, "what came back is not what was sent");
+    drop(pod);
+    assert!(TcpStream::connect(("127.0.0.1", port)).is_err(), "the port is still open");
 }
