@@ -179,11 +179,12 @@ pub fn configure(settings: &Settings) -> Result<()> {
 }
 
 /// A guest that has just booted has its time from KVM, more exactly than a message can tell it: only a clock that is
-/// wrong is set.
+/// wrong is set. It is if it is behind the message, which was sent in the past, or far ahead.
 fn set_clock(nanoseconds: u64) -> io::Result<()> {
     const SECOND: u64 = 1_000_000_000;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    if now.abs_diff(Duration::from_nanos(nanoseconds)) < Duration::from_nanos(SECOND) {
+    let sent = Duration::from_nanos(nanoseconds);
+    if now >= sent && now - sent < Duration::from_secs(1) {
         return Ok(());
     }
     let seconds = i64::try_from(nanoseconds / SECOND).unwrap_or(i64::MAX);

@@ -45,7 +45,10 @@ pub fn serve(transport: &Transport) -> Result<Never, StartError> {
 async fn run(transport: Transport) -> Result<Never, StartError> {
     let reaper = Reaper::default();
     let sandbox = Arc::new(Sandbox::new(transport.clone(), reaper.clone()));
-    let first = transport.connect(AGENT_PORT).await;
+    if matches!(transport, Transport::Vsock) {
+        boot::ready();
+    }
+    let first = first_connection(&transport).await;
     let first = first.map_err(|e| StartError::new(format!("connect to the host's port {AGENT_PORT}"), &e))?;
     if matches!(transport, Transport::Vsock) && boot::wants_debug_console() {
         tokio::spawn(console::serve_shells(DEBUG_CONSOLE_PORT));
@@ -54,6 +57,14 @@ async fn run(transport: Transport) -> Result<Never, StartError> {
     let mut server = Server::new().register_service(service).add_listener(connections(transport, first));
     server.start().await.map_err(|e| StartError::new("start the service", &e))?;
     reaper.run().await.map_err(|e| StartError::new("collect children", &e))
+}
+
+/// A guest that comes from a template learns its new vsock context id about now, which ends what it was connecting.
+async fn first_connection(transport: &Transport) -> io::Result<Stream> {
+    match transport.connect(AGENT_PORT).await {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => transport.connect(AGENT_PORT).await,
+        first => first,
+    }
 }
 
 /// The connection to the host, and a new one whenever it has ended. The agent connects and then is the server: the

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use crate::file::Loader;
 use crate::keys::{KEYS, host_cpus, host_memory};
-use crate::{Agent, Config, Error, Hypervisor, Runtime, load, load_first};
+use crate::{Agent, Config, Error, Factory, Hypervisor, Runtime, load, load_first};
 
 const FILE: &str = "/etc/kata-containers/configuration.toml";
 const SHIPPED: &str = include_str!("../configuration.toml");
@@ -19,6 +19,7 @@ fn defaults() -> Config {
         path: PathBuf::from(FILE),
         hypervisor: Hypervisor::default(),
         agent: Agent::default(),
+        factory: Factory::default(),
         runtime: Runtime::default(),
     }
 }

@@ -24,6 +24,7 @@ use crate::ports::{Ports, Waiter};
 use crate::share::Share;
 use crate::size::{Bounds, Limits, Size};
 use crate::spec::Spec;
+use crate::template::Start;
 use crate::vmm::{Vmm, wait_end};
 
 /// How long a VMM may take to tell what was on the console of a guest that did not come up.
@@ -67,6 +68,8 @@ pub struct Launch<'a> {
     pub limits: Limits,
     /// The configuration.
     pub config: &'a Config,
+    /// Whether the pod has changed something of it for itself.
+    pub own: bool,
 }
 
 impl Sandbox {
@@ -105,12 +108,16 @@ impl Sandbox {
         })?;
         let bounds = Bounds::of(config);
         let size = bounds.size(&launch.limits);
-        let machine = machine::machine(config, &bounds, size.vcpus, network.slots());
-        let (vcpus, mib) = (machine.vcpus, machine.memory_mib);
-        log::info!("boot a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
+        let start = if launch.own { Start::Boot } else { Start::choose(config, network.slots()) };
+        let own = machine::machine(config, size.vcpus, network.slots())?;
+        let machine = start.machine(config, own);
+        let (vcpus, mib, booted) = (size.vcpus, machine.memory_mib, machine.vcpus);
+        log::info!("a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
         let directory = share.open()?;
         let [kvm, kernel, image] = &files;
-        vmm.boot(machine, &[kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()])?;
+        let files = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()];
+        vmm.boot(machine, &files.into_iter().chain(start.file()).collect::<Vec<_>>())?;
+        start.expect(&vmm);
 
         if size.plugged_mib > 0 {
             vmm.plug_memory(size.plugged_mib)?;
@@ -139,7 +146,8 @@ impl Sandbox {
         let hostname = spec.hostname.clone().unwrap_or_default();
         let (connecting, events) = (Arc::clone(&sandbox), Arc::clone(events));
         tokio::spawn(async move {
-            let agent = connecting.connect(agent_port, limit, &hostname, shm_bytes).await;
+            let missing = Some(vcpus).filter(|vcpus| *vcpus > booted);
+            let agent = connecting.connect(agent_port, limit, &hostname, shm_bytes, missing).await;
             if let Ok(agent) = &agent {
                 tokio::spawn(report_oom(agent.clone(), events));
             }
@@ -148,14 +156,25 @@ impl Sandbox {
         Ok(sandbox)
     }
 
-    /// Connects the network while the guest boots, and introduces the pod to the agent.
-    async fn connect(&self, port: Waiter, limit: Duration, hostname: &str, shm_bytes: u64) -> Result<Agent> {
+    /// Connects the network while the guest boots, and introduces the pod to the agent. `vcpus`: if more are to be on
+    /// line than there are after the boot.
+    async fn connect(
+        &self,
+        port: Waiter,
+        limit: Duration,
+        hostname: &str,
+        shm_bytes: u64,
+        vcpus: Option<u8>,
+    ) -> Result<Agent> {
         let mut told = self.told.lock().await;
         let (agent, network) = tokio::join!(self.connect_agent(port, limit), self.network.connect(&self.vmm));
         // Whatever was wrong with the network, that there is no agent says more.
         let (agent, network) = (agent?, network?);
         agent.create_sandbox(hostname, shm_bytes, network.clone()).await?;
         *told = network;
+        if let Some(vcpus) = vcpus {
+            agent.set_cpus(vcpus).await?;
+        }
         Ok(agent)
     }
 

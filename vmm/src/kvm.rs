@@ -76,6 +76,9 @@ pub enum Error {
     /// The routing table is full.
     #[error("interrupt routing: {0}")]
     Routing(&'static str),
+    /// The routes are not accepted.
+    #[error("KVM_SET_GSI_ROUTING: {0}")]
+    Routes(io::Error),
 }
 
 fn call(call: &'static str) -> impl FnOnce(errno::Error) -> Error {
@@ -87,6 +90,7 @@ pub struct Vm {
     fd: Arc<VmFd>,
     router: Arc<Router>,
     slots: u32,
+    kvm: Kvm,
     /// CPUID as this KVM can offer it.
     pub cpuid: CpuId,
     /// Whether the local APIC's timer has the TSC deadline mode.
@@ -116,7 +120,37 @@ impl Vm {
         fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
         let fd = Arc::new(fd);
         let router = Arc::new(Router { vm: fd.clone(), table: Mutex::new(Table::new()) });
-        Ok(Self { fd, router, slots: 0, cpuid, tsc_deadline })
+        Ok(Self { fd, router, slots: 0, kvm, cpuid, tsc_deadline })
+    }
+
+    /// The kernel's machine itself.
+    pub fn fd(&self) -> Arc<VmFd> {
+        self.fd.clone()
+    }
+
+    /// The registers of a vCPU that this KVM knows.
+    ///
+    /// # Errors
+    /// When the host does not tell.
+    pub fn msr_indices(&self) -> Result<Vec<u32>, Error> {
+        let list = self.kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// Holds the routes of interrupt lines back until [`Self::route`], when many are to be set at once: each change
+    /// makes the kernel wait until nobody uses the old ones.
+    pub fn hold_routes(&self) {
+        lock(&self.router.table).held = true;
+    }
+
+    /// Sets the routes that were held back.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    pub fn route(&self) -> Result<(), Error> {
+        let mut table = lock(&self.router.table);
+        table.held = false;
+        table.apply(&self.router.vm).map_err(Error::Routes)
     }
 
     /// Makes a vCPU; the first one has number 0.
@@ -225,6 +259,8 @@ struct Router {
 struct Table {
     entries: Vec<kvm_irq_routing_entry>,
     next: u32,
+    /// Whether changes wait.
+    held: bool,
 }
 
 impl Table {
@@ -245,7 +281,7 @@ impl Table {
             }
             entries.push(route(gsi, KVM_IRQCHIP_IOAPIC, gsi));
         }
-        Self { entries, next: IOAPIC_PINS }
+        Self { entries, next: IOAPIC_PINS, held: false }
     }
 
     fn reserve(&mut self) -> Result<u32, Error> {
@@ -255,6 +291,14 @@ impl Table {
         }
         self.next += 1;
         Ok(self.next - 1)
+    }
+
+    fn apply(&self, vm: &VmFd) -> io::Result<()> {
+        if self.held {
+            return Ok(());
+        }
+        let routing = KvmIrqRouting::from_entries(&self.entries).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        Ok(vm.set_gsi_routing(&routing)?)
     }
 
     fn set_message(&mut self, gsi: u32, address: u64, data: u32) {
@@ -284,8 +328,7 @@ impl Line for MessageLine {
     fn set_message(&mut self, address: u64, data: u32) -> io::Result<()> {
         let mut table = lock(&self.router.table);
         table.set_message(self.gsi, address, data);
-        let routing = KvmIrqRouting::from_entries(&table.entries).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        self.router.vm.set_gsi_routing(&routing)?;
+        table.apply(&self.router.vm)?;
         if !self.wired {
             self.router.vm.register_irqfd(&self.event, self.gsi)?;
             self.wired = true;

@@ -14,6 +14,8 @@ use seccompiler::{
 pub enum Kind {
     /// Runs the guest; reaches the devices' registers.
     Vcpu,
+    /// The same as long as it has a template to make, which is before the guest has met a container.
+    TemplateVcpu,
     /// The event loop: all devices but the file server, and the control socket.
     Main,
     /// Serves files.
@@ -53,6 +55,33 @@ const EVERY: &[c_long] = &[
 
 /// KVM's calls of a running VM: KVM_RUN and KVM_GET_REGS of a vCPU, KVM_IRQFD and KVM_SET_GSI_ROUTING of the VM.
 const VCPU_IOCTLS: &[u64] = &[0xae80, 0x8090_ae81, 0x4020_ae76, 0x4008_ae6a];
+
+/// The state of a vCPU: KVM_GET_REGS, SREGS, MSRS, LAPIC, XSAVE, MP_STATE, VCPU_EVENTS, DEBUGREGS, XCRS, TSC_KHZ, and
+/// KVM_SET_MSRS; of the VM: KVM_GET_IRQCHIP, PIT2, CLOCK.
+const TEMPLATE_IOCTLS: &[u64] = &[
+    0x8090_ae81,
+    0x8138_ae83,
+    0xc008_ae88,
+    0x8400_ae8e,
+    0x9000_aea4,
+    0x8004_ae98,
+    0x8040_ae9f,
+    0x8080_aea1,
+    0x8188_aea6,
+    0xaea3,
+    0x4008_ae89,
+    0xc208_ae62,
+    0x8070_ae9f,
+    0x8030_ae7c,
+];
+/// What is written to the template's file, which pages there are, how it is told, and the filter that follows.
+const TEMPLATE: &[c_long] = &[
+    libc::SYS_pwrite64,
+    libc::SYS_mincore,
+    libc::SYS_sendmsg,
+    libc::SYS_prctl,
+    libc::SYS_seccomp,
+];
 
 /// Sockets of vsock and control, disks, taps, the event loop.
 const MAIN: &[c_long] = &[
@@ -155,6 +184,7 @@ pub fn install(kind: Kind) -> Result<(), Error> {
 fn compile(kind: Kind) -> Result<BpfProgram, Error> {
     let (calls, ioctls): (&[c_long], &[u64]) = match kind {
         Kind::Vcpu => (&[], VCPU_IOCTLS),
+        Kind::TemplateVcpu => (TEMPLATE, &[VCPU_IOCTLS, TEMPLATE_IOCTLS].concat()),
         Kind::Main => (MAIN, MAIN_IOCTLS),
         Kind::Fs => (FS, &[]),
     };

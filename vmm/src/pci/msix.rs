@@ -3,6 +3,8 @@
 use std::io;
 use std::sync::Mutex;
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::copy_out;
 use crate::sync::lock;
 
@@ -49,7 +51,32 @@ struct Vector {
     line: Box<dyn Line>,
 }
 
+/// The vectors of a function as the driver has set them up: message control, and of each vector address, data, control
+/// and whether it is pending.
+#[derive(Serialize, Deserialize)]
+pub struct MsixState {
+    control: u16,
+    vectors: Vec<(u64, u32, u32, bool)>,
+}
+
 impl Msix {
+    /// The state, to be kept.
+    pub fn save(&self) -> MsixState {
+        let state = lock(&self.state);
+        let vector = |v: &Vector| (v.address, v.data, v.control, v.pending);
+        MsixState { control: state.control, vectors: state.vectors.iter().map(vector).collect() }
+    }
+
+    /// Takes over what was kept of a function like this one.
+    pub fn restore(&self, saved: &MsixState) {
+        let mut state = lock(&self.state);
+        for (vector, saved) in state.vectors.iter_mut().zip(&saved.vectors) {
+            (vector.address, vector.data, vector.control, vector.pending) = *saved;
+        }
+        drop(state);
+        self.set_control(saved.control);
+    }
+
     /// One vector per line, all masked, disabled: the state after a reset.
     pub fn new(lines: Vec<Box<dyn Line>>) -> Self {
         let vectors = u16::try_from(lines.len()).unwrap_or(u16::MAX);

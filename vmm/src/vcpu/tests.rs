@@ -64,10 +64,11 @@ fn bench(code: &[u8]) -> Option<Bench> {
     let fd = vm.create_vcpu(0).unwrap();
     let entry = Entry { address: CODE, start_info: 0x6000 };
     let topology = Topology { vcpus: 1, tsc_deadline: vm.tsc_deadline };
-    cpu::set_up(&fd, 0, &vm.cpuid, &topology, &entry).unwrap();
+    cpu::identify(&fd, 0, &vm.cpuid, &topology).unwrap();
+    cpu::set_up(&fd, 0, Some(&entry)).unwrap();
     // The guest runs on them until the process ends.
     std::mem::forget((vm, memory));
-    let vcpu = Vcpu { fd, number: 0, ports: ports.into(), addresses: addresses.into(), end: end.clone() };
+    let vcpu = Vcpu { fd, number: 0, ports: ports.into(), addresses: addresses.into(), end: end.clone(), maker: None };
     Some(Bench { vcpu, console, end, register, doorbell })
 }
 
