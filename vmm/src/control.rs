@@ -10,6 +10,7 @@ use nix::sys::socket::{setsockopt, sockopt::SendTimeout};
 use nix::sys::time::TimeVal;
 
 use crate::end::{End, Ended};
+use crate::kvm;
 use crate::machine::Slots;
 use crate::sync::lock;
 use crate::virtio::{blk, net};
@@ -83,6 +84,8 @@ enum Refused {
     Disk { slot: u8, error: blk::AttachError },
     #[error("network slot {slot}: {error}")]
     Net { slot: u8, error: net::AttachError },
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
 }
 
 /// Serves requests on the event loop.
@@ -134,8 +137,7 @@ impl ControlService {
     fn attach_net(&self, slot: u8, mac: [u8; 6], fd: OwnedFd) -> Result<(), Refused> {
         let net = self.slots.nets.get(usize::from(slot)).ok_or(Refused::NoNet(slot))?;
         lock(&net.card).attach(fd, mac).map_err(|error| Refused::Net { slot, error })?;
-        net.function.show(true);
-        Ok(())
+        Ok(net.show()?)
     }
 }
 

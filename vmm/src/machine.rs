@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use kvm_ioctls::VmFd;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use katana_protocol::SHARE_TAG;
 use katana_protocol::vmm::{ExitReason, Machine as Shape, Template};
@@ -124,8 +125,21 @@ pub struct Slots {
 pub struct NetSlot {
     /// The card.
     pub card: Arc<Mutex<Net>>,
-    /// Its function on the bus.
-    pub function: Arc<VirtioPci>,
+    function: Arc<VirtioPci>,
+    vm: Arc<VmFd>,
+    bar: u32,
+}
+
+impl NetSlot {
+    /// Has the guest find the card when it looks.
+    ///
+    /// # Errors
+    /// When KVM has no room for its doorbells.
+    pub fn show(&self) -> Result<(), kvm::Error> {
+        kvm::add_doorbells(&self.vm, &self.function.doorbells(self.bar))?;
+        self.function.show(true);
+        Ok(())
+    }
 }
 
 /// A machine that is put together but does not run yet.
@@ -155,7 +169,6 @@ impl Machine {
         }
         let (board, saved) = board(shape, &mut files)?;
         let Board { vm, memory, pluggable, image, vcpus } = board;
-        vm.hold_routes();
 
         let console = ConsoleRing::new(shape.debug);
         let pluggable = pluggable.map(|range| Pluggable::new(memory.clone(), range)).transpose();
@@ -177,7 +190,6 @@ impl Machine {
             devices.restore(&saved)?;
             lock(&vsock).moved_from(saved.guest_cid());
         }
-        devices.vm.route()?;
         let maker = devices.maker(shape, files.template.filter(|_| shape.template == Template::Make), made)?;
 
         let end = Arc::new(End::new().map_err(|error| Error::Host { what: "eventfd", error })?);
@@ -309,20 +321,22 @@ impl Devices {
     where
         D: VirtioDevice + 'static,
     {
-        Ok(self.place(name, device)?.0)
+        let (device, function, bar) = self.place(name, device)?;
+        kvm::add_doorbells(&self.vm.fd(), &function.doorbells(bar))?;
+        Ok(device)
     }
 
     fn add_net_slot(&mut self) -> Result<NetSlot, Error> {
-        let (card, function) = self.place("virtio-net", Net::new())?;
+        let (card, function, bar) = self.place("virtio-net", Net::new())?;
         function.show(false);
-        Ok(NetSlot { card, function })
+        Ok(NetSlot { card, function, vm: self.vm.fd(), bar })
     }
 
     fn place<D>(
         &mut self,
         name: &'static str,
         device: io::Result<D>,
-    ) -> Result<(Arc<Mutex<D>>, Arc<VirtioPci>), Error>
+    ) -> Result<(Arc<Mutex<D>>, Arc<VirtioPci>, u32), Error>
     where
         D: VirtioDevice + 'static,
     {
@@ -330,7 +344,7 @@ impl Devices {
         let slot = self.pci.next_slot().ok_or(Error::Slots)?;
         let bar = BARS as u32 + slot as u32 * BAR_SIZE;
         let queues = device.queue_sizes().len();
-        let lines = (0..pci::vectors(queues)).map(|_| self.vm.message_line()).collect::<Result<_, _>>()?;
+        let lines = (0..pci::vectors(queues)).map(|_| self.vm.message_line()).collect();
         let kick = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let kicks = (0..queues).map(|_| kick()).collect::<io::Result<_>>();
         let kicks = kicks.map_err(|error| Error::Host { what: "eventfd", error })?;
@@ -338,14 +352,11 @@ impl Devices {
         let device = Arc::new(Mutex::new(device));
         let shared: Arc<Mutex<dyn VirtioDevice>> = device.clone();
         let function = Arc::new(VirtioPci::new(shared.clone(), self.memory.clone(), bar, lines, kicks));
-        for doorbell in function.doorbells(bar) {
-            self.vm.add_doorbell(&doorbell)?;
-        }
         self.addresses.insert(u64::from(bar)..u64::from(bar) + u64::from(BAR_SIZE), function.clone())?;
         self.pci.push(function.clone());
         self.functions.push(function.clone());
         self.events.add_subscriber(Box::new(shared));
-        Ok((device, function))
+        Ok((device, function, bar))
     }
 }
 

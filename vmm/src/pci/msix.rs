@@ -1,6 +1,5 @@
 //! MSI-X: PCI Local Bus Specification 3.0, 6.8.2. One table of vectors per function.
 
-use std::io;
 use std::sync::Mutex;
 
 use serde::{Deserialize, Serialize};
@@ -22,10 +21,7 @@ pub const CONTROL_WRITABLE: u16 = ENABLE | FUNCTION_MASK;
 /// Where the message of one vector is sent: an interrupt line of the hypervisor.
 pub trait Line: Send + Sync {
     /// Sets the message that the line sends.
-    ///
-    /// # Errors
-    /// When the hypervisor does not take it.
-    fn set_message(&mut self, address: u64, data: u32) -> io::Result<()>;
+    fn set_message(&mut self, address: u64, data: u32);
     /// Sends the message.
     fn send(&self);
 }
@@ -175,10 +171,8 @@ impl State {
         let Some(vector) = self.vectors.get_mut(index) else { return };
         let message = (vector.address, vector.data);
         if vector.routed != Some(message) {
-            match vector.line.set_message(message.0, message.1) {
-                Ok(()) => vector.routed = Some(message),
-                Err(error) => log::warn!("MSI-X vector {index}: message {message:#x?} not accepted: {error}"),
-            }
+            vector.line.set_message(message.0, message.1);
+            vector.routed = Some(message);
         }
         if std::mem::take(&mut vector.pending) {
             vector.line.send();
@@ -219,9 +213,8 @@ pub(crate) mod tests {
     }
 
     impl Line for Recorder {
-        fn set_message(&mut self, address: u64, data: u32) -> io::Result<()> {
+        fn set_message(&mut self, address: u64, data: u32) {
             lock(&self.0).push(Told::Message(address, data));
-            Ok(())
         }
         fn send(&self) {
             lock(&self.0).push(Told::Send);

@@ -180,14 +180,15 @@ impl VirtioPci {
         }
     }
 
-    /// The doorbells of all queues.
+    /// The doorbells of the device's busy queues. Those of the others come as writes to the BAR.
     pub fn doorbells(&self, bar: u32) -> Vec<Doorbell> {
         let address = |index: usize| u64::from(bar) + NOTIFY + NOTIFY_MULTIPLIER * index as u64;
-        let doorbell = |(index, (event, _)): (usize, &(Arc<EventFd>, _))| Doorbell {
-            address: address(index),
-            event: event.clone(),
+        let busy = lock(&self.device).busy_queues().to_vec();
+        let doorbell = |index| {
+            let (event, _) = self.queues.get(index)?;
+            Some(Doorbell { address: address(index), event: event.clone() })
         };
-        self.queues.iter().enumerate().map(doorbell).collect()
+        busy.into_iter().filter_map(doorbell).collect()
     }
 
     fn write_common(&self, offset: u64, data: &[u8]) {

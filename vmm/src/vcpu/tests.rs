@@ -59,7 +59,7 @@ fn bench(code: &[u8]) -> Option<Bench> {
     let mut addresses = Bus::default();
     addresses.insert(NOBODY..NOBODY + 4, register.clone()).unwrap();
     let doorbell = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-    vm.add_doorbell(&Doorbell { address: DOORBELL, event: doorbell.clone() }).unwrap();
+    crate::kvm::add_doorbells(&vm.fd(), &[Doorbell { address: DOORBELL, event: doorbell.clone() }]).unwrap();
 
     let fd = vm.create_vcpu(0).unwrap();
     let entry = Entry { address: CODE, start_info: 0x6000 };

@@ -157,6 +157,10 @@ impl VirtioDevice for Vsock {
         &QUEUE_SIZES
     }
 
+    fn busy_queues(&self) -> &[usize] {
+        &[RECEIVE, TRANSMIT]
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         base::read_config(&self.streams.cid().to_le_bytes(), offset, data);
     }
