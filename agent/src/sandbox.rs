@@ -18,6 +18,7 @@ use nix::unistd::sethostname;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::container::{self, Container, Pod, Request};
+use crate::launch::Spares;
 use crate::names::{self, Names};
 use crate::network;
 use crate::reaper::Reaper;
@@ -84,9 +85,9 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// A pod without containers.
-    pub fn new(transport: Transport, reaper: Reaper) -> Self {
+    pub fn new(transport: Transport, reaper: Reaper, spares: Spares) -> Self {
         let (sender, receiver) = unbounded_channel();
-        let pod = Pod { transport, reaper, ooms: sender };
+        let pod = Pod { transport, reaper, spares, ooms: sender };
         let ooms = tokio::sync::Mutex::new(receiver);
         Self { pod, containers: Mutex::default(), ooms, names: Names::default() }
     }

@@ -24,6 +24,7 @@ use crate::boot::{self, Never, StartError};
 use crate::container;
 use crate::device_filter;
 use crate::init::control::Kind;
+use crate::launch::Spares;
 use crate::process;
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Sandbox, Settings};
@@ -44,8 +45,13 @@ pub fn serve(transport: &Transport) -> Result<Never, StartError> {
 
 async fn run(transport: Transport) -> Result<Never, StartError> {
     let reaper = Reaper::default();
-    let sandbox = Arc::new(Sandbox::new(transport.clone(), reaper.clone()));
+    let spares = Spares::default();
+    let sandbox = Arc::new(Sandbox::new(transport.clone(), reaper.clone(), spares.clone()));
     if matches!(transport, Transport::Vsock) {
+        // Without them, processes are started when they are asked for.
+        if let Err(error) = spares.prepare(SPARES) {
+            log::warn!("{error}");
+        }
         boot::ready();
     }
     let first = first_connection(&transport).await;
@@ -58,6 +64,9 @@ async fn run(transport: Transport) -> Result<Never, StartError> {
     server.start().await.map_err(|e| StartError::new("start the service", &e))?;
     reaper.run().await.map_err(|e| StartError::new("collect children", &e))
 }
+
+/// Processes to start ahead: for a pod's sandbox container and its first container.
+const SPARES: usize = 2;
 
 /// A guest that comes from a template learns its new vsock context id about now, which ends what it was connecting.
 async fn first_connection(transport: &Transport) -> io::Result<Stream> {

@@ -24,7 +24,10 @@ impl Start {
     /// there is no template is no reason for a pod not to start, only for a line in the log.
     pub fn choose(config: &Config, net_slots: u8) -> Self {
         let hypervisor = &config.hypervisor;
-        if !config.factory.enable_template || hypervisor.enable_debug || net_slots > katana_template::NET_SLOTS {
+        if !config.factory.enable_template
+            || hypervisor.enable_debug
+            || net_slots > katana_template::NET_SLOTS
+        {
             return Self::Boot;
         }
         match find(config) {

@@ -126,8 +126,18 @@ impl Vmm {
         let (makes, template) = watch::channel(None);
         let (end, ended) = watch::channel(None);
         let (answer, answers) = mpsc::unbounded_channel();
-        let listener =
-            Listener { control: Arc::clone(&control), process, ports, said, log, pids, runs, plugs, makes, answer };
+        let listener = Listener {
+            control: Arc::clone(&control),
+            process,
+            ports,
+            said,
+            log,
+            pids,
+            runs,
+            plugs,
+            makes,
+            answer,
+        };
         tokio::spawn(async move {
             let ports = Arc::clone(&listener.ports);
             let told = listener.run().await;

@@ -142,14 +142,16 @@ impl Store {
         let mut part = self.path().into_os_string();
         part.push(PART);
         let part = PathBuf::from(part);
-        let file = File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(&part);
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(&part);
         let file = file.map_err(at(&part))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
             nix::errno::Errno::EWOULDBLOCK => Error::Busy,
             error => at(&part)(error.into()),
         })?;
         // Whoever had the lock before may have put the file in its place, or have taken it away.
-        let same = fs::metadata(&part).is_ok_and(|there| lock.metadata().is_ok_and(|ours| ours.ino() == there.ino()));
+        let same = fs::metadata(&part)
+            .is_ok_and(|there| lock.metadata().is_ok_and(|ours| ours.ino() == there.ino()));
         if !same {
             return Err(Error::Busy);
         }
@@ -247,4 +249,3 @@ fn add_host(hash: &mut Sha256) {
 fn short(hash: Sha256) -> String {
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
-

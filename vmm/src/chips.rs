@@ -35,7 +35,11 @@ impl Chips {
         };
         let chips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
         Ok(Self {
-            controllers: chips.map(controller).into_iter().collect::<Result<_, _>>().map_err(call("KVM_GET_IRQCHIP"))?,
+            controllers: chips
+                .map(controller)
+                .into_iter()
+                .collect::<Result<_, _>>()
+                .map_err(call("KVM_GET_IRQCHIP"))?,
             timer: vm.get_pit2().map_err(call("KVM_GET_PIT2"))?,
             clock: vm.get_clock().map_err(call("KVM_GET_CLOCK"))?.clock,
         })

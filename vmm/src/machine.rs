@@ -6,10 +6,10 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
-use kvm_ioctls::VmFd;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use katana_protocol::SHARE_TAG;
 use katana_protocol::vmm::{ExitReason, Machine as Shape, Template};
+use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::board::Board;
@@ -190,7 +190,8 @@ impl Machine {
             devices.restore(&saved)?;
             lock(&vsock).moved_from(saved.guest_cid());
         }
-        let maker = devices.maker(shape, files.template.filter(|_| shape.template == Template::Make), made)?;
+        let maker =
+            devices.maker(shape, files.template.filter(|_| shape.template == Template::Make), made)?;
 
         let end = Arc::new(End::new().map_err(|error| Error::Host { what: "eventfd", error })?);
         let Devices { pci, addresses, mut events, .. } = devices;
@@ -286,6 +287,9 @@ struct Devices {
     ready: Arc<AtomicBool>,
 }
 
+/// A device, its function on the bus, and the address of its BAR.
+type Placed<D> = (Arc<Mutex<D>>, Arc<VirtioPci>, u32);
+
 impl Devices {
     fn new(vm: Vm, memory: GuestMemory) -> Result<Self, Error> {
         let events = EventManager::new().map_err(Error::Events)?;
@@ -332,11 +336,7 @@ impl Devices {
         Ok(NetSlot { card, function, vm: self.vm.fd(), bar })
     }
 
-    fn place<D>(
-        &mut self,
-        name: &'static str,
-        device: io::Result<D>,
-    ) -> Result<(Arc<Mutex<D>>, Arc<VirtioPci>, u32), Error>
+    fn place<D>(&mut self, name: &'static str, device: io::Result<D>) -> Result<Placed<D>, Error>
     where
         D: VirtioDevice + 'static,
     {

@@ -9,8 +9,11 @@ use seccompiler::{
     TargetArch,
 };
 
+/// Requests of ioctl(2), in several lists.
+type Ioctls = &'static [&'static [u64]];
+
 /// The kinds of threads, with the names of their compiled filters.
-pub const KINDS: [(&str, &[c_long], &[&[u64]]); 4] = [
+pub const KINDS: [(&str, &[c_long], Ioctls); 4] = [
     ("vcpu", &[], &[VCPU_IOCTLS]),
     ("template_vcpu", TEMPLATE, &[VCPU_IOCTLS, TEMPLATE_IOCTLS]),
     ("main", MAIN, &[MAIN_IOCTLS]),
@@ -67,13 +70,8 @@ const TEMPLATE_IOCTLS: &[u64] = &[
     0x8030_ae7c,
 ];
 /// What is written to the template's file, which pages there are, how it is told, and the filter that follows.
-const TEMPLATE: &[c_long] = &[
-    libc::SYS_pwrite64,
-    libc::SYS_mincore,
-    libc::SYS_sendmsg,
-    libc::SYS_prctl,
-    libc::SYS_seccomp,
-];
+const TEMPLATE: &[c_long] =
+    &[libc::SYS_pwrite64, libc::SYS_mincore, libc::SYS_sendmsg, libc::SYS_prctl, libc::SYS_seccomp];
 
 /// Sockets of vsock and control, disks, taps, the event loop.
 const MAIN: &[c_long] = &[
@@ -169,7 +167,11 @@ const FS: &[c_long] = &[
 ///
 /// # Errors
 /// When the lists make no sense.
-pub fn compile(name: &str, calls: &[c_long], ioctls: &[&[u64]]) -> Result<BpfProgram, seccompiler::BackendError> {
+pub fn compile(
+    name: &str,
+    calls: &[c_long],
+    ioctls: &[&[u64]],
+) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         EVERY.iter().chain(calls).map(|call| (*call, vec![])).collect();
     let rule = |argument, operator, value| {
@@ -188,5 +190,6 @@ pub fn compile(name: &str, calls: &[c_long], ioctls: &[&[u64]]) -> Result<BpfPro
     if name == "main" {
         rules.insert(libc::SYS_socketpair, vec![equal(0, AF_UNIX)?]);
     }
-    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?
+        .try_into()
 }

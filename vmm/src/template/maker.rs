@@ -96,7 +96,8 @@ impl Maker {
                     // Memory below and above the hole are mappings of their own.
                     Some((start, length))
                         if offset <= *start + *length + GAP * PAGE
-                            && locate(self.shape.memory_mib, *start).is_some_and(|s| at.0 - s.0 == offset - *start) =>
+                            && locate(self.shape.memory_mib, *start)
+                                .is_some_and(|s| at.0 - s.0 == offset - *start) =>
                     {
                         *length = offset + PAGE - *start;
                     }

@@ -68,7 +68,14 @@ fn bench(code: &[u8]) -> Option<Bench> {
     cpu::set_up(&fd, 0, Some(&entry)).unwrap();
     // The guest runs on them until the process ends.
     std::mem::forget((vm, memory));
-    let vcpu = Vcpu { fd, number: 0, ports: ports.into(), addresses: addresses.into(), end: end.clone(), maker: None };
+    let vcpu = Vcpu {
+        fd,
+        number: 0,
+        ports: ports.into(),
+        addresses: addresses.into(),
+        end: end.clone(),
+        maker: None,
+    };
     Some(Bench { vcpu, console, end, register, doorbell })
 }
 

@@ -29,13 +29,16 @@ struct Guest {
 
 fn guest() -> Guest {
     let (sender, incoming) = channel();
-    let vsock = Vsock::new(GUEST_CID, Box::new(move |port, fd| {
-        if port == 13 {
-            return Err(ErrorKind::ConnectionRefused.into());
-        }
-        sender.send((port, fd.into())).unwrap();
-        Ok(())
-    }));
+    let vsock = Vsock::new(
+        GUEST_CID,
+        Box::new(move |port, fd| {
+            if port == 13 {
+                return Err(ErrorKind::ConnectionRefused.into());
+            }
+            sender.send((port, fd.into())).unwrap();
+            Ok(())
+        }),
+    );
     let mut guest = Guest { bench: Bench::new(vsock.unwrap()), incoming, next_transmit: 0 };
     guest.bench.activate(0);
     guest.fill(128);
@@ -85,7 +88,10 @@ impl Guest {
         let (head, length) = self.bench.used(RECEIVE)?;
         let at = RX + u64::from(head) * u64::from(RX_LENGTH);
         let header: Header = self.bench.memory.read_obj(GuestAddress(at)).unwrap();
-        assert_eq!((header.src_cid.to_native(), header.dst_cid.to_native()), (HOST_CID, u64::from(GUEST_CID)));
+        assert_eq!(
+            (header.src_cid.to_native(), header.dst_cid.to_native()),
+            (HOST_CID, u64::from(GUEST_CID))
+        );
         assert_eq!(header.len.to_native() + HEADER_LENGTH as u32, length);
         let data = self.bench.bytes(at + HEADER_LENGTH as u64, header.len.to_native() as usize);
         self.bench.rings[RECEIVE].publish(head);
