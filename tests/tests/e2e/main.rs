@@ -15,5 +15,6 @@ mod network;
 mod run;
 mod size;
 mod task;
+mod template;
 mod tool;
 mod workload;
