@@ -23,7 +23,7 @@ use crate::disks::{self, Disks};
 use crate::hooks::{self, Stage};
 use crate::huge_pages::{self, HugePages};
 use crate::init::control::{Task, Work};
-use crate::launch::{Gate, IdMaps};
+use crate::launch::{Gate, IdMaps, Spares};
 use crate::process::{self, Process, Surroundings};
 use crate::reaper::Reaper;
 use crate::seccomp::{self, Filter};
@@ -78,6 +78,8 @@ pub struct Pod {
     pub transport: Transport,
     /// Who tells of ends.
     pub reaper: Reaper,
+    /// Processes that were started ahead.
+    pub spares: Spares,
     /// Takes the id of a container at each out-of-memory kill in it.
     pub ooms: UnboundedSender<String>,
 }
@@ -184,8 +186,13 @@ impl Container {
         let oom = Arc::new(OomCounter::new(&id, cgroup, &pod.ooms));
         let personality = personality(spec);
         let mut task = Task { cgroups: vec![cgroup.path().to_owned()], process, seccomp, personality, work };
-        let surroundings =
-            Surroundings { transport: &pod.transport, reaper: &pod.reaper, ports, maps: id_maps(&task.work) };
+        let surroundings = Surroundings {
+            transport: &pod.transport,
+            reaper: &pod.reaper,
+            spares: &pod.spares,
+            ports,
+            maps: id_maps(&task.work),
+        };
         let at_end = {
             let (cgroup, oom) = (cgroup.clone(), oom.clone());
             move || end_of_init(&cgroup, &oom)
@@ -276,8 +283,8 @@ impl Container {
         let namespaces = private_namespaces(self.init.pid()).bits();
         let (seccomp, personality) = (self.seccomp.clone(), personality(&self.spec));
         let task = Task { cgroups, process, seccomp, personality, work: Work::Exec { namespaces } };
-        let (transport, reaper) = (&self.pod.transport, &self.pod.reaper);
-        let surroundings = Surroundings { transport, reaper, ports, maps: IdMaps::default() };
+        let Pod { transport, reaper, spares, .. } = &self.pod;
+        let surroundings = Surroundings { transport, reaper, spares, ports, maps: IdMaps::default() };
         Ok(Process::start(&task, Some(&self.init), surroundings, || ()).await?.0)
     }
 

@@ -5,8 +5,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use katana_protocol::vmm;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{Pid, write};
@@ -72,6 +74,58 @@ pub struct Launched {
 #[derive(Debug)]
 pub struct Gate(Stream);
 
+/// Processes that were started ahead, before anybody waits for them: this program, waiting for its task. Those of a template
+/// are there in every guest that comes from it.
+#[derive(Debug, Clone, Default)]
+pub struct Spares(Arc<Mutex<Vec<Spare>>>);
+
+/// A process that waits for its task at the other end of the socket.
+#[derive(Debug)]
+struct Spare {
+    socket: OwnedFd,
+    pid: Pid,
+    pidfd: OwnedFd,
+}
+
+impl Spares {
+    /// Starts so many.
+    pub fn prepare(&self, count: usize) -> Result<(), Error> {
+        for _ in 0..count {
+            let spare = Spare::start()?;
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(spare);
+        }
+        Ok(())
+    }
+
+    /// One of them, or a new one.
+    fn take(&self) -> Result<Spare, Error> {
+        while let Some(spare) = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+            // It may have been the out-of-memory killer's choice.
+            let mut ended = [PollFd::new(spare.pidfd.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut ended, PollTimeout::ZERO) == Ok(0) {
+                return Ok(spare);
+            }
+        }
+        Spare::start()
+    }
+}
+
+impl Spare {
+    /// Runs this program again, its standard input being the socket.
+    fn start() -> Result<Self, Error> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (socket, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+            .map_err(agent("make a socket pair"))?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("kata-agent").arg("container-init").env_clear().stdin(Stdio::from(theirs));
+        let child = command.spawn().map_err(agent("run /proc/self/exe"))?;
+        let pid = child.id().cast_signed();
+        // The reaper has not run since: the number is still this child's.
+        let pidfd = open_process(pid).map_err(agent("open the child"))?;
+        Ok(Self { socket, pid: Pid::from_raw(pid), pidfd })
+    }
+}
+
 /// Starts a process and sees it through to its execve, or for a container's first process to the gate.
 pub async fn launch(
     task: &Task,
@@ -79,11 +133,9 @@ pub async fn launch(
     stdio: Option<[OwnedFd; 3]>,
     maps: &IdMaps,
     launch: &Launch,
+    spares: &Spares,
 ) -> Result<Launched, Error> {
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
-        .map_err(agent("make a socket pair"))?;
-    let (pid, pidfd) = start(theirs)?;
+    let Spare { socket: ours, pid, pidfd } = spares.take()?;
     hand_over(&ours, task, container, stdio)?;
     let socket = Stream::new(ours).map_err(agent("watch the socket"))?;
     let mut process = Starting { pid, pidfd, ended: launch.watch(pid), parent_ended: None, terminal: None };
@@ -158,16 +210,6 @@ impl Starting {
         self.collect_parent().await;
         let _ = self.ended.await;
     }
-}
-
-/// Runs this program again, its standard input being the socket.
-fn start(socket: OwnedFd) -> Result<(Pid, OwnedFd), Error> {
-    let mut command = Command::new("/proc/self/exe");
-    command.arg0("kata-agent").arg("container-init").env_clear().stdin(Stdio::from(socket));
-    let child = command.spawn().map_err(agent("run /proc/self/exe"))?;
-    let pid = child.id().cast_signed();
-    // The reaper has not run since: the number is still this child's.
-    Ok((Pid::from_raw(pid), open_process(pid).map_err(agent("open the child"))?))
 }
 
 fn hand_over(

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use crate::init::control::{Failure, Task};
 use crate::init::resize;
-use crate::launch::{self, Gate, IdMaps, Launched};
+use crate::launch::{self, Gate, IdMaps, Launched, Spares};
 use crate::reaper::Reaper;
 use crate::streams::{ConnectError, Connected, Ports, Stream};
 use crate::syscalls::signal_process;
@@ -77,6 +77,8 @@ pub struct Surroundings<'a> {
     pub transport: &'a Transport,
     /// Who tells of its end.
     pub reaper: &'a Reaper,
+    /// Processes that were started ahead.
+    pub spares: &'a Spares,
     /// The ports of its streams.
     pub ports: Ports,
     /// The maps of its user namespace, if it makes one.
@@ -91,19 +93,19 @@ impl Process {
         surroundings: Surroundings<'_>,
         at_end: impl FnOnce() + Send + 'static,
     ) -> Result<(Self, Option<Gate>), Error> {
-        let Surroundings { transport, reaper, ports, maps } = surroundings;
+        let Surroundings { transport, reaper, spares, ports, maps } = surroundings;
         let wants_terminal = task.process.terminal() == Some(true);
         let connected = Connected::connect(transport, ports, wants_terminal).await?;
         let launch = reaper.launch();
         let container = container.map(|process| std::os::fd::AsFd::as_fd(&process.pidfd));
         let (launched, plan, terminal) = if wants_terminal {
-            let mut launched = launch::launch(task, container, None, &maps, &launch).await?;
+            let mut launched = launch::launch(task, container, None, &maps, &launch, spares).await?;
             let master = launched.terminal.take().ok_or(Error::NoTerminal)?;
             let master = Arc::new(Stream::new(master).map_err(Error::Streams)?);
             (launched, connected.terminal(&master), Some(master))
         } else {
             let (pipes, plan) = connected.pipes().map_err(Error::Streams)?;
-            (launch::launch(task, container, Some(pipes), &maps, &launch).await?, plan, None)
+            (launch::launch(task, container, Some(pipes), &maps, &launch, spares).await?, plan, None)
         };
         let copies = plan.start();
         let Launched { pid, pidfd, ended, gate, .. } = launched;

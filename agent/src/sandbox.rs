@@ -19,6 +19,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::container::{self, Container, Pod, Request};
 use crate::forward;
+use crate::launch::Spares;
 use crate::names::{self, Names};
 use crate::network;
 use crate::reaper::Reaper;
@@ -90,9 +91,9 @@ pub struct Sandbox {
 
 impl Sandbox {
     /// A pod without containers.
-    pub fn new(transport: Transport, reaper: Reaper) -> Self {
+    pub fn new(transport: Transport, reaper: Reaper, spares: Spares) -> Self {
         let (sender, receiver) = unbounded_channel();
-        let pod = Pod { transport, reaper, ooms: sender };
+        let pod = Pod { transport, reaper, spares, ooms: sender };
         let ooms = tokio::sync::Mutex::new(receiver);
         Self {
             pod,
@@ -202,11 +203,12 @@ pub fn configure(settings: &Settings) -> Result<()> {
 }
 
 /// A guest that has just booted has its time from KVM, more exactly than a message can tell it: only a clock that is
-/// wrong is set.
+/// wrong is set. It is if it is behind the message, which was sent in the past, or far ahead.
 fn set_clock(nanoseconds: u64) -> io::Result<()> {
     const SECOND: u64 = 1_000_000_000;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    if now.abs_diff(Duration::from_nanos(nanoseconds)) < Duration::from_nanos(SECOND) {
+    let sent = Duration::from_nanos(nanoseconds);
+    if now >= sent && now - sent < Duration::from_secs(1) {
         return Ok(());
     }
     let seconds = i64::try_from(nanoseconds / SECOND).unwrap_or(i64::MAX);

@@ -27,6 +27,7 @@ use crate::device_filter;
 use crate::disks;
 use crate::huge_pages;
 use crate::init::control::Kind;
+use crate::launch::Spares;
 use crate::process;
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Sandbox, Settings};
@@ -47,8 +48,16 @@ pub fn serve(transport: &Transport) -> Result<Never, StartError> {
 
 async fn run(transport: Transport) -> Result<Never, StartError> {
     let reaper = Reaper::default();
-    let sandbox = Arc::new(Sandbox::new(transport.clone(), reaper.clone()));
-    let first = transport.connect(AGENT_PORT).await;
+    let spares = Spares::default();
+    let sandbox = Arc::new(Sandbox::new(transport.clone(), reaper.clone(), spares.clone()));
+    if matches!(transport, Transport::Vsock) {
+        // Without them, processes are started when they are asked for.
+        if let Err(error) = spares.prepare(SPARES) {
+            log::warn!("{error}");
+        }
+        boot::ready();
+    }
+    let first = first_connection(&transport).await;
     let first = first.map_err(|e| StartError::new(format!("connect to the host's port {AGENT_PORT}"), &e))?;
     if matches!(transport, Transport::Vsock) && boot::wants_debug_console() {
         tokio::spawn(console::serve_shells(DEBUG_CONSOLE_PORT));
@@ -57,6 +66,17 @@ async fn run(transport: Transport) -> Result<Never, StartError> {
     let mut server = Server::new().register_service(service).add_listener(connections(transport, first));
     server.start().await.map_err(|e| StartError::new("start the service", &e))?;
     reaper.run().await.map_err(|e| StartError::new("collect children", &e))
+}
+
+/// Processes to start ahead: for a pod's sandbox container and its first container.
+const SPARES: usize = 2;
+
+/// A guest that comes from a template learns its new vsock context id about now, which ends what it was connecting.
+async fn first_connection(transport: &Transport) -> io::Result<Stream> {
+    match transport.connect(AGENT_PORT).await {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => transport.connect(AGENT_PORT).await,
+        first => first,
+    }
 }
 
 /// The connection to the host, and a new one whenever it has ended. The agent connects and then is the server: the

@@ -10,7 +10,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
 
 use crate::keys::{KEYS, Key};
-use crate::{Agent, Config, Error, Hypervisor, Place, Runtime};
+use crate::{Agent, Config, Error, Factory, Hypervisor, Place, Runtime};
 
 /// Longest file. A pod's annotation can name the file, and the one who reads it is root on the host.
 const MAX_LENGTH: u64 = 1 << 20;
@@ -42,6 +42,7 @@ impl Loader {
             path: path.to_owned(),
             hypervisor: Hypervisor::default(),
             agent: Agent::default(),
+            factory: Factory::default(),
             runtime: Runtime::default(),
         };
         Self { config, places: BTreeMap::new() }

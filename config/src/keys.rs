@@ -32,6 +32,7 @@ pub(crate) struct Key {
 
 pub(crate) const HYPERVISOR: &str = "hypervisor.katana";
 const AGENT: &str = "agent.kata";
+const FACTORY: &str = "factory";
 const RUNTIME: &str = "runtime";
 
 /// Every key there is.
@@ -87,6 +88,8 @@ pub(crate) const KEYS: &[Key] = &[
         name: "dial_timeout",
         set: |c, v| number(v, 1, LONGEST_TIMEOUT, &mut c.agent.dial_timeout),
     },
+    Key { section: FACTORY, name: "enable_template", set: |c, v| boolean(v, &mut c.factory.enable_template) },
+    Key { section: FACTORY, name: "template_path", set: |c, v| path(v, &mut c.factory.template_path) },
     Key { section: RUNTIME, name: "enable_debug", set: |c, v| boolean(v, &mut c.runtime.enable_debug) },
     Key {
         section: RUNTIME,

@@ -33,6 +33,8 @@ pub struct Config {
     pub hypervisor: Hypervisor,
     /// `[agent.kata]`
     pub agent: Agent,
+    /// `[factory]`
+    pub factory: Factory,
     /// `[runtime]`
     pub runtime: Runtime,
 }
@@ -77,6 +79,15 @@ pub struct Agent {
     pub dial_timeout: u32,
 }
 
+/// Templates of machines.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Factory {
+    /// Start machines from a template, and make one when there is none.
+    pub enable_template: bool,
+    /// The directory of templates.
+    pub template_path: PathBuf,
+}
+
 /// The shim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Runtime {
@@ -111,6 +122,12 @@ impl Default for Hypervisor {
 impl Default for Agent {
     fn default() -> Self {
         Self { debug_console_enabled: false, enable_debug: false, dial_timeout: 60 }
+    }
+}
+
+impl Default for Factory {
+    fn default() -> Self {
+        Self { enable_template: true, template_path: "/run/kata-containers/template".into() }
     }
 }
 

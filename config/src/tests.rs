@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use crate::file::Loader;
 use crate::keys::{KEYS, host_cpus, host_memory};
-use crate::{Agent, Config, Error, Hypervisor, Runtime, load, load_first};
+use crate::{Agent, Config, Error, Factory, Hypervisor, Runtime, load, load_first};
 
 const FILE: &str = "/etc/kata-containers/configuration.toml";
 const SHIPPED: &str = include_str!("../configuration.toml");
@@ -19,6 +19,7 @@ fn defaults() -> Config {
         path: PathBuf::from(FILE),
         hypervisor: Hypervisor::default(),
         agent: Agent::default(),
+        factory: Factory::default(),
         runtime: Runtime::default(),
     }
 }
@@ -51,7 +52,7 @@ fn errors_name_file_line_and_key() {
     let cases = [
         ("[hypervisor.katana]\n\nfoo = 1", "3: unknown key \"foo\" in [hypervisor.katana]"),
         ("# a\n[hypervisor.qemu]\npath = \"/q\"", "2: unknown section [hypervisor.qemu]"),
-        ("\n[factory]\nenable_template = true", "2: unknown section [factory]"),
+        ("\n[factory]\nenable_templates = true", "3: unknown key \"enable_templates\" in [factory]"),
         ("[runtime.x]\na = 1", "1: unknown key \"x\" in [runtime]"),
         ("debug = true", "1: unknown key \"debug\" in the top level"),
         ("hypervisor = 3", "1: unknown key \"hypervisor\" in the top level"),

@@ -35,15 +35,35 @@ pub struct Machine {
     /// Number of virtio-blk slots, in which the guest sees no disk until [`Request::AttachDisk`]. They come right before the
     /// network's on the PCI bus, in the order of their numbers.
     pub disk_slots: u8,
+    /// The guest's vsock context id, at least 3; no other guest on the host has the same.
+    pub guest_cid: u32,
+    /// What to do with the template.
+    pub template: Template,
     /// Pass every console line on to standard error as well, and boot the guest's kernel verbosely.
     pub debug: bool,
 }
+
+/// What a machine has to do with a template: a machine of the same shape that has booted and waits for its pod, in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Template {
+    /// Nothing.
+    None,
+    /// It is written to the file when the guest is up, and answered by [`Event::TemplateMade`].
+    Make,
+    /// The machine goes on from it, instead of booting. If there is any doubt about the file, it boots, and says why in
+    /// the log.
+    Use,
+}
+
+/// The time of modification of a template's file, in seconds since 1970, that says it has not been written to since it
+/// was complete. Whoever asked for the template sets it.
+pub const SEALED: i64 = 1;
 
 /// What the shim asks of the VMM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// The first message. Descriptors, in this order: /dev/kvm, the kernel (ELF), the guest image (erofs), the
-    /// pod's shared directory. The VMM jails itself, boots, and answers [`Event::Running`] or [`Event::Failed`].
+    /// pod's shared directory, and the template's file if the machine has to do with one. The VMM jails itself, boots, and answers [`Event::Running`] or [`Event::Failed`].
     Boot(Machine),
     /// Connect to a vsock port in the guest. Descriptor: one end of a Unix stream pair that becomes the
     /// connection; it is closed when the guest refuses.
@@ -105,6 +125,8 @@ pub enum Event {
     },
     /// The answer to a request to attach or detach: an error text if it failed.
     Done(Option<String>),
+    /// The template has been made, or why not. The VM goes on in either case.
+    TemplateMade(Option<String>),
     /// The VM ended; the VMM ends as well.
     Exit {
         /// Why.

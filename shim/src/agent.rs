@@ -74,7 +74,8 @@ impl Agent {
         let request = api::CreateSandboxRequest {
             hostname: hostname.into(),
             clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
-            entropy: entropy()?,
+            // As much as the kernel's pool holds.
+            entropy: crate::random::<64>()?.to_vec(),
             share_tag: SHARE_TAG.into(),
             network: Some(network).into(),
             shm_bytes,
@@ -279,15 +280,4 @@ fn process(name: &ProcessName) -> api::ProcessRequest {
         exec_id: name.exec.clone(),
         ..Default::default()
     }
-}
-
-/// As much as the kernel's pool holds.
-fn entropy() -> Result<Vec<u8>> {
-    let mut bytes = vec![0; 64];
-    // SAFETY: a buffer of the given length.
-    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    if usize::try_from(count) == Ok(bytes.len()) {
-        return Ok(bytes);
-    }
-    Err(Error::os("getrandom", nix::errno::Errno::last()))
 }

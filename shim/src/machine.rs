@@ -9,34 +9,24 @@ use katana_config::Config;
 use katana_protocol::vmm::Machine;
 
 use crate::error::{Error, Result};
-use crate::size::Bounds;
 
 /// How an ELF file begins: System V ABI, chapter 4.
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 /// Magic of an erofs superblock, which starts at byte 1024.
 const EROFS_MAGIC: [u8; 4] = 0xE0F5_E1E2_u32.to_le_bytes();
 
-/// The machine for a pod, with the processors that it needs first, and places for its network cards and disks. Memory for its limits
-/// is plugged, see [`crate::size`].
-pub fn machine(config: &Config, size: &Bounds, vcpus: u8, net_slots: u8, disk_slots: u8) -> Machine {
-    let hypervisor = &config.hypervisor;
-    let mut kernel_params = hypervisor.kernel_params.clone();
-    if config.agent.enable_debug {
-        kernel_params.push_str(" agent.log=debug");
-    }
-    if config.agent.debug_console_enabled {
-        kernel_params.push_str(" agent.debug_console");
-    }
-    Machine {
-        vcpus,
-        max_vcpus: size.max_vcpus,
-        memory_mib: u64::from(hypervisor.default_memory),
-        pluggable_mib: size.pluggable_mib,
-        kernel_params: kernel_params.trim().to_owned(),
-        net_slots,
-        disk_slots,
-        debug: hypervisor.enable_debug,
-    }
+/// The machine for a pod that boots for itself, with the processors that it needs first, and places for its network
+/// cards and disks. Memory for its limits is plugged, see [`crate::size`].
+pub fn machine(config: &Config, vcpus: u8, net_slots: u8, disk_slots: u8) -> Result<Machine> {
+    let guest_cid = guest_cid()?;
+    Ok(Machine { vcpus, net_slots, disk_slots, guest_cid, ..katana_template::machine(config) })
+}
+
+/// A vsock context id that no other guest has: nothing on the host goes by it, but software in guests may take it for an
+/// identity. Those below 3 have meanings of their own, as has the last one.
+fn guest_cid() -> Result<u32> {
+    let [a, b, c, d] = crate::random()?;
+    Ok(u32::from_le_bytes([a, b, c, d & 0x7f]).max(3))
 }
 
 /// What the VMM is given to boot from, in the order in which it expects them, the shared directory excepted.

@@ -37,6 +37,7 @@ mod size;
 mod spec;
 mod stats;
 mod stdio;
+mod template;
 mod vmm;
 mod watch;
 
@@ -93,4 +94,15 @@ where
     T: Send + 'static,
 {
     tokio::task::spawn_blocking(work).await.map_err(|e| Error::Host(e.to_string()))?
+}
+
+/// Random bytes of the host's kernel.
+fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    // SAFETY: a buffer of the given length.
+    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
+    if usize::try_from(count) == Ok(N) {
+        return Ok(bytes);
+    }
+    Err(Error::os("getrandom", nix::errno::Errno::last()))
 }

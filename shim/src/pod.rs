@@ -265,10 +265,11 @@ impl Pod {
         }
         let annotated = first.spec.annotation(&[CONFIG_ANNOTATION]).map(PathBuf::from);
         let explicit = config_path(options)?.or_else(|| self.config_path.clone()).or(annotated);
-        let config: Config = katana_config::load(explicit.as_deref())?.annotated(&first.spec.annotations)?;
+        let common = katana_config::load(explicit.as_deref())?;
+        let config: Config = common.clone().annotated(&first.spec.annotations)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
         let (identity, run) = (&self.identity, Path::new(RUN));
-        let launch = Launch { identity, run, first, limits, config: &config };
+        let launch = Launch { identity, run, first, limits, config: &config, own: config != common };
         let launched = Sandbox::launch(launch, &self.events).await?;
         *sandbox = Some(Arc::clone(&launched));
         Ok(launched)

@@ -26,6 +26,7 @@ use crate::rootfs::Layer;
 use crate::share::Share;
 use crate::size::{Bounds, Limits, Size};
 use crate::spec::{OnDisks, Pod, Spec};
+use crate::template::Start;
 use crate::vmm::{Vmm, wait_end};
 use crate::watch::Watcher;
 
@@ -83,6 +84,8 @@ pub struct Launch<'a> {
     pub limits: Limits,
     /// The configuration.
     pub config: &'a Config,
+    /// Whether the pod has changed something of it for itself.
+    pub own: bool,
 }
 
 impl Sandbox {
@@ -123,12 +126,17 @@ impl Sandbox {
         })?;
         let bounds = Bounds::of(config);
         let size = bounds.size(&launch.limits);
-        let machine = machine::machine(config, &bounds, size.vcpus, network.slots(), disk_slots);
-        let (vcpus, mib) = (machine.vcpus, machine.memory_mib);
-        log::info!("boot a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
+        let own = machine::machine(config, size.vcpus, network.slots(), disk_slots)?;
+        let start = if launch.own { Start::Boot } else { Start::choose(config, &own) };
+        let machine = start.machine(config, own);
+        let (vcpus, mib, booted) = (size.vcpus, machine.memory_mib, machine.vcpus);
+        let disk_slots = machine.disk_slots;
+        log::info!("a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
         let directory = share.open()?;
         let [kvm, kernel, image] = &files;
-        vmm.boot(machine, &[kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()])?;
+        let files = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()];
+        vmm.boot(machine, &files.into_iter().chain(start.file()).collect::<Vec<_>>())?;
+        start.expect(&vmm);
 
         if size.plugged_mib > 0 {
             vmm.plug_memory(size.plugged_mib)?;
@@ -159,8 +167,9 @@ impl Sandbox {
         let hostname = spec.hostname.clone().unwrap_or_default();
         let (connecting, events, is_pod) = (Arc::clone(&sandbox), Arc::clone(events), spec.is_sandbox());
         tokio::spawn(async move {
+            let missing = Some(vcpus).filter(|vcpus| *vcpus > booted);
             let loopback = connecting.loopback(is_pod);
-            let agent = connecting.connect(agent_port, limit, &hostname, shm_bytes);
+            let agent = connecting.connect(agent_port, limit, &hostname, shm_bytes, missing);
             let (agent, loopback) = tokio::join!(agent, loopback);
             if let Ok(agent) = &agent {
                 tokio::spawn(report_oom(agent.clone(), events));
@@ -173,14 +182,25 @@ impl Sandbox {
         Ok(sandbox)
     }
 
-    /// Connects the network while the guest boots, and introduces the pod to the agent.
-    async fn connect(&self, port: Waiter, limit: Duration, hostname: &str, shm_bytes: u64) -> Result<Agent> {
+    /// Connects the network while the guest boots, and introduces the pod to the agent. `vcpus`: if more are to be on
+    /// line than there are after the boot.
+    async fn connect(
+        &self,
+        port: Waiter,
+        limit: Duration,
+        hostname: &str,
+        shm_bytes: u64,
+        vcpus: Option<u8>,
+    ) -> Result<Agent> {
         let mut told = self.told.lock().await;
         let (agent, network) = tokio::join!(self.connect_agent(port, limit), self.network.connect(&self.vmm));
         // Whatever was wrong with the network, that there is no agent says more.
         let (agent, network) = (agent?, network?);
         agent.create_sandbox(hostname, shm_bytes, network.clone()).await?;
         *told = network;
+        if let Some(vcpus) = vcpus {
+            agent.set_cpus(vcpus).await?;
+        }
         Ok(agent)
     }
 

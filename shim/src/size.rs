@@ -7,8 +7,6 @@ use serde_json::{Map, Value};
 
 use crate::spec::Spec;
 
-/// Linux takes memory in sections of so many MiB.
-const SECTION_MIB: u64 = 128;
 /// More than any host has.
 const NO_LIMIT_MIB: u64 = 1 << 40;
 /// CFS bandwidth period where a limit names none, in microseconds.
@@ -149,12 +147,11 @@ impl Bounds {
     /// As configured.
     pub fn of(config: &Config) -> Self {
         let hypervisor = &config.hypervisor;
-        let vcpus = |count: u32| u8::try_from(count.max(1)).unwrap_or(u8::MAX);
-        let pluggable = hypervisor.default_maxmemory.saturating_sub(hypervisor.default_memory);
+        let machine = katana_template::machine(config);
         Self {
-            base_vcpus: vcpus(hypervisor.default_vcpus),
-            max_vcpus: vcpus(hypervisor.default_maxvcpus.max(hypervisor.default_vcpus)),
-            pluggable_mib: u64::from(pluggable) / SECTION_MIB * SECTION_MIB,
+            base_vcpus: u8::try_from(hypervisor.default_vcpus.max(1)).unwrap_or(u8::MAX),
+            max_vcpus: machine.max_vcpus,
+            pluggable_mib: machine.pluggable_mib,
         }
     }
 

@@ -37,8 +37,12 @@ pub struct Vmm {
     processes: watch::Receiver<Vec<ProcessId>>,
     running: watch::Receiver<bool>,
     plugged: watch::Receiver<u64>,
+    template: watch::Receiver<Option<Made>>,
     ended: watch::Receiver<Option<Arc<End>>>,
 }
+
+/// Whether the VMM has made the template, or why not.
+type Made = std::result::Result<(), String>;
 
 /// How a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,10 +123,21 @@ impl Vmm {
         let (pids, processes) = watch::channel(ids.into_iter().collect());
         let (runs, running) = watch::channel(false);
         let (plugs, plugged) = watch::channel(0);
+        let (makes, template) = watch::channel(None);
         let (end, ended) = watch::channel(None);
         let (answer, answers) = mpsc::unbounded_channel();
-        let listener =
-            Listener { control: Arc::clone(&control), process, ports, said, log, pids, runs, plugs, answer };
+        let listener = Listener {
+            control: Arc::clone(&control),
+            process,
+            ports,
+            said,
+            log,
+            pids,
+            runs,
+            plugs,
+            makes,
+            answer,
+        };
         tokio::spawn(async move {
             let ports = Arc::clone(&listener.ports);
             let told = listener.run().await;
@@ -130,7 +145,7 @@ impl Vmm {
             ports.close();
             end.send_replace(Some(Arc::new(told)));
         });
-        Ok(Self { control, answers: answers.into(), processes, running, plugged, ended })
+        Ok(Self { control, answers: answers.into(), processes, running, plugged, template, ended })
     }
 
     /// Tells the VMM to boot a machine.
@@ -148,6 +163,11 @@ impl Vmm {
     /// Follows what the guest has plugged, in MiB.
     pub fn plugged(&self) -> watch::Receiver<u64> {
         self.plugged.clone()
+    }
+
+    /// Follows the making of a template.
+    pub fn template(&self) -> watch::Receiver<Option<Made>> {
+        self.template.clone()
     }
 
     /// Gives a tap, and a /dev/vhost-net to serve it, to a network slot. The VMM serves requests in their order, so it
@@ -275,6 +295,7 @@ struct Listener {
     pids: watch::Sender<Vec<ProcessId>>,
     runs: watch::Sender<bool>,
     plugs: watch::Sender<u64>,
+    makes: watch::Sender<Option<Made>>,
     answer: mpsc::UnboundedSender<Option<String>>,
 }
 
@@ -298,6 +319,9 @@ impl Listener {
                 }
                 Ok((Event::MemoryPlugged { mib }, _)) => {
                     self.plugs.send_replace(mib);
+                }
+                Ok((Event::TemplateMade(failed), _)) => {
+                    self.makes.send_replace(Some(failed.map_or(Ok(()), |why| Err(one_line(&why)))));
                 }
                 Ok((Event::Done(outcome), _)) => {
                     // Without a receiver, nobody will ask again.

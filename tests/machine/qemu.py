@@ -56,21 +56,36 @@ def host_tsc_khz():
         return int(float(re.search(r"bogomips\s*:\s*([\d.]+)", cpuinfo.read()).group(1)) * 500)
 
 
-def kernel_arguments():
+def processor(counted):
+    """QEMU's arguments for the processors of the machine, of which there is only one that counts instructions.
+
+    Counted: an instruction is a nanosecond of the machine's clock, which skips the time in which nothing runs. Runs then
+    repeat within a few per cent, whatever else this host does.
+    """
+    if not counted:
+        return ["-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "EPYC,+svm,+npt", "-smp", str(CPUS)]
+    return [
+        "-accel", "tcg,thread=single,tb-size=1024", "-cpu", "EPYC,+svm,+npt,-rdrand,-rdseed", "-smp", "1",
+        "-icount", "shift=0,sleep=off", "-seed", "1", "-rtc", "clock=vm,base=2026-01-01",
+    ]  # fmt: skip
+
+
+def kernel_arguments(counted):
     return " ".join([
         "console=ttyS0 quiet panic=-1",
         # Emulated instructions are expensive, and the machine runs nothing secret.
         "mitigations=off nokaslr",
         # The emulated timers are too imprecise to calibrate against: without this the clock once ran three times too fast.
-        f"tsc=reliable no_timer_check tsc_early_khz={host_tsc_khz()}",
+        f"tsc=reliable no_timer_check tsc_early_khz={1000000 if counted else host_tsc_khz()}",
+        *(["norandmaps"] if counted else []),
     ])
 
 
-def snapshot_directory(machine_directory):
+def snapshot_directory(machine_directory, counted=False):
     """Where the snapshot for this QEMU on this kind of host belongs."""
     version = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
     with open(__file__) as this_file:
-        text = version + kernel_arguments() + this_file.read()
+        text = version + kernel_arguments(counted) + this_file.read()
     return os.path.join(machine_directory, "snapshot-" + hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
@@ -86,8 +101,9 @@ def die_with_parent():
 class Machine:
     """One run of QEMU. Use as a context manager: leaving it ends QEMU and removes every temporary file."""
 
-    def __init__(self, machine_directory):
+    def __init__(self, machine_directory, counted=False):
         self.directory = machine_directory
+        self.counted = counted
         self.work = tempfile.mkdtemp(prefix="katana-machine.")
         self.process = None
         self.received = b""
@@ -165,11 +181,10 @@ class Machine:
         self.monitor.settimeout(QMP_SECONDS)
         command = [
             QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-            "-machine", "q35,memory-backend=memory", "-accel", "tcg,thread=multi,tb-size=1024",
-            "-cpu", "EPYC,+svm,+npt", "-smp", str(CPUS), "-m", str(MEMORY_MIB),
+            "-machine", "q35,memory-backend=memory", *processor(self.counted), "-m", str(MEMORY_MIB),
             "-kernel", os.path.join(self.directory, "vmlinux"),
             "-initrd", os.path.join(self.directory, "initrd"),
-            "-append", kernel_arguments(),
+            "-append", kernel_arguments(self.counted),
             "-chardev", f"file,id=console,path={self._console_log()}", "-device", "isa-serial,chardev=console",
             "-chardev", f"socket,id=commands,fd={qemu_port.fileno()}", "-device", "isa-serial,chardev=commands",
             "-chardev", f"socket,id=monitor,fd={qemu_monitor.fileno()}", "-mon", "chardev=monitor,mode=control",

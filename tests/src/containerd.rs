@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::command::Command;
+use crate::cri;
 use crate::host::eventually;
 use crate::process::Process;
 
@@ -103,7 +104,7 @@ impl Instance {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed).to_string();
         let containerd = Containerd(PathBuf::from(format!("/run/katana-test-{number}")));
         let instance = Self { number, containerd };
-        instance.script(version, "--start").output().ok();
+        instance.run(version, "--start");
         instance
     }
 
@@ -132,10 +133,12 @@ impl Instance {
         &self.containerd
     }
 
-    fn script(&self, version: Version, action: &str) -> Command {
+    #[track_caller]
+    fn run(&self, version: Version, action: &str) {
         let script = std::env::var("KATANA_WITH_CONTAINERD").expect("KATANA_WITH_CONTAINERD is not set");
         let version = if version == Version::Two { "2" } else { "1" };
-        Command::new(&[&script, "--instance", &self.number, "--containerd", version, action])
+        Command::new(&[&script, "--instance", &self.number, "--containerd", version, action]).output().ok();
+        assert!(eventually(|| cri::is_ready(&self.containerd)), "containerd does not answer kubelet");
     }
 
     /// Ends containerd by a signal; what it runs goes on.
@@ -159,7 +162,7 @@ impl Instance {
     /// When it does not come up.
     #[track_caller]
     pub fn restart(&self, version: Version) {
-        self.script(version, "--restart").output().ok();
+        self.run(version, "--restart");
     }
 }
 

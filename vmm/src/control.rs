@@ -10,6 +10,7 @@ use nix::sys::socket::{setsockopt, sockopt::SendTimeout};
 use nix::sys::time::TimeVal;
 
 use crate::end::{End, Ended};
+use crate::kvm;
 use crate::machine::Slots;
 use crate::sync::lock;
 use crate::virtio::{blk, net};
@@ -83,6 +84,8 @@ enum Refused {
     Disk { slot: u8, error: blk::AttachError },
     #[error("network slot {slot}: {error}")]
     Net { slot: u8, error: net::AttachError },
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
 }
 
 /// Serves requests on the event loop.
@@ -131,13 +134,12 @@ impl ControlService {
     fn attach_disk(&self, slot: u8, read_only: bool, fd: OwnedFd) -> Result<(), Refused> {
         let disk = self.slots.disks.get(usize::from(slot)).ok_or(Refused::NoDisk(slot))?;
         lock(&disk.device).attach(fd.into(), read_only).map_err(|error| Refused::Disk { slot, error })?;
-        disk.function.show(true);
-        Ok(())
+        Ok(disk.show()?)
     }
 
     fn detach_disk(&self, slot: u8) -> Result<(), Refused> {
         let disk = self.slots.disks.get(usize::from(slot)).ok_or(Refused::NoDisk(slot))?;
-        disk.function.show(false);
+        disk.hide();
         lock(&disk.device).detach();
         Ok(())
     }
@@ -151,8 +153,7 @@ impl ControlService {
     ) -> Result<(), Refused> {
         let net = self.slots.nets.get(usize::from(slot)).ok_or(Refused::NoNet(slot))?;
         lock(&net.device).attach(tap, mac, vhost).map_err(|error| Refused::Net { slot, error })?;
-        net.function.show(true);
-        Ok(())
+        Ok(net.show()?)
     }
 }
 

@@ -4,21 +4,18 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting,
-    kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_pit_config,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::errno;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::irq::{Irqfds, MessageLine};
 use crate::memory::{GuestMemory, Mapping};
 use crate::pci::{Doorbell, Line};
-use crate::sync::lock;
 
 /// The API version since Linux 2.6.22; it will not change (KVM API, 4.1).
 const API_VERSION: i32 = 12;
@@ -26,6 +23,7 @@ const API_VERSION: i32 = 12;
 const REQUIRED: &[(Cap, &str)] = &[
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
@@ -39,8 +37,6 @@ const REQUIRED: &[(Cap, &str)] = &[
 /// Four pages that Intel CPUs without unrestricted guest mode need, in the hole below the BIOS area.
 const IDENTITY_MAP: u64 = 0xfffb_c000;
 const TSS: usize = 0xfffb_d000;
-/// Pins of the IO-APIC; interrupt lines of devices come after them.
-pub const IOAPIC_PINS: u32 = 24;
 
 /// Why there is no virtual machine.
 #[derive(Debug, thiserror::Error)]
@@ -70,12 +66,6 @@ pub enum Error {
         /// What the kernel said.
         error: errno::Error,
     },
-    /// No descriptors left.
-    #[error("eventfd: {0}")]
-    EventFd(io::Error),
-    /// The routing table is full.
-    #[error("interrupt routing: {0}")]
-    Routing(&'static str),
 }
 
 fn call(call: &'static str) -> impl FnOnce(errno::Error) -> Error {
@@ -85,8 +75,9 @@ fn call(call: &'static str) -> impl FnOnce(errno::Error) -> Error {
 /// A virtual machine without memory, vCPUs and devices, but with its interrupt controllers and timer.
 pub struct Vm {
     fd: Arc<VmFd>,
-    router: Arc<Router>,
+    irqfds: Arc<Irqfds>,
     slots: u32,
+    kvm: Kvm,
     /// CPUID as this KVM can offer it.
     pub cpuid: CpuId,
     /// Whether the local APIC's timer has the TSC deadline mode.
@@ -115,8 +106,22 @@ impl Vm {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(call("KVM_CREATE_PIT2"))?;
         let fd = Arc::new(fd);
-        let router = Arc::new(Router { vm: fd.clone(), table: Mutex::new(Table::new()) });
-        Ok(Self { fd, router, slots: 0, cpuid, tsc_deadline })
+        let irqfds = Arc::new(Irqfds::new(fd.clone()));
+        Ok(Self { fd, irqfds, slots: 0, kvm, cpuid, tsc_deadline })
+    }
+
+    /// The kernel's machine itself.
+    pub fn fd(&self) -> Arc<VmFd> {
+        self.fd.clone()
+    }
+
+    /// The registers of a vCPU that this KVM knows.
+    ///
+    /// # Errors
+    /// When the host does not tell.
+    pub fn msr_indices(&self) -> Result<Vec<u32>, Error> {
+        let list = self.kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(list.as_slice().to_vec())
     }
 
     /// Makes a vCPU; the first one has number 0.
@@ -166,23 +171,29 @@ impl Vm {
         Ok(())
     }
 
-    /// Wires a doorbell: from then on the kernel makes its event readable when the guest writes there.
-    ///
-    /// # Errors
-    /// When the host cannot.
-    pub fn add_doorbell(&self, doorbell: &Doorbell) -> Result<(), Error> {
-        let address = IoEventAddress::Mmio(doorbell.address);
-        self.fd.register_ioevent(&doorbell.event, &address, NoDatamatch).map_err(call("KVM_IOEVENTFD"))
-    }
-
     /// A new interrupt line for messages.
-    ///
-    /// # Errors
-    /// When there are no descriptors or lines left.
-    pub fn message_line(&self) -> Result<Box<dyn Line>, Error> {
-        let gsi = lock(&self.router.table).reserve()?;
-        let event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::EventFd)?);
-        Ok(Box::new(MessageLine { router: self.router.clone(), gsi, event, wired: false }))
+    pub fn message_line(&self) -> Box<dyn Line> {
+        Box::new(MessageLine::new(self.fd.clone(), self.irqfds.clone()))
+    }
+}
+
+/// Wires doorbells: from then on the kernel makes their events readable when the guest writes there.
+///
+/// # Errors
+/// When the host cannot.
+pub fn add_doorbells(vm: &VmFd, doorbells: &[Doorbell]) -> Result<(), Error> {
+    let add = |doorbell: &Doorbell| {
+        let address = IoEventAddress::Mmio(doorbell.address);
+        vm.register_ioevent(&doorbell.event, &address, NoDatamatch)
+    };
+    doorbells.iter().try_for_each(add).map_err(call("KVM_IOEVENTFD"))
+}
+
+/// Takes them away again, those that are there.
+pub fn remove_doorbells(vm: &VmFd, doorbells: &[Doorbell]) {
+    for doorbell in doorbells {
+        let address = IoEventAddress::Mmio(doorbell.address);
+        let _ = vm.unregister_ioevent(&doorbell.event, &address, NoDatamatch);
     }
 }
 
@@ -216,93 +227,6 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, errno::Error> {
     }
 }
 
-/// The routes of interrupts. The kernel only takes all of them at once.
-struct Router {
-    vm: Arc<VmFd>,
-    table: Mutex<Table>,
-}
-
-struct Table {
-    entries: Vec<kvm_irq_routing_entry>,
-    next: u32,
-}
-
-impl Table {
-    /// The routes that KVM makes by default: ISA lines to both controllers, the rest to the IO-APIC.
-    fn new() -> Self {
-        let route = |gsi: u32, irqchip: u32, pin: u32| {
-            let mut entry =
-                kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
-            entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
-            entry
-        };
-        let mut entries = Vec::new();
-        for gsi in 0..IOAPIC_PINS {
-            match gsi {
-                0..8 => entries.push(route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)),
-                8..16 => entries.push(route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)),
-                _ => {}
-            }
-            entries.push(route(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-        }
-        Self { entries, next: IOAPIC_PINS }
-    }
-
-    fn reserve(&mut self) -> Result<u32, Error> {
-        // KVM allows 4096 routes; 31 devices with at most a few dozen vectors stay far below.
-        if self.next as usize >= kvm_bindings::KVM_MAX_IRQ_ROUTES - 2 * IOAPIC_PINS as usize {
-            return Err(Error::Routing("too many interrupt lines"));
-        }
-        self.next += 1;
-        Ok(self.next - 1)
-    }
-
-    fn set_message(&mut self, gsi: u32, address: u64, data: u32) {
-        let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
-        entry.u.msi = kvm_irq_routing_msi {
-            address_lo: address as u32,
-            address_hi: (address >> 32) as u32,
-            data,
-            ..Default::default()
-        };
-        match self.entries.iter_mut().find(|entry| entry.gsi == gsi) {
-            Some(old) => *old = entry,
-            None => self.entries.push(entry),
-        }
-    }
-}
-
-/// A line whose events the kernel turns into messages, without coming back to us: an irqfd.
-struct MessageLine {
-    router: Arc<Router>,
-    gsi: u32,
-    event: Arc<EventFd>,
-    wired: bool,
-}
-
-impl Line for MessageLine {
-    fn set_message(&mut self, address: u64, data: u32) -> io::Result<()> {
-        let mut table = lock(&self.router.table);
-        table.set_message(self.gsi, address, data);
-        let routing = KvmIrqRouting::from_entries(&table.entries).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        self.router.vm.set_gsi_routing(&routing)?;
-        if !self.wired {
-            self.router.vm.register_irqfd(&self.event, self.gsi)?;
-            self.wired = true;
-        }
-        Ok(())
-    }
-
-    fn send(&self) {
-        // The kernel consumes the event at once; a full counter means that it is on its way already.
-        let _ = self.event.write(1);
-    }
-
-    fn event(&self) -> Option<Arc<EventFd>> {
-        Some(self.event.clone())
-    }
-}
-
 impl AsRawFd for Vm {
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.fd.as_raw_fd()
@@ -319,21 +243,5 @@ mod tests {
             let error = Vm::new(File::open(path).unwrap().into(), 1).err().unwrap();
             assert!(error.to_string().starts_with("/dev/kvm: not a KVM device: "), "{error}");
         }
-    }
-
-    #[test]
-    fn messages_are_routed_beside_the_default_lines() {
-        let mut table = Table::new();
-        let default = table.entries.len();
-        let gsi = table.reserve().unwrap();
-        assert_eq!(gsi, IOAPIC_PINS);
-        table.set_message(gsi, 0x1_fee0_0000, 0x31);
-        table.set_message(gsi, 0x2_fee0_1000, 0x32);
-        assert_eq!(table.entries.len(), default + 1);
-        let last = table.entries.last().unwrap();
-        // SAFETY: a message is what was put there.
-        let message = unsafe { last.u.msi };
-        assert_eq!((last.gsi, last.type_), (gsi, KVM_IRQ_ROUTING_MSI));
-        assert_eq!((message.address_lo, message.address_hi, message.data), (0xfee0_1000, 2, 0x32));
     }
 }

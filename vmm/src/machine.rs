@@ -3,26 +3,31 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use katana_protocol::SHARE_TAG;
-use katana_protocol::vmm::{ExitReason, Machine as Shape};
+use katana_protocol::vmm::{ExitReason, Machine as Shape, Template};
+use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::board::Board;
 use crate::boot;
 use crate::bus::{Bus, Overlap};
 use crate::console_ring::ConsoleRing;
-use crate::cpu::{self, Topology};
+use crate::cpu;
 use crate::end::{End, Ended};
 use crate::i8042::{self, I8042};
 use crate::jail::Room;
 use crate::kvm::{self, Vm};
 use crate::memory::{self, BARS, GuestMemory, Pluggable};
 use crate::mptable::MAX_VCPUS;
-use crate::pci::{self, BAR_SIZE, PciBus, VirtioPci};
+use crate::pci::{self, BAR_SIZE, PciBus, RestoreError, VirtioPci};
 use crate::seccomp::{self, Kind};
 use crate::serial::{self, Serial};
+use crate::sync::lock;
+use crate::template::{self, Maker, State};
 use crate::vcpu::Vcpu;
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
@@ -35,13 +40,6 @@ use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Incoming, Vsock};
 
-/// What every guest kernel is told: the image is its root (which appears a moment after its driver), the console is
-/// virtio's once it is there, a reset ends the VM, and the hardware need not be searched for what this machine does
-/// not have.
-const KERNEL_PARAMETERS: &str = "console=hvc0 earlyprintk=ttyS0 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always \
-    rootwait=5 ro init=/sbin/init reboot=k panic=-1 pci=conf1 no_timer_check tsc=reliable cryptomgr.notests \
-    dummy.numdummies=0 memhp_default_state=online memory_hotplug.online_policy=auto-movable";
-
 /// The files that the machine works with.
 pub struct Files {
     /// /dev/kvm.
@@ -50,6 +48,8 @@ pub struct Files {
     pub kernel: File,
     /// The guest's image.
     pub image: File,
+    /// The template to be made or used.
+    pub template: Option<File>,
 }
 
 /// Why there is no machine.
@@ -95,10 +95,16 @@ pub enum Error {
     /// The event loop.
     #[error("event loop: {0}")]
     Events(event_manager::Error),
+    /// A template with other devices.
+    #[error("template: {0}")]
+    Restore(#[from] RestoreError),
     /// Seccomp.
     #[error(transparent)]
     Seccomp(#[from] seccomp::Error),
 }
+
+/// Is told how the making of a template went.
+pub type Made = Box<dyn FnOnce(Result<(), template::Error>) + Send>;
 
 type Loop = EventManager<Box<dyn MutEventSubscriber>>;
 
@@ -120,8 +126,27 @@ pub struct Slots {
 pub struct Slot<D> {
     /// The device.
     pub device: Arc<Mutex<D>>,
-    /// Its function on the bus.
-    pub function: Arc<VirtioPci>,
+    function: Arc<VirtioPci>,
+    vm: Arc<VmFd>,
+    bar: u32,
+}
+
+impl<D> Slot<D> {
+    /// Has the guest find the device when it looks.
+    ///
+    /// # Errors
+    /// When KVM has no room for its doorbells.
+    pub fn show(&self) -> Result<(), kvm::Error> {
+        kvm::add_doorbells(&self.vm, &self.function.doorbells(self.bar))?;
+        self.function.show(true);
+        Ok(())
+    }
+
+    /// Has the guest find nothing any more.
+    pub fn hide(&self) {
+        self.function.show(false);
+        kvm::remove_doorbells(&self.vm, &self.function.doorbells(self.bar));
+    }
 }
 
 /// A machine that is put together but does not run yet.
@@ -134,7 +159,7 @@ pub struct Machine {
 
 impl Machine {
     /// Puts the machine together; answers it and what can be attached to. `incoming` is told of every stream that the guest
-    /// opens, `plugged` of the memory that it has plugged.
+    /// opens, `plugged` of the memory that it has plugged, `made` of the template if one is to be made.
     ///
     /// # Errors
     /// When something is missing or wrong; the text names it.
@@ -144,20 +169,13 @@ impl Machine {
         room: Room,
         incoming: Incoming,
         plugged: Told,
+        made: Made,
     ) -> Result<(Self, Slots), Error> {
         if !(1..=shape.max_vcpus).contains(&shape.vcpus) || shape.max_vcpus > MAX_VCPUS {
             return Err(Error::Vcpus(shape.vcpus, shape.max_vcpus));
         }
-        let mut vm = Vm::new(files.kvm, shape.max_vcpus)?;
-        let image = memory::map_image(&files.image)?;
-        let pluggable = memory::pluggable_range(shape.memory_mib, image.size(), shape.pluggable_mib);
-        let memory = memory::create(shape.memory_mib, pluggable)?;
-        vm.add_memory(&memory)?;
-        let image_address = memory::image_address(shape.memory_mib);
-        vm.add_read_only(image_address, &image)?;
-
-        let parameters = kernel_parameters(shape);
-        let entry = boot::load(&memory, &mut files.kernel, &parameters, shape.memory_mib, shape.max_vcpus)?;
+        let (board, saved) = board(shape, &mut files)?;
+        let Board { vm, memory, pluggable, image, vcpus } = board;
 
         let console = ConsoleRing::new(shape.debug);
         let pluggable = pluggable.map(|range| Pluggable::new(memory.clone(), range)).transpose();
@@ -165,9 +183,9 @@ impl Machine {
         let mut devices = Devices::new(vm, memory)?;
         let output = console.clone();
         devices.add("virtio-console", Console::new(Arc::new(move |bytes| output.push(bytes))))?;
-        devices.add("virtio-pmem", Pmem::new(image_address, image.size()))?;
+        devices.add("virtio-pmem", Pmem::new(image.0, image.1))?;
         devices.add("virtio-fs", Fs::new(SHARE_TAG, room.proc_self_fd))?;
-        let vsock = devices.add("virtio-vsock", Vsock::new(incoming))?;
+        let vsock = devices.add("virtio-vsock", Vsock::new(shape.guest_cid, incoming))?;
         devices.add("virtio-rng", Rng::new())?;
         devices.add("virtio-balloon", Balloon::new())?;
         let memory =
@@ -176,12 +194,26 @@ impl Machine {
         let disks = (0..shape.disk_slots).map(disk).collect::<Result<_, _>>()?;
         let card = |_| devices.add_slot("virtio-net", Net::new());
         let nets = (0..shape.net_slots).map(card).collect::<Result<_, _>>()?;
+        if let Some(saved) = saved {
+            devices.restore(&saved)?;
+            lock(&vsock).moved_from(saved.guest_cid());
+        }
+        let maker =
+            devices.maker(shape, files.template.filter(|_| shape.template == Template::Make), made)?;
 
         let end = Arc::new(End::new().map_err(|error| Error::Host { what: "eventfd", error })?);
-        let Devices { vm, pci, addresses, mut events, .. } = devices;
+        let Devices { pci, addresses, mut events, .. } = devices;
         events.add_subscriber(Box::new(EndWatch(end.clone())));
         let ports = ports(pci, &console, &end)?;
-        let vcpus = vcpus(&vm, shape, &entry, &Arc::new(ports), &Arc::new(addresses), &end)?;
+        let (ports, addresses) = (Arc::new(ports), Arc::new(addresses));
+        let vcpu = |(number, fd)| {
+            let (ports, addresses, end) = (ports.clone(), addresses.clone(), end.clone());
+            Vcpu { fd, number, ports, addresses, end, maker: None }
+        };
+        let mut vcpus: Vec<Vcpu> = (0..).zip(vcpus).map(vcpu).collect();
+        if let Some(first) = vcpus.first_mut() {
+            first.maker = maker;
+        }
         Ok((Self { vcpus, events, console, end }, Slots { vsock, disks, nets, memory }))
     }
 
@@ -237,11 +269,19 @@ impl Machine {
     }
 }
 
-fn kernel_parameters(shape: &Shape) -> String {
-    // Parameters take effect in their order: `quiet` after `earlyprintk` would come too late for the first lines.
-    let volume = if shape.debug { "" } else { "quiet " };
-    let vcpus = shape.vcpus;
-    format!("{volume}{KERNEL_PARAMETERS} maxcpus={vcpus} {}", shape.kernel_params).trim_end().to_owned()
+/// The board, and what the devices need of the template if it comes from one.
+fn board(shape: &Shape, files: &mut Files) -> Result<(Board, Option<State>), Error> {
+    if shape.template == Template::Use {
+        let restored = files.template.as_ref().ok_or(template::Error::NoFile);
+        let board = Board::new(shape, files)?;
+        match restored.and_then(|file| board.restore(shape, file)) {
+            Ok(state) => return Ok((board, Some(state))),
+            Err(error) => log::warn!("template: {error}; the VM boots without it"),
+        }
+    }
+    let board = Board::new(shape, files)?;
+    board.boot(shape, &mut files.kernel)?;
+    Ok((board, None))
 }
 
 /// The devices as they come: each takes the next slot of the bus, and the addresses that belong to it.
@@ -251,35 +291,63 @@ struct Devices {
     pci: PciBus,
     addresses: Bus,
     events: Loop,
+    functions: Vec<Arc<VirtioPci>>,
+    ready: Arc<AtomicBool>,
 }
+
+/// A device, its function on the bus, and the address of its BAR.
+type Placed<D> = (Arc<Mutex<D>>, Arc<VirtioPci>, u32);
 
 impl Devices {
     fn new(vm: Vm, memory: GuestMemory) -> Result<Self, Error> {
         let events = EventManager::new().map_err(Error::Events)?;
-        Ok(Self { vm, memory, pci: PciBus::new(), addresses: Bus::default(), events })
+        let ready = Arc::new(AtomicBool::new(false));
+        let (pci, addresses) = (PciBus::new(ready.clone()), Bus::default());
+        Ok(Self { vm, memory, pci, addresses, events, functions: Vec::new(), ready })
+    }
+
+    /// Has all devices go on where those of a template stopped.
+    fn restore(&self, saved: &State) -> Result<(), Error> {
+        if saved.functions.len() != self.functions.len() {
+            return Err(Error::Restore(RestoreError::Other));
+        }
+        self.functions.iter().zip(&saved.functions).try_for_each(|(f, saved)| Ok(f.restore(saved)?))
+    }
+
+    /// What makes a template out of this machine.
+    fn maker(&self, shape: &Shape, file: Option<File>, made: Made) -> Result<Option<Maker>, Error> {
+        let Some(file) = file else { return Ok(None) };
+        Ok(Some(Maker {
+            ready: self.ready.clone(),
+            vm: self.vm.fd(),
+            msr_indices: self.vm.msr_indices()?,
+            memory: self.memory.clone(),
+            functions: self.functions.clone(),
+            shape: shape.clone(),
+            file,
+            made,
+        }))
     }
 
     fn add<D>(&mut self, name: &'static str, device: io::Result<D>) -> Result<Arc<Mutex<D>>, Error>
     where
         D: VirtioDevice + 'static,
     {
-        Ok(self.place(name, device)?.0)
+        let (device, function, bar) = self.place(name, device)?;
+        kvm::add_doorbells(&self.vm.fd(), &function.doorbells(bar))?;
+        Ok(device)
     }
 
     fn add_slot<D>(&mut self, name: &'static str, device: io::Result<D>) -> Result<Slot<D>, Error>
     where
         D: VirtioDevice + 'static,
     {
-        let (device, function) = self.place(name, device)?;
+        let (device, function, bar) = self.place(name, device)?;
         function.show(false);
-        Ok(Slot { device, function })
+        Ok(Slot { device, function, vm: self.vm.fd(), bar })
     }
 
-    fn place<D>(
-        &mut self,
-        name: &'static str,
-        device: io::Result<D>,
-    ) -> Result<(Arc<Mutex<D>>, Arc<VirtioPci>), Error>
+    fn place<D>(&mut self, name: &'static str, device: io::Result<D>) -> Result<Placed<D>, Error>
     where
         D: VirtioDevice + 'static,
     {
@@ -287,7 +355,7 @@ impl Devices {
         let slot = self.pci.next_slot().ok_or(Error::Slots)?;
         let bar = BARS as u32 + slot as u32 * BAR_SIZE;
         let queues = device.queue_sizes().len();
-        let lines = (0..pci::vectors(queues)).map(|_| self.vm.message_line()).collect::<Result<_, _>>()?;
+        let lines = (0..pci::vectors(queues)).map(|_| self.vm.message_line()).collect();
         let kick = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let kicks = (0..queues).map(|_| kick()).collect::<io::Result<_>>();
         let kicks = kicks.map_err(|error| Error::Host { what: "eventfd", error })?;
@@ -295,13 +363,11 @@ impl Devices {
         let device = Arc::new(Mutex::new(device));
         let shared: Arc<Mutex<dyn VirtioDevice>> = device.clone();
         let function = Arc::new(VirtioPci::new(shared.clone(), self.memory.clone(), bar, lines, kicks));
-        for doorbell in function.doorbells(bar) {
-            self.vm.add_doorbell(&doorbell)?;
-        }
         self.addresses.insert(u64::from(bar)..u64::from(bar) + u64::from(BAR_SIZE), function.clone())?;
         self.pci.push(function.clone());
+        self.functions.push(function.clone());
         self.events.add_subscriber(Box::new(shared));
-        Ok((device, function))
+        Ok((device, function, bar))
     }
 }
 
@@ -311,23 +377,6 @@ fn ports(pci: PciBus, console: &ConsoleRing, end: &Arc<End>) -> Result<Bus, Over
     ports.insert(serial::PORTS, Arc::new(Serial::new(console.clone())))?;
     ports.insert(i8042::PORTS, Arc::new(I8042::new(end.clone())))?;
     Ok(ports)
-}
-
-fn vcpus(
-    vm: &Vm,
-    shape: &Shape,
-    entry: &boot::Entry,
-    ports: &Arc<Bus>,
-    addresses: &Arc<Bus>,
-    end: &Arc<End>,
-) -> Result<Vec<Vcpu>, Error> {
-    let topology = Topology { vcpus: shape.max_vcpus, tsc_deadline: vm.tsc_deadline };
-    let vcpu = |number| {
-        let fd = vm.create_vcpu(number)?;
-        cpu::set_up(&fd, number, &vm.cpuid, &topology, entry)?;
-        Ok(Vcpu { fd, number, ports: ports.clone(), addresses: addresses.clone(), end: end.clone() })
-    };
-    (0..shape.max_vcpus).map(vcpu).collect()
 }
 
 /// Wakes the event loop at the end.

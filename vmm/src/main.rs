@@ -1,13 +1,16 @@
 //! kata-vmm: one virtual machine, one process. Started by containerd-shim-kata-v2, which hands over all that it
 //! works with; see `katana_protocol::vmm`.
 
+mod board;
 mod boot;
 mod bus;
+mod chips;
 mod console_ring;
 mod control;
 mod cpu;
 mod end;
 mod i8042;
+mod irq;
 mod jail;
 mod kvm;
 mod logger;
@@ -18,6 +21,7 @@ mod pci;
 mod seccomp;
 mod serial;
 mod sync;
+mod template;
 mod vcpu;
 mod virtio;
 
@@ -90,7 +94,14 @@ fn run(control: &Control) -> Result<(), Error> {
             log::warn!("control socket: {error}");
         }
     });
-    let (mut machine, slots) = Machine::build(&shape, files, room, incoming, plugged)?;
+    let teller = control.clone();
+    let made = Box::new(move |made: Result<(), template::Error>| {
+        let failed = made.err().map(|error| error.to_string());
+        if let Err(error) = teller.tell(&Event::TemplateMade(failed)) {
+            log::warn!("control socket: {error}");
+        }
+    });
+    let (mut machine, slots) = Machine::build(&shape, files, room, incoming, plugged, made)?;
     machine.subscribe(ControlService::new(control.clone(), slots, machine.end()));
     machine.start()?;
     control.tell(&Event::Running)?;
@@ -108,6 +119,9 @@ fn close_strangers() {
 fn receive_machine(control: &Control) -> Result<(Shape, Files, OwnedFd), Error> {
     let (request, fds) = control.next()?;
     let Request::Boot(shape) = request else { return Err(Error::FirstMessage) };
-    let [kvm, kernel, image, share] = <[OwnedFd; 4]>::try_from(fds).map_err(|_| Error::FirstMessage)?;
-    Ok((shape, Files { kvm, kernel: kernel.into(), image: image.into() }, share))
+    let mut fds = fds.into_iter();
+    let mut next = || fds.next().ok_or(Error::FirstMessage);
+    let (kvm, kernel, image, share) = (next()?, next()?.into(), next()?.into(), next()?);
+    let template = next().ok().map(Into::into);
+    Ok((shape, Files { kvm, kernel, image, template }, share))
 }

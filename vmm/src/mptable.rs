@@ -1,7 +1,9 @@
 //! The MP table, by which the guest finds its CPUs and its I/O APIC: Intel MultiProcessor Specification 1.4.
 
-use crate::kvm::IOAPIC_PINS;
 use crate::memory::{BIOS, IOAPIC, LOCAL_APIC};
+
+/// Pins of the I/O APIC that KVM emulates.
+pub const IOAPIC_PINS: u32 = 24;
 
 /// Most vCPUs: the I/O APIC needs an id of its own after theirs, and 255 means "all".
 pub const MAX_VCPUS: u8 = 254;

@@ -12,6 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use crate::bus::Bus;
 use crate::end::{End, Ended};
 use crate::seccomp::{self, Kind};
+use crate::template::Maker;
 
 /// A vCPU that does not run yet.
 pub struct Vcpu {
@@ -25,6 +26,8 @@ pub struct Vcpu {
     pub addresses: Arc<Bus>,
     /// Where the end of the VM is told.
     pub end: Arc<End>,
+    /// What makes a template when it is time.
+    pub maker: Option<Maker>,
 }
 
 impl Vcpu {
@@ -34,7 +37,8 @@ impl Vcpu {
     /// When there can be no more threads.
     pub fn start(mut self) -> io::Result<()> {
         let body = move || {
-            let ended = match seccomp::install(Kind::Vcpu) {
+            let kind = if self.maker.is_some() { Kind::TemplateVcpu } else { Kind::Vcpu };
+            let ended = match seccomp::install(kind) {
                 Ok(()) => self.run(),
                 Err(error) => Some(Ended::Internal(format!("vCPU {}: {error}", self.number))),
             };
@@ -48,12 +52,17 @@ impl Vcpu {
     }
 
     /// Runs until the VM ends; answers the reason unless it has been told already.
-    fn run(&mut self) -> Option<Ended> {
+    pub(crate) fn run(&mut self) -> Option<Ended> {
         loop {
             match self.fd.run() {
                 Ok(VcpuExit::IoIn(port, data)) => self.ports.read(u64::from(port), data),
                 Ok(VcpuExit::IoOut(port, data)) => {
                     self.ports.write(u64::from(port), data);
+                    if let Some(maker) = self.maker.take_if(|maker| maker.is_due())
+                        && let Err(error) = self.make_template(maker)
+                    {
+                        return Some(Ended::Internal(format!("vCPU {}: {error}", self.number)));
+                    }
                     if self.end.reached().is_some() {
                         return None;
                     }
@@ -79,6 +88,16 @@ impl Vcpu {
                 }
             }
         }
+    }
+
+    fn make_template(&mut self, maker: Maker) -> Result<(), seccomp::Error> {
+        // The instruction that led here has taken effect only when KVM is entered again (KVM API, 5, KVM_EXIT_IO).
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+        maker.make(&self.fd);
+        // From now on like all others.
+        seccomp::install(Kind::Vcpu)
     }
 
     fn instruction(&self) -> String {

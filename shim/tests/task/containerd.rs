@@ -329,7 +329,7 @@ fn configure(directory: &Path, kernel_params: &str) {
     fs::write(&image, erofs).unwrap();
     let text = format!(
         "[hypervisor.katana]\npath = {vmm:?}\nkernel = {kernel:?}\nimage = {image:?}\nkernel_params = {kernel_params:?}\n\
-         [agent.kata]\ndial_timeout = 3\n"
+         [agent.kata]\ndial_timeout = 3\n[factory]\nenable_template = false\n"
     );
     fs::write(directory.join("configuration.toml"), text).unwrap();
 }

@@ -45,6 +45,13 @@ fn call<Answer: Message>(
     grpc::call(&containerd.address(), &method, request, environment::hang_limit())
 }
 
+/// Whether a containerd that has started answers kubelet, too.
+pub fn is_ready(containerd: &Containerd) -> bool {
+    let pods: Result<messages::ListPodSandboxResponse, _> =
+        call(containerd, "ListPodSandbox", &messages::Nothing::new());
+    pods.is_ok()
+}
+
 /// A message from JSON.
 ///
 /// # Panics

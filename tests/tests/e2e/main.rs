@@ -18,5 +18,6 @@ mod network;
 mod run;
 mod size;
 mod task;
+mod template;
 mod tool;
 mod workload;

@@ -1,6 +1,7 @@
 //! The state in which a vCPU starts.
 
 mod cpuid;
+mod state;
 
 use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -9,10 +10,12 @@ use vmm_sys_util::errno;
 use crate::boot::Entry;
 
 pub use cpuid::Topology;
+pub use state::CpuState;
 
 /// Model specific registers: Intel SDM volume 4.
 mod msr {
     pub const IA32_TSC: u32 = 0x10;
+    pub const IA32_TSC_ADJUST: u32 = 0x3b;
     pub const IA32_MISC_ENABLE: u32 = 0x1a0;
     pub const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 }
@@ -52,15 +55,22 @@ pub enum Error {
     CpuId,
 }
 
-/// Sets up vCPU `vcpu`. The first one starts at `entry`; the others wait for the kernel to start them (INIT and
-/// SIPI), which the interrupt controller in the kernel does.
+/// Tells vCPU `vcpu` what it is. To be done first.
+///
+/// # Errors
+/// When KVM does not take it.
+pub fn identify(fd: &VcpuFd, vcpu: u8, cpuid: &CpuId, topology: &Topology) -> Result<(), Error> {
+    let leaves = CpuId::from_entries(&topology.apply(cpuid.as_slice(), vcpu)).map_err(|_| Error::CpuId)?;
+    fd.set_cpuid2(&leaves).map_err(|error| Error::Call { call: "KVM_SET_CPUID2", vcpu, error })
+}
+
+/// Sets up vCPU `vcpu` as after power-on. One with an `entry` starts there; the others wait for the kernel to start
+/// them (INIT and SIPI), which the interrupt controller in the kernel does.
 ///
 /// # Errors
 /// When KVM does not take a register.
-pub fn set_up(fd: &VcpuFd, vcpu: u8, cpuid: &CpuId, topology: &Topology, entry: &Entry) -> Result<(), Error> {
+pub fn set_up(fd: &VcpuFd, vcpu: u8, entry: Option<&Entry>) -> Result<(), Error> {
     let call = |call| move |error| Error::Call { call, vcpu, error };
-    let leaves = CpuId::from_entries(&topology.apply(cpuid.as_slice(), vcpu)).map_err(|_| Error::CpuId)?;
-    fd.set_cpuid2(&leaves).map_err(call("KVM_SET_CPUID2"))?;
     set_msrs(fd, vcpu)?;
     fd.set_fpu(&kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }).map_err(call("KVM_SET_FPU"))?;
 
@@ -68,7 +78,7 @@ pub fn set_up(fd: &VcpuFd, vcpu: u8, cpuid: &CpuId, topology: &Topology, entry: 
     connect_local_interrupts(&mut lapic);
     fd.set_lapic(&lapic).map_err(call("KVM_SET_LAPIC"))?;
 
-    if vcpu == 0 {
+    if let Some(entry) = entry {
         let mut sregs = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
         flat_protected_mode(&mut sregs);
         fd.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))?;

@@ -1,6 +1,7 @@
 //! The common configuration structure: virtio 1.2, 4.1.4.3. How a driver and a device agree on features and
 //! queues. Everything in here is written by the guest and checked before a device sees it.
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory as _};
 
@@ -93,6 +94,7 @@ pub enum QueueError {
 }
 
 /// The registers.
+#[derive(Clone, Serialize, Deserialize)]
 pub struct CommonConfig {
     offered: u64,
     accepted: u64,
@@ -105,7 +107,7 @@ pub struct CommonConfig {
     queues: Vec<QueueSetup>,
 }
 
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 struct QueueSetup {
     max_size: u16,
     size: u16,
@@ -170,6 +172,12 @@ impl CommonConfig {
     /// Changes what is offered. Seen by a driver that looks from now on.
     pub fn offer(&mut self, features: u64) {
         self.offered = features | TRANSPORT_FEATURES;
+    }
+
+    /// Whether these are registers of a device with the same features and queues.
+    pub fn fits(&self, other: &Self) -> bool {
+        let sizes = |common: &Self| common.queues.iter().map(|queue| queue.max_size).collect::<Vec<_>>();
+        (self.offered, self.vectors, sizes(self)) == (other.offered, other.vectors, sizes(other))
     }
 
     /// The features that both sides have accepted.

@@ -92,6 +92,16 @@ impl ConfigSpace {
         start
     }
 
+    /// All bytes, to be kept.
+    pub fn save(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Takes over the bytes that were kept of a function like this one.
+    pub fn restore(&mut self, saved: &[u8]) {
+        self.bytes.iter_mut().zip(saved).for_each(|(byte, saved)| *byte = *saved);
+    }
+
     /// Reads.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         copy_out(&self.bytes, offset as u64, data);

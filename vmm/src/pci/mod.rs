@@ -7,10 +7,11 @@ mod msix;
 mod transport;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 pub use msix::Line;
-pub use transport::{BAR_SIZE, Doorbell, VirtioPci, vectors};
+pub use transport::{BAR_SIZE, Doorbell, FunctionState, RestoreError, VirtioPci, vectors};
 
 use crate::bus::BusDevice;
 use crate::sync::lock;
@@ -33,15 +34,25 @@ pub trait PciDevice: Send + Sync {
     fn write_config(&self, offset: usize, data: &[u8]);
 }
 
-/// The bridge between CPU and bus. It does nothing, but Linux looks for one before it believes that there is a
-/// bus (pci_sanity_check).
-struct HostBridge(ConfigSpace);
+/// The bridge between CPU and bus. Linux looks for one before it believes that there is a bus (pci_sanity_check). The
+/// agent writes to its register [`READY`] when the guest is up and waits for its pod: user space can do that.
+struct HostBridge {
+    space: ConfigSpace,
+    ready: Arc<AtomicBool>,
+}
+
+/// The first byte of the configuration space that is the device's own.
+const READY: usize = 0x40;
 
 impl PciDevice for HostBridge {
     fn read_config(&self, offset: usize, data: &mut [u8]) {
-        self.0.read(offset, data);
+        self.space.read(offset, data);
     }
-    fn write_config(&self, _offset: usize, _data: &[u8]) {}
+    fn write_config(&self, offset: usize, _data: &[u8]) {
+        if offset == READY {
+            self.ready.store(true, Ordering::Release);
+        }
+    }
 }
 
 /// The bus, as the device behind [`PORTS`].
@@ -51,12 +62,12 @@ pub struct PciBus {
 }
 
 impl PciBus {
-    /// A bus with its host bridge.
-    pub fn new() -> Self {
+    /// A bus with its host bridge; `ready` is set when the guest says so.
+    pub fn new(ready: Arc<AtomicBool>) -> Self {
         // The vendor of QEMU's generic host bridge; any known one does.
         let identity =
             Identity { vendor: 0x1b36, device: 0x0008, class: 0x06_0000, revision: 0, subsystem: 0 };
-        let bridge: Arc<dyn PciDevice> = Arc::new(HostBridge(ConfigSpace::new(&identity)));
+        let bridge: Arc<dyn PciDevice> = Arc::new(HostBridge { space: ConfigSpace::new(&identity), ready });
         Self { address: Mutex::new(0), devices: vec![bridge] }
     }
 
@@ -118,7 +129,7 @@ mod tests {
 
     #[test]
     fn linux_finds_mechanism_1_and_the_host_bridge() {
-        let bus = PciBus::new();
+        let bus = PciBus::new(Arc::default());
         bus.write(3, &[1]);
         assert_eq!(read(&bus, ENABLE, CONFIG_ADDRESS, 4), ENABLE.to_le_bytes());
         assert_eq!(read(&bus, ENABLE | 8, CONFIG_DATA + 2, 2), [0x00, 0x06]);
@@ -127,7 +138,7 @@ mod tests {
 
     #[test]
     fn nothing_answers_elsewhere() {
-        let bus = PciBus::new();
+        let bus = PciBus::new(Arc::default());
         for address in [0, ENABLE | 1 << 11, ENABLE | 1 << 8, ENABLE | 1 << 16, ENABLE | 31 << 11] {
             assert_eq!(read(&bus, address, CONFIG_DATA, 4), [0xff; 4], "{address:#x}");
             bus.write(CONFIG_DATA, &[0; 4]);

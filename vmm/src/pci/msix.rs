@@ -1,8 +1,8 @@
 //! MSI-X: PCI Local Bus Specification 3.0, 6.8.2. One table of vectors per function.
 
-use std::io;
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::copy_out;
@@ -22,14 +22,11 @@ pub const CONTROL_WRITABLE: u16 = ENABLE | FUNCTION_MASK;
 /// Where the message of one vector is sent: an interrupt line of the hypervisor.
 pub trait Line: Send + Sync {
     /// Sets the message that the line sends.
-    ///
-    /// # Errors
-    /// When the hypervisor does not take it.
-    fn set_message(&mut self, address: u64, data: u32) -> io::Result<()>;
+    fn set_message(&mut self, address: u64, data: u32);
     /// Sends the message.
     fn send(&self);
-    /// What sends the message when it is written to, if the line has it.
-    fn event(&self) -> Option<Arc<EventFd>> {
+    /// What sends the message when it is written to, if there can be such a thing.
+    fn event(&mut self) -> Option<Arc<EventFd>> {
         None
     }
 }
@@ -55,7 +52,32 @@ struct Vector {
     line: Box<dyn Line>,
 }
 
+/// The vectors of a function as the driver has set them up: message control, and of each vector address, data, control
+/// and whether it is pending.
+#[derive(Serialize, Deserialize)]
+pub struct MsixState {
+    control: u16,
+    vectors: Vec<(u64, u32, u32, bool)>,
+}
+
 impl Msix {
+    /// The state, to be kept.
+    pub fn save(&self) -> MsixState {
+        let state = lock(&self.state);
+        let vector = |v: &Vector| (v.address, v.data, v.control, v.pending);
+        MsixState { control: state.control, vectors: state.vectors.iter().map(vector).collect() }
+    }
+
+    /// Takes over what was kept of a function like this one.
+    pub fn restore(&self, saved: &MsixState) {
+        let mut state = lock(&self.state);
+        for (vector, saved) in state.vectors.iter_mut().zip(&saved.vectors) {
+            (vector.address, vector.data, vector.control, vector.pending) = *saved;
+        }
+        drop(state);
+        self.set_control(saved.control);
+    }
+
     /// One vector per line, all masked, disabled: the state after a reset.
     pub fn new(lines: Vec<Box<dyn Line>>) -> Self {
         let vectors = u16::try_from(lines.len()).unwrap_or(u16::MAX);
@@ -103,9 +125,11 @@ impl Msix {
 
     /// What interrupts by `vector` when it is written to, while MSI-X is enabled.
     pub fn event(&self, vector: u16) -> Option<Arc<EventFd>> {
-        let state = lock(&self.state);
-        let vector = state.vectors.get(usize::from(vector)).filter(|_| state.control & ENABLE != 0)?;
-        vector.line.event()
+        let mut state = lock(&self.state);
+        if state.control & ENABLE == 0 {
+            return None;
+        }
+        state.vectors.get_mut(usize::from(vector))?.line.event()
     }
 
     /// Reads the table.
@@ -161,10 +185,8 @@ impl State {
         let Some(vector) = self.vectors.get_mut(index) else { return };
         let message = (vector.address, vector.data);
         if vector.routed != Some(message) {
-            match vector.line.set_message(message.0, message.1) {
-                Ok(()) => vector.routed = Some(message),
-                Err(error) => log::warn!("MSI-X vector {index}: message {message:#x?} not accepted: {error}"),
-            }
+            vector.line.set_message(message.0, message.1);
+            vector.routed = Some(message);
         }
         if std::mem::take(&mut vector.pending) {
             vector.line.send();
@@ -204,9 +226,8 @@ pub(crate) mod tests {
     }
 
     impl Line for Recorder {
-        fn set_message(&mut self, address: u64, data: u32) -> io::Result<()> {
+        fn set_message(&mut self, address: u64, data: u32) {
             lock(&self.0).push(Told::Message(address, data));
-            Ok(())
         }
         fn send(&self) {
             lock(&self.0).push(Told::Send);

@@ -3,12 +3,14 @@
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::PciDevice;
 use super::common::{CommonConfig, Effect, NO_VECTOR, SIZE as COMMON_SIZE};
 use super::config::{ConfigSpace, Identity};
-use super::msix::{CONTROL_WRITABLE, Line, Msix};
+use super::msix::{CONTROL_WRITABLE, Line, Msix, MsixState};
 use crate::bus::{BusDevice, copy_out};
 use crate::memory::GuestMemory;
 use crate::sync::lock;
@@ -102,6 +104,29 @@ impl Trigger for Source {
     }
 }
 
+/// What is kept of a function in a template. Its device keeps nothing: all that is going on in it is in the queues.
+#[derive(Serialize, Deserialize)]
+pub struct FunctionState {
+    space: Vec<u8>,
+    common: CommonConfig,
+    msix: MsixState,
+    isr: u8,
+    generation: u8,
+    /// Of each queue, and of configuration changes.
+    vectors: Vec<u16>,
+}
+
+/// Why a function cannot go on where another one stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Another device.
+    #[error("a device with other features or queues")]
+    Other,
+    /// Its queues are not in memory.
+    #[error("its queues: {0}")]
+    Queues(std::io::Error),
+}
+
 /// How many vectors a device with so many queues has: each queue its own, and the configuration.
 pub fn vectors(queues: usize) -> usize {
     queues + 1
@@ -162,14 +187,15 @@ impl VirtioPci {
         }
     }
 
-    /// The doorbells of all queues.
+    /// The doorbells of the device's busy queues. Those of the others come as writes to the BAR.
     pub fn doorbells(&self, bar: u32) -> Vec<Doorbell> {
         let address = |index: usize| u64::from(bar) + NOTIFY + NOTIFY_MULTIPLIER * index as u64;
-        let doorbell = |(index, (event, _)): (usize, &(Arc<EventFd>, _))| Doorbell {
-            address: address(index),
-            event: event.clone(),
+        let busy = lock(&self.device).busy_queues().to_vec();
+        let doorbell = |index| {
+            let (event, _) = self.queues.get(index)?;
+            Some(Doorbell { address: address(index), event: event.clone() })
         };
-        self.queues.iter().enumerate().map(doorbell).collect()
+        busy.into_iter().filter_map(doorbell).collect()
     }
 
     fn write_common(&self, offset: u64, data: &[u8]) {
@@ -201,12 +227,75 @@ impl VirtioPci {
         }
     }
 
+    /// The device as it stands, which nobody may use meanwhile: see [`Self::device`].
+    pub fn save(&self) -> FunctionState {
+        FunctionState {
+            space: lock(&self.space).save(),
+            common: lock(&self.common).clone(),
+            msix: self.msix.save(),
+            isr: self.isr.load(Ordering::Acquire),
+            generation: self.generation.load(Ordering::Acquire),
+            vectors: self.sources().map(|source| source.vector.load(Ordering::Acquire)).collect(),
+        }
+    }
+
+    /// The device behind the function.
+    pub fn device(&self) -> &Mutex<dyn VirtioDevice> {
+        &self.device
+    }
+
+    /// Goes on where a function like this one stopped, whose memory this one has.
+    ///
+    /// # Errors
+    /// When it was none like this one.
+    pub fn restore(&self, saved: &FunctionState) -> Result<(), RestoreError> {
+        let mut common = lock(&self.common);
+        if !common.fits(&saved.common) {
+            return Err(RestoreError::Other);
+        }
+        *common = saved.common.clone();
+        lock(&self.space).restore(&saved.space);
+        self.isr.store(saved.isr, Ordering::Release);
+        self.generation.store(saved.generation, Ordering::Release);
+        for (source, vector) in self.sources().zip(&saved.vectors) {
+            source.vector.store(*vector, Ordering::Release);
+        }
+        self.msix.restore(&saved.msix);
+        if common.driver_ok() {
+            self.activate_again(&common).map_err(RestoreError::Queues)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Self::activate`], with queues that have been in use. Nothing was on its way in them, so where the device
+    /// goes on is where it stopped: behind the last chain that it returned. What the driver made available, or was
+    /// told, in the last moment may not have been noticed, so both sides look again.
+    fn activate_again(&self, common: &CommonConfig) -> std::io::Result<()> {
+        let mut queues = common.checked_queues(&self.memory).map_err(std::io::Error::other)?;
+        for queue in &mut queues {
+            let used = queue.used_idx(&self.memory, Ordering::Acquire).map_err(std::io::Error::other)?.0;
+            queue.set_next_avail(used);
+            queue.set_next_used(used);
+        }
+        let count = queues.len();
+        self.start(common, queues)?;
+        for (kick, source) in self.queues.iter().take(count) {
+            kick.write(1)?;
+            source.trigger();
+        }
+        Ok(())
+    }
+
     fn sources(&self) -> impl Iterator<Item = &Source> {
         self.queues.iter().map(|(_, source)| &**source).chain([&*self.config_interrupt])
     }
 
     fn activate(&self, common: &CommonConfig) -> std::io::Result<()> {
         let queues = common.checked_queues(&self.memory).map_err(std::io::Error::other)?;
+        self.start(common, queues)
+    }
+
+    fn start(&self, common: &CommonConfig, queues: Vec<Queue>) -> std::io::Result<()> {
         let queues = queues.into_iter().zip(&self.queues).map(|(queue, (kick, source))| VirtQueue {
             queue,
             kick: kick.clone(),

@@ -59,15 +59,23 @@ fn bench(code: &[u8]) -> Option<Bench> {
     let mut addresses = Bus::default();
     addresses.insert(NOBODY..NOBODY + 4, register.clone()).unwrap();
     let doorbell = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
-    vm.add_doorbell(&Doorbell { address: DOORBELL, event: doorbell.clone() }).unwrap();
+    crate::kvm::add_doorbells(&vm.fd(), &[Doorbell { address: DOORBELL, event: doorbell.clone() }]).unwrap();
 
     let fd = vm.create_vcpu(0).unwrap();
     let entry = Entry { address: CODE, start_info: 0x6000 };
     let topology = Topology { vcpus: 1, tsc_deadline: vm.tsc_deadline };
-    cpu::set_up(&fd, 0, &vm.cpuid, &topology, &entry).unwrap();
+    cpu::identify(&fd, 0, &vm.cpuid, &topology).unwrap();
+    cpu::set_up(&fd, 0, Some(&entry)).unwrap();
     // The guest runs on them until the process ends.
     std::mem::forget((vm, memory));
-    let vcpu = Vcpu { fd, number: 0, ports: ports.into(), addresses: addresses.into(), end: end.clone() };
+    let vcpu = Vcpu {
+        fd,
+        number: 0,
+        ports: ports.into(),
+        addresses: addresses.into(),
+        end: end.clone(),
+        maker: None,
+    };
     Some(Bench { vcpu, console, end, register, doorbell })
 }
 

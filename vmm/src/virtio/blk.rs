@@ -252,6 +252,10 @@ impl VirtioDevice for Blk {
         &QUEUE_SIZES
     }
 
+    fn busy_queues(&self) -> &[usize] {
+        &[REQUESTS]
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         base::read_config(&self.config(), offset, data);
     }

@@ -41,6 +41,12 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// The largest size of each queue; its length is the number of queues.
     fn queue_sizes(&self) -> &[u16];
 
+    /// The queues that the driver notifies often. Their notifications do not stop the vCPU, for which the kernel keeps
+    /// a list that takes it time to change.
+    fn busy_queues(&self) -> &[usize] {
+        &[]
+    }
+
     /// Reads the device configuration at `offset`; bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 

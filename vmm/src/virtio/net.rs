@@ -365,6 +365,10 @@ impl VirtioDevice for Net {
         &QUEUE_SIZES
     }
 
+    fn busy_queues(&self) -> &[usize] {
+        &[RECEIVE, TRANSMIT]
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         base::read_config(&self.config(), offset, data);
     }

@@ -37,7 +37,8 @@ impl Long {
     /// Everything is as it was before, and goes on.
     #[track_caller]
     fn check(&self, ends: usize) {
-        assert_eq!(processes(), self.processes);
+        let same = || processes() == self.processes;
+        assert!(eventually(same), "{:?} are now {:?}", self.processes, processes());
         assert_eq!(self.container.status().as_deref(), Some("RUNNING"));
         self.container.exec(&["cat", "/mark"]).ok().expect_text("here");
         assert_eq!(self.pod.status().state.enum_value_or_default(), PodState::SANDBOX_READY);

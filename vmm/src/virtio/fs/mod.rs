@@ -41,6 +41,7 @@ use crate::sync::lock;
 /// High priority requests (FORGET and INTERRUPT), and all others. Linux limits requests by the size of the
 /// queue: this one has room for 256 pages and headers.
 const QUEUE_SIZES: [u16; 2] = [128, 1024];
+const REQUESTS: usize = 1;
 const TAG_LENGTH: usize = 36;
 /// Threads: as many requests may block while others go on.
 const THREADS: usize = 4;
@@ -324,6 +325,10 @@ impl VirtioDevice for Fs {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    fn busy_queues(&self) -> &[usize] {
+        &[REQUESTS]
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

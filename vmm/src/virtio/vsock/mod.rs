@@ -1,6 +1,6 @@
 //! virtio-vsock (virtio 1.2, 5.10) in user space: streams between the guest and Unix sockets on the host.
 //!
-//! Wiring: `Vsock::new(incoming)`. When the guest connects to a port of the host, `incoming(port, fd)` is
+//! Wiring: `Vsock::new(cid, incoming)`. When the guest connects to a port of the host, `incoming(port, fd)` is
 //! called on the device thread with the host's end of a new Unix stream pair; an error refuses the connection. It must
 //! neither block nor call the device. `connect(port, fd)`, on the device thread, connects `fd`, one end of a Unix
 //! stream pair, to a port in the guest; it is closed if the guest refuses.
@@ -19,16 +19,19 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use vm_memory::ByteValued;
 
-use self::packet::{GUEST_CID, HEADER_LENGTH};
+use self::packet::HEADER_LENGTH;
 use self::streams::Streams;
 pub use self::streams::{ConnectError, Incoming};
 use super::base::{self, Active, Base, Event};
 use super::{Activation, VirtioDevice};
 
-/// Receive, transmit, event. Nothing is reported by the last, whose buffers stay with the device.
+/// Receive, transmit, event.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
+const EVENTS: usize = 2;
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, 5.10.6.7: connections are gone, and the context id is to be read again.
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
 /// Packets to the guest before other devices have their turn, and before the driver is interrupted.
 const BUDGET: usize = 256;
 const INTERRUPT_AFTER: usize = 32;
@@ -40,15 +43,36 @@ pub struct Vsock {
     streams: Streams,
     /// Whether the driver reset the device since the streams were told.
     reset: bool,
+    /// Whether the guest has yet to be told that its context id is another one.
+    moved: bool,
 }
 
 impl Vsock {
-    /// A device that hands connections of the guest to `incoming`.
+    /// A device for a guest of this context id that hands connections of the guest to `incoming`.
     ///
     /// # Errors
     /// When the process is out of descriptors.
-    pub fn new(incoming: Incoming) -> io::Result<Self> {
-        Ok(Self { base: Base::new("vsock")?, incoming, streams: Streams::default(), reset: false })
+    pub fn new(cid: u32, incoming: Incoming) -> io::Result<Self> {
+        let (base, streams) = (Base::new("vsock")?, Streams::new(u64::from(cid)));
+        Ok(Self { base, incoming, streams, reset: false, moved: false })
+    }
+
+    /// The guest comes from a template, in which it had another context id: tells it as soon as its driver is there.
+    pub fn moved_from(&mut self, cid: u32) {
+        self.streams.set_former_cid(u64::from(cid));
+        self.moved = true;
+        self.base.sources().wake();
+    }
+
+    fn tell_move(&mut self) {
+        if let Some((memory, queue)) = self.base.queue(EVENTS).filter(|_| self.moved)
+            && let Some(mut chain) = queue.pop(memory)
+        {
+            let length = chain.writable.write_bytes(&TRANSPORT_RESET);
+            queue.push(memory, chain.head(), length as u32);
+            queue.interrupt(memory);
+            self.moved = false;
+        }
     }
 
     /// Connects `socket` to a port in the guest, as soon as its driver is ready.
@@ -133,8 +157,12 @@ impl VirtioDevice for Vsock {
         &QUEUE_SIZES
     }
 
+    fn busy_queues(&self) -> &[usize] {
+        &[RECEIVE, TRANSMIT]
+    }
+
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        base::read_config(&GUEST_CID.to_le_bytes(), offset, data);
+        base::read_config(&self.streams.cid().to_le_bytes(), offset, data);
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
@@ -151,6 +179,7 @@ impl VirtioDevice for Vsock {
 impl MutEventSubscriber for Vsock {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
         self.catch_up();
+        self.tell_move();
         for event in self.base.events() {
             match event {
                 Event::Queue(TRANSMIT) => self.transmit(),

@@ -2,8 +2,6 @@
 
 use vm_memory::{ByteValued, Le16, Le32, Le64};
 
-/// The guest's context id.
-pub const GUEST_CID: u64 = 3;
 /// The host's context id, the same in all guests.
 pub const HOST_CID: u64 = 2;
 /// Bytes of a header.
@@ -66,7 +64,7 @@ pub struct Header {
 // SAFETY: plain integers, packed: no padding.
 unsafe impl ByteValued for Header {}
 
-/// The two ends of a connection; the context ids are always the same.
+/// The two ends of a connection; the context ids are the same for all of a guest's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     /// Port on the host.
@@ -81,11 +79,10 @@ impl Key {
         Self { host_port: header.dst_port.to_native(), guest_port: header.src_port.to_native() }
     }
 
-    /// A packet to the guest on this connection.
+    /// A packet to the guest on this connection; the guest's context id is yet to be put in.
     pub fn header(self, op: u16) -> Header {
         Header {
             src_cid: HOST_CID.into(),
-            dst_cid: GUEST_CID.into(),
             src_port: self.host_port.into(),
             dst_port: self.guest_port.into(),
             kind: TYPE_STREAM.into(),

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use event_manager::EventSet;
 
 use super::connection::{Connection, Outlet, Verdict};
-use super::packet::{GUEST_CID, HOST_CID, Header, Key, LONGEST_PAYLOAD, TYPE_STREAM, op};
+use super::packet::{HOST_CID, Header, Key, LONGEST_PAYLOAD, TYPE_STREAM, op};
 use crate::virtio::base::Sources;
 use crate::virtio::chain::Buffers;
 
@@ -63,6 +63,10 @@ pub enum PacketError {
 /// All connections.
 #[derive(Default)]
 pub struct Streams {
+    /// The guest's context id.
+    cid: u64,
+    /// The one that it had in the template which it comes from, and may still use for its first packets.
+    former_cid: Option<u64>,
     connections: HashMap<Key, Connection>,
     /// Connections that have something to send, each once, in turn.
     round: VecDeque<Key>,
@@ -75,6 +79,21 @@ pub struct Streams {
 }
 
 impl Streams {
+    /// No connections, with a guest of this context id.
+    pub fn new(cid: u64) -> Self {
+        Self { cid, ..Self::default() }
+    }
+
+    /// The guest's context id.
+    pub fn cid(&self) -> u64 {
+        self.cid
+    }
+
+    /// The guest has yet to learn its context id.
+    pub fn set_former_cid(&mut self, cid: u64) {
+        self.former_cid = Some(cid);
+    }
+
     fn is_full(&self) -> bool {
         self.connections.len() + self.lingering.len() >= MOST_CONNECTIONS
     }
@@ -132,7 +151,7 @@ impl Streams {
     ) -> Result<u32, PacketError> {
         let header = packet.read::<Header>().ok_or(PacketError::NoHeader)?;
         let (from, to) = (header.src_cid.to_native(), header.dst_cid.to_native());
-        if (from, to) != (GUEST_CID, HOST_CID) {
+        if to != HOST_CID || (from != self.cid && Some(from) != self.former_cid) {
             return Err(PacketError::Context { from, to });
         }
         let (key, op) = (Key::of(&header), header.op.to_native());
@@ -255,6 +274,11 @@ impl Streams {
 
     /// The next packet to the guest, its payload in `room`.
     pub fn next_packet(&mut self, room: &Buffers<'_>, sources: &Sources) -> Option<Header> {
+        let packet = self.next_in_turn(room, sources)?;
+        Some(Header { dst_cid: self.cid.into(), ..packet })
+    }
+
+    fn next_in_turn(&mut self, room: &Buffers<'_>, sources: &Sources) -> Option<Header> {
         if let Some(key) = self.resets.pop_front() {
             return Some(key.header(op::RST));
         }

@@ -12,6 +12,7 @@ use super::packet::{HOST_CID, Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_
 use super::*;
 use crate::virtio::testing::{Bench, READ, WRITE};
 
+const GUEST_CID: u32 = 3;
 const PORT: u32 = 1024;
 const OWN: u32 = 5000;
 const RX: u64 = 0x10_0000;
@@ -28,13 +29,16 @@ struct Guest {
 
 fn guest() -> Guest {
     let (sender, incoming) = channel();
-    let vsock = Vsock::new(Box::new(move |port, fd| {
-        if port == 13 {
-            return Err(ErrorKind::ConnectionRefused.into());
-        }
-        sender.send((port, fd.into())).unwrap();
-        Ok(())
-    }));
+    let vsock = Vsock::new(
+        GUEST_CID,
+        Box::new(move |port, fd| {
+            if port == 13 {
+                return Err(ErrorKind::ConnectionRefused.into());
+            }
+            sender.send((port, fd.into())).unwrap();
+            Ok(())
+        }),
+    );
     let mut guest = Guest { bench: Bench::new(vsock.unwrap()), incoming, next_transmit: 0 };
     guest.bench.activate(0);
     guest.fill(128);
@@ -43,7 +47,7 @@ fn guest() -> Guest {
 
 fn header(op: u16) -> Header {
     Header {
-        src_cid: GUEST_CID.into(),
+        src_cid: u64::from(GUEST_CID).into(),
         dst_cid: HOST_CID.into(),
         src_port: OWN.into(),
         dst_port: PORT.into(),
@@ -84,7 +88,10 @@ impl Guest {
         let (head, length) = self.bench.used(RECEIVE)?;
         let at = RX + u64::from(head) * u64::from(RX_LENGTH);
         let header: Header = self.bench.memory.read_obj(GuestAddress(at)).unwrap();
-        assert_eq!((header.src_cid.to_native(), header.dst_cid.to_native()), (HOST_CID, GUEST_CID));
+        assert_eq!(
+            (header.src_cid.to_native(), header.dst_cid.to_native()),
+            (HOST_CID, u64::from(GUEST_CID))
+        );
         assert_eq!(header.len.to_native() + HEADER_LENGTH as u32, length);
         let data = self.bench.bytes(at + HEADER_LENGTH as u64, header.len.to_native() as usize);
         self.bench.rings[RECEIVE].publish(head);
@@ -151,7 +158,7 @@ fn the_guest_connects_and_is_echoed() {
 
 #[test]
 fn the_host_connects_even_before_the_driver_is_there() {
-    let mut bench = Bench::new(Vsock::new(Box::new(|_, _| Ok(()))).unwrap());
+    let mut bench = Bench::new(Vsock::new(GUEST_CID, Box::new(|_, _| Ok(()))).unwrap());
     let (mut host, far) = UnixStream::pair().unwrap();
     host.write_all(b"early").unwrap();
     bench.device().connect(77, far.into()).unwrap();
@@ -413,7 +420,7 @@ const RECEIVE_WITH_DATA_WAITING: usize = TRANSMIT;
 
 #[test]
 fn hostile_receive_buffers_come_back_when_they_are_needed() {
-    let mut bench = Bench::new(Vsock::new(Box::new(|_, _| Ok(()))).unwrap());
+    let mut bench = Bench::new(Vsock::new(GUEST_CID, Box::new(|_, _| Ok(()))).unwrap());
     let (_host, far) = UnixStream::pair().unwrap();
     bench.device().connect(7, far.into()).unwrap();
     bench.activate(0);

@@ -1,0 +1,97 @@
+//! Where a pod's machine begins: at its kernel's entry, or where a template stopped.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use katana_config::Config;
+use katana_protocol::vmm::{Machine, Template};
+use katana_template::{Draft, Error, Store};
+
+use crate::vmm::Vmm;
+
+/// Where a machine begins.
+pub enum Start {
+    /// It boots.
+    Boot,
+    /// It boots, and becomes the template for those after it.
+    First(Box<Draft>),
+    /// It goes on from a template.
+    Template(File),
+}
+
+impl Start {
+    /// The best start that there is for a pod with this configuration whose own machine would be this one. That there is
+    /// no template is no reason for a pod not to start, only for a line in the log.
+    pub fn choose(config: &Config, own: &Machine) -> Self {
+        let hypervisor = &config.hypervisor;
+        if !config.factory.enable_template
+            || hypervisor.enable_debug
+            || own.net_slots > katana_template::NET_SLOTS
+            || u32::from(own.disk_slots) > hypervisor.disk_slots
+        {
+            return Self::Boot;
+        }
+        match find(config) {
+            Ok(start) => start,
+            Err(Error::Busy) => {
+                log::info!("no template yet: another pod's start makes it");
+                Self::Boot
+            }
+            Err(e) => {
+                log::warn!("no template: {e}; the VM boots without it");
+                Self::Boot
+            }
+        }
+    }
+
+    /// The machine to ask for, where one that boots for itself would be `own`.
+    pub fn machine(&self, config: &Config, own: Machine) -> Machine {
+        let template = match self {
+            Self::Boot => return own,
+            Self::First(_) => Template::Make,
+            Self::Template(_) => Template::Use,
+        };
+        Machine { template, guest_cid: own.guest_cid, ..katana_template::machine(config) }
+    }
+
+    /// The file that the VMM gets.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Boot => None,
+            Self::First(draft) => Some(draft.file().as_fd()),
+            Self::Template(file) => Some(file.as_fd()),
+        }
+    }
+
+    /// Has the template, if this start is to make one, put in its place when the VMM has made it.
+    pub fn expect(self, vmm: &Vmm) {
+        if let Self::First(draft) = self {
+            tokio::spawn(finish(*draft, vmm.template()));
+        }
+    }
+}
+
+fn find(config: &Config) -> Result<Start, Error> {
+    let store = Store::of(config)?;
+    match store.open()? {
+        Some(file) => Ok(Start::Template(file)),
+        None => Ok(Start::First(Box::new(store.begin()?))),
+    }
+}
+
+/// Waits for the VMM's word. Without a template at its end the next start tries again.
+async fn finish(draft: Draft, mut made: tokio::sync::watch::Receiver<Option<Result<(), String>>>) {
+    let made = match made.wait_for(Option::is_some).await {
+        Ok(made) => made.clone(),
+        Err(_) => None,
+    };
+    let failed = match made {
+        Some(Ok(())) => crate::blocking(move || Ok(draft.commit())).await.ok().and_then(Result::err),
+        Some(Err(why)) => return log::warn!("no template: {why}"),
+        None => return log::warn!("no template: the VM ended before it was made"),
+    };
+    match failed {
+        Some(e) => log::warn!("no template: {e}"),
+        None => log::info!("the template is made"),
+    }
+}

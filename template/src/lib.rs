@@ -1,0 +1,249 @@
+//! Templates of machines: files from which the VMM goes on instead of booting. Where they are, for which machine each of
+//! them is, and how one is put there so that nobody ever sees half of it.
+//!
+//! The directory has one file `NAME-VERSION` for each configuration in use. The name stands for the shape of the machine
+//! and the paths of what it is made of; the version for the contents of these, the CPU and the host's kernel. A
+//! template of a name replaces those of other versions.
+
+use std::arch::x86_64::__cpuid_count;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use katana_config::Config;
+use katana_protocol::vmm::{Machine, SEALED, Template};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::stat::futimens;
+use nix::sys::time::TimeSpec;
+use sha2::{Digest, Sha256};
+
+/// Network cards that a machine from a template has places for. A pod that needs more boots.
+pub const NET_SLOTS: u8 = 4;
+
+/// Linux takes memory in sections of so many MiB.
+const SECTION_MIB: u64 = 128;
+/// How the file ends that is to become a template.
+const PART: &str = ".part";
+
+/// Why there is no template.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file or directory.
+    #[error("\"{}\": {source}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Somebody else makes it at this moment.
+    #[error("another process is making it")]
+    Busy,
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { path: path.to_owned(), source }
+}
+
+/// The machine of a configuration as it is in a template: one vCPU on line, no memory plugged, places for what most
+/// pods need.
+pub fn machine(config: &Config) -> Machine {
+    let hypervisor = &config.hypervisor;
+    let mut kernel_params = hypervisor.kernel_params.clone();
+    if config.agent.enable_debug {
+        kernel_params.push_str(" agent.log=debug");
+    }
+    if config.agent.debug_console_enabled {
+        kernel_params.push_str(" agent.debug_console");
+    }
+    let vcpus = hypervisor.default_maxvcpus.max(hypervisor.default_vcpus).max(1);
+    let pluggable = hypervisor.default_maxmemory.saturating_sub(hypervisor.default_memory);
+    Machine {
+        vcpus: 1,
+        max_vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX),
+        memory_mib: u64::from(hypervisor.default_memory),
+        pluggable_mib: u64::from(pluggable) / SECTION_MIB * SECTION_MIB,
+        kernel_params: kernel_params.trim().to_owned(),
+        net_slots: NET_SLOTS,
+        disk_slots: u8::try_from(hypervisor.disk_slots).unwrap_or(u8::MAX),
+        guest_cid: 0,
+        template: Template::None,
+        debug: hypervisor.enable_debug,
+    }
+}
+
+/// The place of one machine's template.
+pub struct Store {
+    directory: PathBuf,
+    name: String,
+    version: String,
+}
+
+impl Store {
+    /// The place for this configuration's machine.
+    ///
+    /// # Errors
+    /// When a file of which it is made is not there.
+    pub fn of(config: &Config) -> Result<Self> {
+        let hypervisor = &config.hypervisor;
+        let files = [&hypervisor.path, &hypervisor.kernel, &hypervisor.image];
+        // Cannot fail: the shape is numbers and text.
+        let shape = serde_json::to_vec(&machine(config)).unwrap_or_default();
+        let (mut name, mut version) = (Sha256::new(), Sha256::new());
+        name.update(&shape);
+        for file in files {
+            name.update([0]);
+            name.update(file.as_os_str().as_encoded_bytes());
+            let metadata = fs::metadata(file).map_err(at(file))?;
+            // To hash the contents would take longer than to boot. Who changes a file changes one of these.
+            for number in [metadata.dev(), metadata.ino(), metadata.len()] {
+                version.update(number.to_le_bytes());
+            }
+            for time in [metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec()] {
+                version.update(time.to_le_bytes());
+            }
+        }
+        version.update(env!("CARGO_PKG_VERSION"));
+        add_host(&mut version);
+        let directory = config.factory.template_path.clone();
+        Ok(Self { directory, name: short(name), version: short(version) })
+    }
+
+    /// The template's file.
+    pub fn path(&self) -> PathBuf {
+        self.directory.join(format!("{}-{}", self.name, self.version))
+    }
+
+    /// The template, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open(&self) -> Result<Option<File>> {
+        let path = self.path();
+        match File::open(&path) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(at(&path)(error)),
+        }
+    }
+
+    /// An empty file to be made the template. Nobody else gets one meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Busy`], or when the directory cannot be written to.
+    pub fn begin(self) -> Result<Draft> {
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.directory);
+        made.map_err(at(&self.directory))?;
+        let mut part = self.path().into_os_string();
+        part.push(PART);
+        let part = PathBuf::from(part);
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(&part);
+        let file = file.map_err(at(&part))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+            nix::errno::Errno::EWOULDBLOCK => Error::Busy,
+            error => at(&part)(error.into()),
+        })?;
+        // Whoever had the lock before may have put the file in its place, or have taken it away.
+        let same = fs::metadata(&part)
+            .is_ok_and(|there| lock.metadata().is_ok_and(|ours| ours.ino() == there.ino()));
+        if !same {
+            return Err(Error::Busy);
+        }
+        lock.set_len(0).map_err(at(&part))?;
+        Ok(Draft { store: self, part, lock, done: false })
+    }
+
+    /// All templates of this directory, by their files.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn all(config: &Config) -> Result<Vec<PathBuf>> {
+        let directory = &config.factory.template_path;
+        let entries = match fs::read_dir(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(at(directory))?,
+        };
+        let paths = entries.map(|entry| entry.map(|entry| entry.path()).map_err(at(directory)));
+        let mut paths: Vec<_> = paths.collect::<Result<_>>()?;
+        paths.retain(|path| path.is_file());
+        paths.sort();
+        Ok(paths)
+    }
+}
+
+/// A template in the making. Dropped before [`Draft::commit`] it leaves nothing behind.
+pub struct Draft {
+    store: Store,
+    part: PathBuf,
+    lock: Flock<File>,
+    done: bool,
+}
+
+impl Draft {
+    /// The file, which the VMM fills.
+    pub fn file(&self) -> &File {
+        &self.lock
+    }
+
+    /// Puts the complete file in its place.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn commit(mut self) -> Result<()> {
+        let path = self.store.path();
+        self.lock.sync_all().map_err(at(&self.part))?;
+        let sealed = TimeSpec::new(SEALED, 0);
+        futimens(&*self.lock, &sealed, &sealed).map_err(|error| at(&self.part)(error.into()))?;
+        fs::rename(&self.part, &path).map_err(at(&path))?;
+        self.done = true;
+        self.remove_others(&path);
+        Ok(())
+    }
+
+    /// Machines that come from other versions keep what they have of them.
+    fn remove_others(&self, ours: &Path) {
+        let Ok(entries) = fs::read_dir(&self.store.directory) else { return };
+        let prefix = format!("{}-", self.store.name);
+        for entry in entries.flatten() {
+            let other = entry.file_name().to_str().is_some_and(|name| name.starts_with(&prefix));
+            if other && entry.path() != ours {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.done {
+            let _ = fs::remove_file(&self.part);
+        }
+    }
+}
+
+/// What of the host is in a machine's state: its CPU, as it tells itself, and its kernel's KVM.
+fn add_host(hash: &mut Sha256) {
+    const IDENTITY: [(u32, u32); 7] =
+        [(0, 0), (1, 0), (7, 0), (0xd, 1), (0x8000_0001, 0), (0x8000_0007, 0), (0x8000_0008, 0)];
+    for (leaf, subleaf) in IDENTITY {
+        let mut leaves = __cpuid_count(leaf, subleaf);
+        if leaf == 1 {
+            // The number of the CPU that this runs on.
+            leaves.ebx &= 0x00ff_ffff;
+        }
+        for register in [leaves.eax, leaves.ebx, leaves.ecx, leaves.edx] {
+            hash.update(register.to_le_bytes());
+        }
+    }
+    for name in ["osrelease", "version"] {
+        hash.update(fs::read(Path::new("/proc/sys/kernel").join(name)).unwrap_or_default());
+    }
+}
+
+fn short(hash: Sha256) -> String {
+    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}

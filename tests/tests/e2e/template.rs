@@ -1,0 +1,128 @@
+//! Machines go on from a template: what they must not have in common, and what becomes of a template that is no good.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use katana_tests::environment::{self, is_vm_or_say};
+use katana_tests::turn::shared;
+use katana_tests::{BUSYBOX, Configuration, Containerd, DEBIAN, Run, Scratch};
+
+/// What one machine could have in common with another. A new process's AT_RANDOM decides where its stack is.
+const IDENTITIES: &str = "echo urandom=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n'); \
+    echo getrandom=$(perl -e 'my $b = \"\\0\" x 32; syscall(318, $b, 32, 0); print unpack(\"H*\", $b)'); \
+    echo uuid=$(cat /proc/sys/kernel/random/uuid); \
+    echo boot_id=$(cat /proc/sys/kernel/random/boot_id); \
+    echo stack=$(sed -n 's/ .*\\[stack\\]//p' /proc/self/maps); \
+    echo seconds=$(date +%s.%N)";
+
+type Damage<'a> = &'a dyn Fn(&File);
+
+fn is_vm() -> bool {
+    is_vm_or_say("this is about virtual machines")
+}
+
+/// A directory for templates, and a configuration that names it.
+fn own_templates(scratch: &Scratch) -> (PathBuf, PathBuf) {
+    let directory = scratch.path().join("templates");
+    let configuration =
+        Configuration::installed().set("factory.template_path", directory.display().to_string());
+    (directory, scratch.file("configuration.toml", configuration.to_toml()))
+}
+
+fn start(configuration: &Path) {
+    Run::new(BUSYBOX).configuration(configuration).command(&["true"]).output().ok();
+}
+
+/// The only template there.
+fn template(directory: &Path) -> PathBuf {
+    let mut files = fs::read_dir(directory).expect("templates").flatten().map(|entry| entry.path());
+    let file = files.next().expect("a template");
+    assert_eq!(files.next(), None);
+    file
+}
+
+/// How often containerd's log says that there was no use for a template.
+fn warnings() -> usize {
+    let log = fs::read(Containerd::current().log()).expect("containerd's log");
+    String::from_utf8_lossy(&log).lines().filter(|line| line.contains("the VM boots without it")).count()
+}
+
+#[test]
+fn machines_from_one_template_have_nothing_in_common() {
+    let _turn = shared();
+    if !is_vm() {
+        return;
+    }
+    let mut seen = BTreeSet::new();
+    let count = environment::rounds(6);
+    for _ in 0..count {
+        let before = SystemTime::now();
+        let output = Run::new(DEBIAN).sh(IDENTITIES).output().ok();
+        let after = SystemTime::now();
+        for label in ["urandom", "getrandom", "uuid", "boot_id", "stack"] {
+            let value = output.value(label).unwrap_or_default();
+            assert!(
+                value.len() >= 16 && seen.insert((label, value)),
+                "{label} has been seen before\n{output}"
+            );
+        }
+        let since =
+            |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).expect("a time").as_secs_f64();
+        let guest: f64 = output.value("seconds").and_then(|text| text.parse().ok()).unwrap_or_default();
+        let (first, last) = (since(before) - 0.05, since(after) + 0.05);
+        assert!((first..last).contains(&guest), "{guest} is not between {first} and {last}\n{output}");
+    }
+}
+
+#[test]
+fn a_template_that_is_no_good_is_not_used() {
+    let _turn = shared();
+    if !is_vm() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (directory, configuration) = own_templates(&scratch);
+    start(&configuration);
+    let file = template(&directory);
+    let open = || File::options().read(true).write(true).open(&file).expect("the template");
+    let length = open().metadata().expect("the template").len();
+    let damage: [(&str, Damage<'_>); 3] = [
+        ("a flipped bit in memory", &|file| {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, 17 << 20).expect("read");
+            file.write_all_at(&[byte[0] ^ 4], 17 << 20).expect("write");
+        }),
+        ("a flipped bit in the state", &|file| file.write_all_at(&[0xa5], length - 100).expect("write")),
+        ("cut", &|file| file.set_len(length - 1).expect("cut")),
+    ];
+    for (what, damage) in damage {
+        damage(&open());
+        let before = warnings();
+        start(&configuration);
+        assert_eq!(warnings(), before + 1, "{what}");
+    }
+    // Whoever removes it gets a new one.
+    fs::remove_file(&file).expect("remove");
+    start(&configuration);
+    let before = warnings();
+    start(&configuration);
+    assert_eq!((template(&directory), warnings()), (file, before));
+}
+
+#[test]
+fn a_directory_that_takes_no_template_is_no_obstacle() {
+    let _turn = shared();
+    if !is_vm() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (directory, configuration) = own_templates(&scratch);
+    // In the place of the directory is a file.
+    fs::write(&directory, "").expect("write");
+    let before = warnings();
+    start(&configuration);
+    assert_eq!(warnings(), before + 1);
+}

@@ -1,0 +1,97 @@
+//! The machine without its devices: memory and vCPUs, which begin where a kernel is entered, or where a template stopped.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use katana_protocol::vmm::Machine as Shape;
+use kvm_ioctls::VcpuFd;
+
+use crate::boot;
+use crate::cpu::{self, Topology};
+use crate::kvm::Vm;
+use crate::machine::{Error, Files};
+use crate::memory::{self, GuestMemory, Range};
+use crate::template::{self, State};
+
+/// What every guest kernel is told: the image is its root (which appears a moment after its driver), the console is
+/// virtio's once it is there, a reset ends the VM, and the hardware need not be searched for what this machine does
+/// not have.
+const KERNEL_PARAMETERS: &str = "console=hvc0 earlyprintk=ttyS0 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always \
+    rootwait=5 ro init=/sbin/init reboot=k panic=-1 pci=conf1 no_timer_check tsc=reliable cryptomgr.notests \
+    dummy.numdummies=0 memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+
+/// Memory and vCPUs.
+pub struct Board {
+    /// The kernel's machine.
+    pub vm: Vm,
+    /// All memory, with what can be plugged.
+    pub memory: GuestMemory,
+    /// What can be plugged.
+    pub pluggable: Option<Range>,
+    /// Address and size of the guest's image.
+    pub image: Range,
+    /// The vCPUs by their numbers.
+    pub vcpus: Vec<VcpuFd>,
+}
+
+impl Board {
+    /// A board on which nothing has happened yet.
+    ///
+    /// # Errors
+    /// When the host cannot.
+    pub fn new(shape: &Shape, files: &Files) -> Result<Self, Error> {
+        let dev_kvm: OwnedFd =
+            files.kvm.try_clone().map_err(|error| Error::Host { what: "descriptor", error })?;
+        let mut vm = Vm::new(dev_kvm, shape.max_vcpus)?;
+        let image = memory::map_image(&files.image)?;
+        let pluggable = memory::pluggable_range(shape.memory_mib, image.size(), shape.pluggable_mib);
+        let memory = memory::create(shape.memory_mib, pluggable)?;
+        vm.add_memory(&memory)?;
+        let image_address = memory::image_address(shape.memory_mib);
+        vm.add_read_only(image_address, &image)?;
+
+        let topology = Topology { vcpus: shape.max_vcpus, tsc_deadline: vm.tsc_deadline };
+        let vcpu = |number| {
+            let fd = vm.create_vcpu(number)?;
+            cpu::identify(&fd, number, &vm.cpuid, &topology)?;
+            Ok(fd)
+        };
+        let vcpus = (0..shape.max_vcpus).map(vcpu).collect::<Result<_, Error>>()?;
+        Ok(Self { vm, memory, pluggable, image: (image_address, image.size()), vcpus })
+    }
+
+    /// Puts a kernel into it and the first vCPU before its entry.
+    ///
+    /// # Errors
+    /// When the kernel is none, or KVM refuses.
+    pub fn boot(&self, shape: &Shape, kernel: &mut File) -> Result<(), Error> {
+        let parameters = kernel_parameters(shape);
+        let entry = boot::load(&self.memory, kernel, &parameters, shape.memory_mib, shape.max_vcpus)?;
+        for (number, fd) in (0..).zip(&self.vcpus) {
+            cpu::set_up(fd, number, Some(&entry).filter(|_| number == 0))?;
+        }
+        Ok(())
+    }
+
+    /// Goes on from a template; answers what the devices need of it.
+    ///
+    /// # Errors
+    /// When there is any doubt about the template. The board is then of no use.
+    pub fn restore(&self, shape: &Shape, file: &File) -> Result<State, template::Error> {
+        let state = State::read(file, shape)?;
+        state.map_memory(file, &self.memory)?;
+        state.chips.give(&self.vm.fd())?;
+        for (number, fd) in (0..).zip(&self.vcpus) {
+            // The others follow the clock of the first one, which therefore comes first.
+            if number == 0 { state.cpu.give(fd)? } else { cpu::set_up(fd, number, None)? }
+        }
+        Ok(state)
+    }
+}
+
+fn kernel_parameters(shape: &Shape) -> String {
+    // Parameters take effect in their order: `quiet` after `earlyprintk` would come too late for the first lines.
+    let volume = if shape.debug { "" } else { "quiet " };
+    let vcpus = shape.vcpus;
+    format!("{volume}{KERNEL_PARAMETERS} maxcpus={vcpus} {}", shape.kernel_params).trim_end().to_owned()
+}

@@ -1,0 +1,144 @@
+//! All of a vCPU that can be told from outside: taken from one that has stopped between two instructions, given to a
+//! fresh one. KVM API, 4; the order matters.
+
+use std::os::fd::AsRawFd;
+
+use kvm_bindings::{
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_debugregs, kvm_device_attr, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::errno;
+
+use super::{Error, msr};
+
+/// KVM_SET_DEVICE_ATTR, for a vCPU (kvm-ioctls knows it on other architectures only).
+const SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
+/// The deadline of the local APIC's timer: only taken once the local APIC is in that mode.
+const TSC_DEADLINE: u32 = 0x6e0;
+/// Registers that follow from others, and that would move the clock if they were written once more.
+const CLOCKS: [u32; 3] = [msr::IA32_TSC, msr::IA32_TSC_ADJUST, TSC_DEADLINE];
+
+/// A vCPU's state.
+#[derive(Serialize, Deserialize)]
+pub struct CpuState {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: Box<kvm_xsave>,
+    xcrs: kvm_xcrs,
+    debug: kvm_debugregs,
+    lapic: Box<kvm_lapic_state>,
+    msrs: Vec<kvm_msr_entry>,
+    events: kvm_vcpu_events,
+    mp_state: kvm_mp_state,
+    tsc: u64,
+    tsc_deadline: u64,
+    /// kHz.
+    tsc_frequency: u32,
+}
+
+fn call(call: &'static str) -> impl FnOnce(errno::Error) -> Error {
+    move |error| Error::Call { call, vcpu: 0, error }
+}
+
+impl CpuState {
+    /// Takes the state of a vCPU whose last exit has been completed. `indices` are the registers that this KVM knows.
+    ///
+    /// # Errors
+    /// When KVM does not tell.
+    pub fn take(fd: &VcpuFd, indices: &[u32]) -> Result<Self, Error> {
+        let msrs = indices.iter().filter(|index| !CLOCKS.contains(index));
+        let msrs = msrs.filter_map(|index| restorable(fd, *index)).collect();
+        Ok(Self {
+            // KVM_GET_MP_STATE first: it lets the local APIC take what has arrived.
+            mp_state: fd.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?,
+            regs: fd.get_regs().map_err(call("KVM_GET_REGS"))?,
+            sregs: fd.get_sregs().map_err(call("KVM_GET_SREGS"))?,
+            xsave: Box::new(fd.get_xsave().map_err(call("KVM_GET_XSAVE"))?),
+            xcrs: fd.get_xcrs().map_err(call("KVM_GET_XCRS"))?,
+            debug: fd.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?,
+            lapic: Box::new(fd.get_lapic().map_err(call("KVM_GET_LAPIC"))?),
+            msrs,
+            tsc: get(fd, msr::IA32_TSC).ok_or(Error::Msr { vcpu: 0, msr: msr::IA32_TSC })?,
+            // Not there without the timer's deadline mode.
+            tsc_deadline: get(fd, TSC_DEADLINE).unwrap_or(0),
+            tsc_frequency: fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?,
+            events: fd.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?,
+        })
+    }
+
+    /// Gives the state to a vCPU that has its CPUID and has never run.
+    ///
+    /// # Errors
+    /// When KVM does not take a part of it.
+    pub fn give(&self, fd: &VcpuFd) -> Result<(), Error> {
+        if fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))? != self.tsc_frequency {
+            fd.set_tsc_khz(self.tsc_frequency).map_err(call("KVM_SET_TSC_KHZ"))?;
+        }
+        fd.set_mp_state(self.mp_state).map_err(call("KVM_SET_MP_STATE"))?;
+        fd.set_regs(&self.regs).map_err(call("KVM_SET_REGS"))?;
+        fd.set_sregs(&self.sregs).map_err(call("KVM_SET_SREGS"))?;
+        // SAFETY: the guest has no features whose state needs more than this structure: nobody asked the kernel to
+        // let it (arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM).
+        unsafe { fd.set_xsave(&self.xsave) }.map_err(call("KVM_SET_XSAVE"))?;
+        fd.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
+        fd.set_debug_regs(&self.debug).map_err(call("KVM_SET_DEBUGREGS"))?;
+        self.give_clock(fd)?;
+        fd.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
+        set(fd, &self.msrs)?;
+        if self.tsc_deadline != 0 {
+            set(fd, &[entry(TSC_DEADLINE, self.tsc_deadline)])?;
+        }
+        fd.set_vcpu_events(&self.events).map_err(call("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// The guest's clock goes on where it stopped. A value that is written to the register may be taken for an attempt
+    /// to keep vCPUs in step, and not be taken at its word; an offset always is.
+    fn give_clock(&self, fd: &VcpuFd) -> Result<(), Error> {
+        // SAFETY: every x86-64 CPU has the instruction, and no kernel forbids it where KVM is used.
+        let now = unsafe { std::arch::x86_64::_rdtsc() };
+        let offset = self.tsc.wrapping_sub(now);
+        let attribute = kvm_device_attr {
+            group: KVM_VCPU_TSC_CTRL,
+            attr: u64::from(KVM_VCPU_TSC_OFFSET),
+            addr: &raw const offset as u64,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads the attribute and the offset that it points to, which live through the call.
+        let set = unsafe { libc::ioctl(fd.as_raw_fd(), SET_DEVICE_ATTR, &raw const attribute) };
+        // Linux before 5.16, or a scaled clock, whose offset counts in its own time.
+        if set != 0 { set_clock(fd, self.tsc) } else { Ok(()) }
+    }
+}
+
+fn set_clock(fd: &VcpuFd, tsc: u64) -> Result<(), Error> {
+    set(fd, &[entry(msr::IA32_TSC, tsc)])
+}
+
+fn entry(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry { index, data, ..Default::default() }
+}
+
+/// A register that can be read and also be written with what was read; of the others, KVM makes up the values.
+fn restorable(fd: &VcpuFd, index: u32) -> Option<kvm_msr_entry> {
+    let entry = entry(index, get(fd, index)?);
+    set(fd, &[entry]).is_ok().then_some(entry)
+}
+
+fn get(fd: &VcpuFd, index: u32) -> Option<u64> {
+    let mut msrs = Msrs::from_entries(&[entry(index, 0)]).ok()?;
+    match fd.get_msrs(&mut msrs) {
+        Ok(1) => msrs.as_slice().first().map(|entry| entry.data),
+        _ => None,
+    }
+}
+
+fn set(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Error> {
+    let msrs = Msrs::from_entries(entries).map_err(|_| Error::Msr { vcpu: 0, msr: 0 })?;
+    let taken = fd.set_msrs(&msrs).map_err(call("KVM_SET_MSRS"))?;
+    match entries.get(taken) {
+        Some(refused) => Err(Error::Msr { vcpu: 0, msr: refused.index }),
+        None => Ok(()),
+    }
+}

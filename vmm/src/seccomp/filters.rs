@@ -1,0 +1,217 @@
+//! The lists of system calls. They are compiled when the VMM is built (`build.rs`), since that takes longer than all else
+//! at the start of a VM.
+
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+
+/// Requests of ioctl(2), in several lists.
+type Ioctls = &'static [&'static [u64]];
+
+/// The kinds of threads, with the names of their compiled filters.
+pub const KINDS: [(&str, &[c_long], Ioctls); 4] = [
+    ("vcpu", &[], &[VCPU_IOCTLS]),
+    ("template_vcpu", TEMPLATE, &[VCPU_IOCTLS, TEMPLATE_IOCTLS]),
+    ("main", MAIN, &[MAIN_IOCTLS]),
+    ("fs", FS, &[&[INTERRUPT]]),
+];
+
+/// What any Rust thread needs: locks, memory, a clock, its end, and standard error.
+const EVERY: &[c_long] = &[
+    libc::SYS_futex,
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_close,
+    libc::SYS_clock_gettime,
+    libc::SYS_sched_yield,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_getrandom,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_sigaltstack,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_tgkill,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_set_robust_list,
+];
+
+/// KVM_SIGNAL_MSI.
+const INTERRUPT: u64 = 0x4020_aea5;
+/// KVM_SET_GSI_ROUTING, when the driver moves the interrupt of a queue that vhost-net serves.
+const ROUTE: u64 = 0x4008_ae6a;
+/// KVM's calls of a running VM: KVM_RUN and KVM_GET_REGS of a vCPU, KVM_SIGNAL_MSI and the like of the VM. And
+/// VHOST_NET_SET_BACKEND, since a card that is reset is at rest when the driver goes on.
+const VCPU_IOCTLS: &[u64] = &[0xae80, 0x8090_ae81, INTERRUPT, ROUTE, 0x4008_af30];
+
+/// The state of a vCPU: KVM_GET_REGS, SREGS, MSRS, LAPIC, XSAVE, MP_STATE, VCPU_EVENTS, DEBUGREGS, XCRS, TSC_KHZ, and
+/// KVM_SET_MSRS; of the VM: KVM_GET_IRQCHIP, PIT2, CLOCK.
+const TEMPLATE_IOCTLS: &[u64] = &[
+    0x8090_ae81,
+    0x8138_ae83,
+    0xc008_ae88,
+    0x8400_ae8e,
+    0x9000_aea4,
+    0x8004_ae98,
+    0x8040_ae9f,
+    0x8080_aea1,
+    0x8188_aea6,
+    0xaea3,
+    0x4008_ae89,
+    0xc208_ae62,
+    0x8070_ae9f,
+    0x8030_ae7c,
+];
+/// What is written to the template's file, which pages there are, how it is told, and the filter that follows.
+const TEMPLATE: &[c_long] =
+    &[libc::SYS_pwrite64, libc::SYS_mincore, libc::SYS_sendmsg, libc::SYS_prctl, libc::SYS_seccomp];
+
+/// Sockets of vsock and control, disks, taps, the event loop.
+const MAIN: &[c_long] = &[
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_ctl,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_recvfrom,
+    libc::SYS_shutdown,
+    libc::SYS_fcntl,
+];
+/// Only a pair of sockets, whose other end goes to the shim: never one that could reach further.
+const AF_UNIX: u64 = libc::AF_UNIX as u64;
+/// FIONBIO for a stream; TUNSETOFFLOAD, TUNSETVNETHDRSZ and TUNGETIFF for a tap that is there already; KVM_IOEVENTFD for
+/// the doorbells of slots; KVM_IRQFD and those of `virtio/vhost.rs`, in its order.
+const MAIN_IOCTLS: &[u64] = &[
+    0x5421,
+    0x4004_54d0,
+    0x4004_54d8,
+    0x8004_54d2,
+    0x4040_ae79,
+    INTERRUPT,
+    ROUTE,
+    0x4020_ae76,
+    0xaf01,
+    0x8008_af00,
+    0x4008_af00,
+    0x4008_af03,
+    0x4008_af10,
+    0x4028_af11,
+    0x4008_af12,
+    0x4008_af20,
+    0x4008_af21,
+    0x4008_af30,
+];
+
+/// The file system calls of virtiofsd, all below the jail's root.
+const FS: &[c_long] = &[
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_ctl,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_fstatfs,
+    libc::SYS_lseek,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_copy_file_range,
+    libc::SYS_getdents64,
+    libc::SYS_readlinkat,
+    libc::SYS_mkdirat,
+    libc::SYS_mknodat,
+    libc::SYS_symlinkat,
+    libc::SYS_linkat,
+    libc::SYS_unlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    libc::SYS_utimensat,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_syncfs,
+    libc::SYS_flock,
+    libc::SYS_fcntl,
+    libc::SYS_fchdir,
+    libc::SYS_getxattr,
+    libc::SYS_setxattr,
+    libc::SYS_listxattr,
+    libc::SYS_removexattr,
+    libc::SYS_fgetxattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_fremovexattr,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_setgroups,
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_umask,
+    libc::SYS_geteuid,
+    libc::SYS_getegid,
+    libc::SYS_dup,
+];
+
+/// The filter of a kind of thread.
+///
+/// # Errors
+/// When the lists make no sense.
+pub fn compile(
+    name: &str,
+    calls: &[c_long],
+    ioctls: &[&[u64]],
+) -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        EVERY.iter().chain(calls).map(|call| (*call, vec![])).collect();
+    let rule = |argument, operator, value| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
+            .and_then(|condition| SeccompRule::new(vec![condition]))
+    };
+    let equal = |argument, value| rule(argument, SeccompCmpOp::Eq, value);
+    // Memory for data only: nothing that was not code at the start ever becomes code.
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, vec![rule(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)?]);
+    }
+    // A debug build looks whether a descriptor that it closes is open.
+    rules.entry(libc::SYS_fcntl).or_insert(vec![equal(1, libc::F_GETFD as u64)?]);
+    let ioctls = ioctls.iter().copied().flatten().map(|request| equal(1, *request));
+    rules.insert(libc::SYS_ioctl, ioctls.collect::<Result<_, _>>()?);
+    if name == "main" {
+        rules.insert(libc::SYS_socketpair, vec![equal(0, AF_UNIX)?]);
+    }
+    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?
+        .try_into()
+}

@@ -1,0 +1,123 @@
+//! Makes a template of the machine that it is in.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use katana_protocol::vmm::Machine as Shape;
+use kvm_ioctls::{VcpuFd, VmFd};
+use sha2::{Digest, Sha256};
+use vm_memory::{Bytes, GuestMemory as _};
+
+use super::{Error, MAGIC, PAGE, State, failed, locate, program};
+use crate::chips::Chips;
+use crate::cpu::CpuState;
+use crate::memory::{GuestMemory, ranges};
+use crate::pci::VirtioPci;
+use crate::sync::lock;
+
+/// Pages that are looked at at once.
+const CHUNK: u64 = 512;
+/// So many pages that the guest has not touched are mapped along when others on both sides are: a mapping more
+/// costs more than what a hole in the file would.
+const GAP: u64 = 16;
+
+/// What it takes to make a template.
+pub struct Maker {
+    /// Set when the guest is where others shall go on.
+    pub ready: Arc<AtomicBool>,
+    /// The kernel's machine.
+    pub vm: Arc<VmFd>,
+    /// The registers of its vCPUs.
+    pub msr_indices: Vec<u32>,
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// The devices in their order on the bus.
+    pub functions: Vec<Arc<VirtioPci>>,
+    /// The machine.
+    pub shape: Shape,
+    /// Empty, to become the template.
+    pub file: File,
+    /// Is told how it went.
+    pub made: Box<dyn FnOnce(Result<(), Error>) + Send>,
+}
+
+impl Maker {
+    /// Whether it is time.
+    pub fn is_due(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    /// Makes the template and tells. The vCPU is the only one that has run, has completed its last exit, and goes on
+    /// afterwards.
+    pub fn make(self, vcpu: &VcpuFd) {
+        let made = self.try_make(vcpu);
+        (self.made)(made);
+    }
+
+    fn try_make(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        // Whoever serves a queue holds the device; so nothing is on its way anywhere as long as this thread does.
+        let held: Vec<_> = self.functions.iter().map(|function| lock(function.device())).collect();
+        let mut state = State {
+            program: program(),
+            shape: self.shape.clone(),
+            extents: Vec::new(),
+            cpu: CpuState::take(vcpu, &self.msr_indices)?,
+            chips: Chips::take(&self.vm)?,
+            functions: self.functions.iter().map(|function| function.save()).collect(),
+        };
+        state.extents = self.write_memory().map_err(failed("write memory"))?;
+        drop(held);
+        let mut bytes = postcard::to_allocvec(&state).map_err(Error::Encoding)?;
+        let hash = Sha256::digest(&bytes);
+        let length = (bytes.len() as u64).to_le_bytes();
+        for part in [&MAGIC[..], &length, &hash] {
+            bytes.extend_from_slice(part);
+        }
+        self.file.write_all_at(&bytes, self.shape.memory_mib << 20).map_err(failed("write state"))
+    }
+
+    /// Writes the pages that are not empty to their places; answers where they are.
+    fn write_memory(&self) -> io::Result<Vec<(u64, u64)>> {
+        let mut extents: Vec<(u64, u64)> = Vec::new();
+        let total: u64 = ranges(self.shape.memory_mib << 20).map(|(_, size)| size).sum();
+        for chunk in (0..total).step_by((CHUNK * PAGE) as usize) {
+            for page in self.touched(chunk, CHUNK.min((total - chunk) / PAGE))? {
+                let (offset, mut bytes) = (chunk + page * PAGE, [0; PAGE as usize]);
+                let at = locate(self.shape.memory_mib, offset).ok_or(io::ErrorKind::InvalidInput)?;
+                self.memory.read_slice(&mut bytes, at).map_err(io::Error::other)?;
+                if bytes.iter().all(|byte| *byte == 0) {
+                    continue;
+                }
+                self.file.write_all_at(&bytes, offset)?;
+                match extents.last_mut() {
+                    // Memory below and above the hole are mappings of their own.
+                    Some((start, length))
+                        if offset <= *start + *length + GAP * PAGE
+                            && locate(self.shape.memory_mib, *start)
+                                .is_some_and(|s| at.0 - s.0 == offset - *start) =>
+                    {
+                        *length = offset + PAGE - *start;
+                    }
+                    _ => extents.push((offset, PAGE)),
+                }
+            }
+        }
+        Ok(extents)
+    }
+
+    /// Which of these pages the host has memory for.
+    fn touched(&self, offset: u64, pages: u64) -> io::Result<Vec<u64>> {
+        let at = locate(self.shape.memory_mib, offset).ok_or(io::ErrorKind::InvalidInput)?;
+        let slice = self.memory.get_slice(at, (pages * PAGE) as usize).map_err(io::Error::other)?;
+        let mut present = vec![0; pages as usize];
+        let address = slice.ptr_guard().as_ptr().cast_mut().cast();
+        // SAFETY: the range is mapped for as long as `memory` lives, and there is a byte for each of its pages.
+        if unsafe { libc::mincore(address, (pages * PAGE) as usize, present.as_mut_ptr()) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok((0..pages).zip(present).filter(|(_, present)| present & 1 != 0).map(|(page, _)| page).collect())
+    }
+}

@@ -1,0 +1,160 @@
+//! A machine without devices on the real KVM: a template of it, and those that go on from there.
+
+use super::*;
+use crate::boot::Entry;
+use crate::bus::Bus;
+use crate::console_ring::ConsoleRing;
+use crate::cpu::{self, Topology};
+use crate::end::{End, Ended};
+use crate::i8042::{self, I8042};
+use crate::kvm::Vm;
+use crate::pci::{self, PciBus};
+use crate::serial::{self, Serial};
+use crate::vcpu::Vcpu;
+use katana_protocol::vmm::Template;
+use nix::sys::stat::futimens;
+use nix::sys::time::TimeSpec;
+use std::fs::OpenOptions;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, mpsc};
+use vm_memory::Bytes;
+use vmm_sys_util::tempfile::TempFile;
+
+const CODE: u64 = 0x10_0000;
+/// Counts in the first byte of this page.
+const COUNTER: u64 = 0x20_0000;
+
+fn shape() -> Shape {
+    Shape {
+        vcpus: 1,
+        max_vcpus: 1,
+        memory_mib: 32,
+        pluggable_mib: 0,
+        kernel_params: String::new(),
+        net_slots: 0,
+        disk_slots: 0,
+        guest_cid: 3,
+        template: Template::Make,
+        debug: false,
+    }
+}
+
+struct Bench {
+    vm: Vm,
+    memory: GuestMemory,
+    vcpu: Vcpu,
+    console: ConsoleRing,
+    end: Arc<End>,
+    ready: Arc<AtomicBool>,
+}
+
+/// A machine whose vCPU has yet to be told where it begins; nothing where there is no KVM.
+fn bench() -> Option<Bench> {
+    let Ok(dev_kvm) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else {
+        println!("SKIPPED: /dev/kvm cannot be opened here");
+        return None;
+    };
+    let mut vm = Vm::new(dev_kvm.into(), 1).unwrap();
+    let memory = crate::memory::create(32, None).unwrap();
+    vm.add_memory(&memory).unwrap();
+    let (console, end) = (ConsoleRing::new(false), Arc::new(End::new().unwrap()));
+    let ready = Arc::new(AtomicBool::new(false));
+    let mut ports = Bus::default();
+    ports.insert(serial::PORTS, Arc::new(Serial::new(console.clone()))).unwrap();
+    ports.insert(i8042::PORTS, Arc::new(I8042::new(end.clone()))).unwrap();
+    ports.insert(pci::PORTS, Arc::new(PciBus::new(ready.clone()))).unwrap();
+    let fd = vm.create_vcpu(0).unwrap();
+    let topology = Topology { vcpus: 1, tsc_deadline: vm.tsc_deadline };
+    cpu::identify(&fd, 0, &vm.cpuid, &topology).unwrap();
+    let (ports, addresses) = (ports.into(), Bus::default().into());
+    let vcpu = Vcpu { fd, number: 0, ports, addresses, end: end.clone(), maker: None };
+    Some(Bench { vm, memory, vcpu, console, end, ready })
+}
+
+/// Runs a guest that tells it is ready, counts and prints the count, up to its end; the template and what it printed.
+fn make() -> Option<(File, String)> {
+    let mut bench = bench()?;
+    // mov eax,0x80000040; mov dx,0xcf8; out dx,eax; mov dx,0xcfc; mov al,1; out dx,al;
+    // inc byte [COUNTER]; mov al,[COUNTER]; mov dx,0x3f8; out dx,al; mov al,0xfe; out 0x64,al; hlt
+    let code = b"\xb8\x40\x00\x00\x80\x66\xba\xf8\x0c\xef\x66\xba\xfc\x0c\xb0\x01\xee\
+        \xfe\x05\x00\x00\x20\x00\xa0\x00\x00\x20\x00\x66\xba\xf8\x03\xee\xb0\xfe\xe6\x64\xf4";
+    bench.memory.write_slice(code, GuestAddress(CODE)).unwrap();
+    bench.memory.write_slice(b"A", GuestAddress(COUNTER)).unwrap();
+    cpu::set_up(&bench.vcpu.fd, 0, Some(&Entry { address: CODE, start_info: 0 })).unwrap();
+    let file = TempFile::new().unwrap().into_file();
+    let (sender, made) = mpsc::channel();
+    bench.vcpu.maker = Some(Maker {
+        ready: bench.ready.clone(),
+        vm: bench.vm.fd(),
+        msr_indices: bench.vm.msr_indices().unwrap(),
+        memory: bench.memory.clone(),
+        functions: Vec::new(),
+        shape: shape(),
+        file: file.try_clone().unwrap(),
+        made: Box::new(move |made| sender.send(made).unwrap()),
+    });
+    // The thread is confined afterwards.
+    let (mut vcpu, end) = (bench.vcpu, bench.end);
+    assert_eq!(std::thread::spawn(move || vcpu.run()).join().unwrap(), None);
+    assert_eq!(end.reached(), Some(Ended::Reset));
+    made.recv().unwrap().unwrap();
+    let sealed = TimeSpec::new(SEALED, 0);
+    futimens(&file, &sealed, &sealed).unwrap();
+    Some((file, bench.console.tail()))
+}
+
+/// Goes on from a template; what the guest printed.
+fn go_on(file: &File) -> String {
+    let mut bench = bench().unwrap();
+    let state = State::read(file, &shape()).unwrap();
+    state.map_memory(file, &bench.memory).unwrap();
+    state.chips.give(&bench.vm.fd()).unwrap();
+    state.cpu.give(&bench.vcpu.fd).unwrap();
+    assert_eq!(bench.vcpu.run(), None);
+    assert_eq!(bench.end.reached(), Some(Ended::Reset));
+    bench.console.tail()
+}
+
+#[test]
+fn machines_go_on_from_a_template_and_know_nothing_of_each_other() {
+    let Some((file, printed)) = make() else { return };
+    assert_eq!(printed, "B");
+    for _ in 0..2 {
+        assert_eq!(go_on(&file), "B");
+    }
+    // Three pages: code, counter, and what KVM wrote into none of them.
+    let state = State::read(&file, &shape()).unwrap();
+    assert_eq!(state.extents, [(CODE, PAGE), (COUNTER, PAGE)]);
+}
+
+#[test]
+fn a_file_that_is_not_whole_is_refused() {
+    let Some((file, _)) = make() else { return };
+    let seal = |file: &File| futimens(file, &TimeSpec::new(SEALED, 0), &TimeSpec::new(SEALED, 0)).unwrap();
+    let why = |shape: &Shape| State::read(&file, shape).err().map(|error| error.to_string());
+    assert_eq!(why(&shape()), None);
+    assert!(matches!(State::read(&file, &Shape { memory_mib: 31, ..shape() }), Err(Error::Incomplete)));
+    assert!(matches!(State::read(&file, &Shape { net_slots: 1, ..shape() }), Err(Error::Other)));
+
+    let length = file.metadata().unwrap().len();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, COUNTER).unwrap();
+    file.write_all_at(&byte, COUNTER).unwrap();
+    assert!(matches!(State::read(&file, &shape()), Err(Error::Changed)));
+    file.read_exact_at(&mut byte, length - TRAILER - 1).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], length - TRAILER - 1).unwrap();
+    seal(&file);
+    assert!(matches!(State::read(&file, &shape()), Err(Error::Damaged)));
+    for cut in [length - 1, length - TRAILER, 32 << 20, 4096, 0] {
+        file.set_len(cut).unwrap();
+        seal(&file);
+        assert!(matches!(State::read(&file, &shape()), Err(Error::Incomplete)), "{cut}");
+    }
+}
+
+#[test]
+fn the_file_follows_the_memory_across_the_hole() {
+    assert_eq!(locate(512, 4096), Some(GuestAddress(4096)));
+    assert_eq!(locate(512, 512 << 20), None);
+    assert_eq!(locate(4096, (3 << 30) + 4096), Some(GuestAddress((4 << 30) + 4096)));
+}
