@@ -125,7 +125,7 @@ pub enum Event {
     },
     /// The answer to a request to attach or detach: an error text if it failed.
     Done(Option<String>),
-    /// The template has been made, or why not. The VM goes on in either case.
+    /// The template has been made; or why it has not, or is of no use to go on from. The VM runs in any case.
     TemplateMade(Option<String>),
     /// The VM ended; the VMM ends as well.
     Exit {

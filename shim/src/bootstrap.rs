@@ -19,7 +19,8 @@ use crate::error::{Error, Result};
 use crate::fds;
 use crate::layout::Identity;
 use crate::options::config_path;
-use crate::server::{LISTENER_FD, READY, READY_FD};
+use crate::pidfd::PidFd;
+use crate::server::{CLIENT_FD, LISTENER_FD, READY, READY_FD};
 use crate::stdio::read_limited;
 
 /// Longest input of `start`, as containerd has it.
@@ -227,8 +228,11 @@ fn spawn(request: &Request, identity: &Identity, socket: &Path, bundle: &Path) -
         .stdout(Stdio::null())
         // containerd waits until nobody holds its pipe any more.
         .stderr(Stdio::null());
-    fds::pass(&mut command, &[(listener.as_fd(), LISTENER_FD), (ready_writer.as_fd(), READY_FD)])
-        .map_err(|e| failed("pass", &e))?;
+    let client = PidFd::open(nix::unistd::getppid().as_raw());
+    let client = client.map_err(|e| Error::io("process that asks for the shim", &e))?;
+    let passed =
+        [(listener.as_fd(), LISTENER_FD), (ready_writer.as_fd(), READY_FD), (client.as_fd(), CLIENT_FD)];
+    fds::pass(&mut command, &passed).map_err(|e| failed("pass", &e))?;
     let mut child = command.spawn().map_err(|e| failed("start the shim for", &e))?;
     drop((command, ready_writer));
     let said = read_limited(fs::File::from(ready), 64 * 1024).map_err(|e| failed("wait for", &e))?;

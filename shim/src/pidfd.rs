@@ -91,6 +91,13 @@ impl PidFd {
     }
 }
 
+/// A descriptor that is known to be one of a process.
+impl From<OwnedFd> for PidFd {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
 impl AsFd for PidFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

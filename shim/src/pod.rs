@@ -80,6 +80,11 @@ impl Pod {
         })
     }
 
+    /// Whether nobody has asked for anything yet, or all of it is gone.
+    pub fn is_empty(&self) -> bool {
+        self.sandboxed.get().is_none() && self.containers().is_empty()
+    }
+
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Place>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }

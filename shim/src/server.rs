@@ -1,6 +1,7 @@
 //! The shim itself, as `start` spawns it: it serves containerd until it is told to shut down.
 
 use std::fs;
+use std::future::pending;
 use std::io::{self, Write};
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
@@ -21,6 +22,7 @@ use crate::events::Publisher;
 use crate::fds;
 use crate::layout::Identity;
 use crate::logger;
+use crate::pidfd::PidFd;
 use crate::pod::Pod;
 use crate::{sandbox_service, service};
 
@@ -30,6 +32,11 @@ pub const LISTENER_FD: RawFd = 3;
 pub const READY_FD: RawFd = 4;
 /// See [`READY_FD`].
 pub const READY: &[u8] = b"ready";
+
+/// Number of a descriptor of the process that asked for this shim.
+pub const CLIENT_FD: RawFd = 5;
+/// How long a shim that has nothing yet waits for another client when that process has ended.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long the last answers and events may take.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -104,12 +111,25 @@ async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mu
         () = pod.stopped() => log::debug!("containerd says shutdown"),
         _ = terminate.recv() => end_of_pod(&pod, "SIGTERM").await,
         _ = interrupt.recv() => end_of_pod(&pod, "SIGINT").await,
+        () = forgotten(&pod) => log::warn!("containerd has ended before it asked for anything"),
     }
     events.flush(FAREWELL).await;
     // Nobody may find the socket and wait for a shim that goes.
     remove_socket(Path::new(&args.socket));
     let _ = tokio::time::timeout(FAREWELL, server.shutdown()).await;
     Ok(())
+}
+
+/// Waits for the end of a containerd that has not yet written down that this shim is there. Nobody else would end it.
+async fn forgotten(pod: &Pod) {
+    let Some(client) = fds::inherited(CLIENT_FD).ok().map(PidFd::from) else { return pending().await };
+    match client.ended().await {
+        Ok(()) => tokio::time::sleep(PATIENCE).await,
+        Err(e) => log::warn!("watch containerd: {e}"),
+    }
+    if !pod.is_empty() {
+        pending::<()>().await;
+    }
 }
 
 /// The shim was told to end and nobody else can stop the VM: so the containers end as well, and their ends are

@@ -1,11 +1,11 @@
 //! Where a pod's machine begins: at its kernel's entry, or where a template stopped.
 
-use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use katana_config::Config;
 use katana_protocol::vmm::{Machine, Template};
-use katana_template::{Draft, Error, Store};
+use katana_template::{Draft, Error, Found, Store};
+use tokio::sync::watch;
 
 use crate::vmm::Vmm;
 
@@ -16,7 +16,7 @@ pub enum Start {
     /// It boots, and becomes the template for those after it.
     First(Box<Draft>),
     /// It goes on from a template.
-    Template(File),
+    Template(Found),
 }
 
 impl Start {
@@ -59,14 +59,17 @@ impl Start {
         match self {
             Self::Boot => None,
             Self::First(draft) => Some(draft.file().as_fd()),
-            Self::Template(file) => Some(file.as_fd()),
+            Self::Template(found) => Some(found.file().as_fd()),
         }
     }
 
-    /// Has the template, if this start is to make one, put in its place when the VMM has made it.
+    /// Has the template, if this start is to make one, put in its place when the VMM has made it; and taken away if it
+    /// turns out to be of no use, so that the next start makes another.
     pub fn expect(self, vmm: &Vmm) {
-        if let Self::First(draft) = self {
-            tokio::spawn(finish(*draft, vmm.template()));
+        match self {
+            Self::Boot => {}
+            Self::First(draft) => drop(tokio::spawn(finish(*draft, vmm.template()))),
+            Self::Template(found) => drop(tokio::spawn(doubt(found, vmm.template()))),
         }
     }
 }
@@ -74,13 +77,29 @@ impl Start {
 fn find(config: &Config) -> Result<Start, Error> {
     let store = Store::of(config)?;
     match store.open()? {
-        Some(file) => Ok(Start::Template(file)),
+        Some(found) => Ok(Start::Template(found)),
         None => Ok(Start::First(Box::new(store.begin()?))),
     }
 }
 
+/// The VMM's word on a template.
+type Word = watch::Receiver<Option<Result<(), String>>>;
+
+/// Waits for the VMM to find something wrong.
+async fn doubt(found: Found, mut word: Word) {
+    let why = match word.wait_for(Option::is_some).await {
+        Ok(word) => word.clone().and_then(Result::err),
+        Err(_) => None,
+    };
+    if let Some(why) = why {
+        log::warn!("template: {why}; the VM boots without it, and the next makes another");
+        let removed = crate::blocking(move || Ok(found.remove())).await.ok().and_then(Result::err);
+        removed.into_iter().for_each(|e| log::warn!("template: {e}"));
+    }
+}
+
 /// Waits for the VMM's word. Without a template at its end the next start tries again.
-async fn finish(draft: Draft, mut made: tokio::sync::watch::Receiver<Option<Result<(), String>>>) {
+async fn finish(draft: Draft, mut made: Word) {
     let made = match made.wait_for(Option::is_some).await {
         Ok(made) => made.clone(),
         Err(_) => None,

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{ChildStderr, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub struct Vmm {
     running: watch::Receiver<bool>,
     plugged: watch::Receiver<u64>,
     template: watch::Receiver<Option<Made>>,
+    /// Whether its end is our doing.
+    killed: Arc<AtomicBool>,
     ended: watch::Receiver<Option<Arc<End>>>,
 }
 
@@ -138,14 +141,20 @@ impl Vmm {
             makes,
             answer,
         };
+        let killed = Arc::new(AtomicBool::new(false));
+        let asked = Arc::clone(&killed);
         tokio::spawn(async move {
             let ports = Arc::clone(&listener.ports);
             let told = listener.run().await;
-            log::info!("the VM has ended: {told}");
+            if asked.load(Ordering::Relaxed) {
+                log::debug!("the VM is ended");
+            } else {
+                log::warn!("the VM has ended: {told}");
+            }
             ports.close();
             end.send_replace(Some(Arc::new(told)));
         });
-        Ok(Self { control, answers: answers.into(), processes, running, plugged, template, ended })
+        Ok(Self { control, answers: answers.into(), processes, running, plugged, template, killed, ended })
     }
 
     /// Tells the VMM to boot a machine.
@@ -242,6 +251,7 @@ impl Vmm {
 
     /// Kills the VMM.
     pub fn kill(&self) {
+        self.killed.store(true, Ordering::Relaxed);
         for process in self.processes.borrow().iter().filter_map(PidFd::find) {
             process.kill();
         }
@@ -276,7 +286,12 @@ async fn log_lines(stderr: pipe::Receiver, said: Said) {
         let length = bytes.iter().position(|byte| *byte == b'\n').map_or(bytes.len(), |at| at + 1);
         let line = String::from_utf8_lossy(bytes.get(..length).unwrap_or_default()).trim_end().to_owned();
         reader.consume(length);
-        log::info!("kata-vmm: {line}");
+        let level = match line.split_once(' ') {
+            Some(("ERROR", _)) => log::Level::Error,
+            Some(("WARN", _)) => log::Level::Warn,
+            _ => log::Level::Info,
+        };
+        log::log!(level, "kata-vmm: {line}");
         let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
         if said.len() == TAIL {
             said.pop_front();

@@ -121,10 +121,10 @@ impl Store {
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub fn open(&self) -> Result<Option<File>> {
+    pub fn open(&self) -> Result<Option<Found>> {
         let path = self.path();
         match File::open(&path) {
-            Ok(file) => Ok(Some(file)),
+            Ok(file) => Ok(Some(Found { file, path })),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(at(&path)(error)),
         }
@@ -172,6 +172,33 @@ impl Store {
         paths.retain(|path| path.is_file());
         paths.sort();
         Ok(paths)
+    }
+}
+
+/// A template that is there.
+pub struct Found {
+    file: File,
+    path: PathBuf,
+}
+
+impl Found {
+    /// What the VMM goes on from.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Takes it away, unless another has taken its place.
+    ///
+    /// # Errors
+    /// When the file system refuses.
+    pub fn remove(&self) -> Result<()> {
+        let ours = self.file.metadata().map_err(at(&self.path))?;
+        match fs::metadata(&self.path) {
+            Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => {
+                fs::remove_file(&self.path).map_err(at(&self.path))
+            }
+            _ => Ok(()),
+        }
     }
 }
 

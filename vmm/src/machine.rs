@@ -159,7 +159,7 @@ pub struct Machine {
 
 impl Machine {
     /// Puts the machine together; answers it and what can be attached to. `incoming` is told of every stream that the guest
-    /// opens, `plugged` of the memory that it has plugged, `made` of the template if one is to be made.
+    /// opens, `plugged` of the memory that it has plugged, `made` of the template, once it is made, or if it is of no use.
     ///
     /// # Errors
     /// When something is missing or wrong; the text names it.
@@ -194,12 +194,20 @@ impl Machine {
         let disks = (0..shape.disk_slots).map(disk).collect::<Result<_, _>>()?;
         let card = |_| devices.add_slot("virtio-net", Net::new());
         let nets = (0..shape.net_slots).map(card).collect::<Result<_, _>>()?;
-        if let Some(saved) = saved {
-            devices.restore(&saved)?;
-            lock(&vsock).moved_from(saved.guest_cid());
-        }
-        let maker =
-            devices.maker(shape, files.template.filter(|_| shape.template == Template::Make), made)?;
+        let maker = match saved {
+            Some(Ok(saved)) => {
+                devices.restore(&saved)?;
+                lock(&vsock).moved_from(saved.guest_cid());
+                None
+            }
+            Some(Err(error)) => {
+                made(Err(error));
+                None
+            }
+            None => {
+                devices.maker(shape, files.template.filter(|_| shape.template == Template::Make), made)?
+            }
+        };
 
         let end = Arc::new(End::new().map_err(|error| Error::Host { what: "eventfd", error })?);
         let Devices { pci, addresses, mut events, .. } = devices;
@@ -269,19 +277,20 @@ impl Machine {
     }
 }
 
-/// The board, and what the devices need of the template if it comes from one.
-fn board(shape: &Shape, files: &mut Files) -> Result<(Board, Option<State>), Error> {
+/// The board, and what the devices need of the template if it comes from one, or why there is no use for it.
+fn board(shape: &Shape, files: &mut Files) -> Result<(Board, Option<Result<State, template::Error>>), Error> {
+    let mut refused = None;
     if shape.template == Template::Use {
         let restored = files.template.as_ref().ok_or(template::Error::NoFile);
         let board = Board::new(shape, files)?;
         match restored.and_then(|file| board.restore(shape, file)) {
-            Ok(state) => return Ok((board, Some(state))),
-            Err(error) => log::warn!("template: {error}; the VM boots without it"),
+            Ok(state) => return Ok((board, Some(Ok(state)))),
+            Err(error) => refused = Some(Err(error)),
         }
     }
     let board = Board::new(shape, files)?;
     board.boot(shape, &mut files.kernel)?;
-    Ok((board, None))
+    Ok((board, refused))
 }
 
 /// The devices as they come: each takes the next slot of the bus, and the addresses that belong to it.

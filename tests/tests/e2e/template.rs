@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use katana_tests::environment::{self, is_vm_or_say};
-use katana_tests::turn::shared;
+use katana_tests::turn::{alone, shared};
 use katana_tests::{BUSYBOX, Configuration, Containerd, DEBIAN, Run, Scratch};
+use nix::fcntl::{Flock, FlockArg};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// What one machine could have in common with another. A new process's AT_RANDOM decides where its stack is.
 const IDENTITIES: &str = "echo urandom=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n'); \
@@ -44,10 +46,22 @@ fn template(directory: &Path) -> PathBuf {
     file
 }
 
-/// How often containerd's log says that there was no use for a template.
-fn warnings() -> usize {
+/// Where containerd's log warns that there was no use for a template.
+fn warnings() -> Vec<String> {
     let log = fs::read(Containerd::current().log()).expect("containerd's log");
-    String::from_utf8_lossy(&log).lines().filter(|line| line.contains("the VM boots without it")).count()
+    let text = String::from_utf8_lossy(&log);
+    text.lines()
+        .filter(|line| line.contains("level=warning") && line.contains("template: "))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Starts a container, for which no template is of use, and which says so once.
+fn start_without(configuration: &Path, why: &str) {
+    let before = warnings().len();
+    start(configuration);
+    let after = warnings();
+    assert_eq!(after.len(), before + 1, "{why}: {:?}", &after[before..]);
 }
 
 #[test]
@@ -79,7 +93,8 @@ fn machines_from_one_template_have_nothing_in_common() {
 
 #[test]
 fn a_template_that_is_no_good_is_not_used() {
-    let _turn = shared();
+    // It counts lines of the log.
+    let _turn = alone();
     if !is_vm() {
         return;
     }
@@ -100,21 +115,60 @@ fn a_template_that_is_no_good_is_not_used() {
     ];
     for (what, damage) in damage {
         damage(&open());
-        let before = warnings();
+        start_without(&configuration, what);
+        assert!(!file.exists(), "{what}");
+        // The next one makes another.
         start(&configuration);
-        assert_eq!(warnings(), before + 1, "{what}");
+        assert_eq!(template(&directory), file, "{what}");
     }
-    // Whoever removes it gets a new one.
-    fs::remove_file(&file).expect("remove");
-    start(&configuration);
     let before = warnings();
     start(&configuration);
-    assert_eq!((template(&directory), warnings()), (file, before));
+    assert_eq!(warnings(), before);
+}
+
+#[test]
+fn a_template_that_another_makes_is_not_waited_for() {
+    let _turn = shared();
+    if !is_vm() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (directory, configuration) = own_templates(&scratch);
+    start(&configuration);
+    let file = template(&directory);
+    let mut part = file.clone().into_os_string();
+    part.push(".part");
+    fs::rename(&file, &part).expect("rename");
+    let other = File::open(&part).expect("the other's file");
+    let lock = Flock::lock(other, FlockArg::LockExclusive).map_err(|(_, e)| e).expect("lock");
+    start(&configuration);
+    assert!(!file.exists());
+    // It has ended in the middle.
+    drop(lock);
+    start(&configuration);
+    assert_eq!(template(&directory), file);
+}
+
+#[test]
+fn a_full_disk_is_no_obstacle() {
+    let _turn = alone();
+    if !is_vm() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (directory, configuration) = own_templates(&scratch);
+    fs::create_dir(&directory).expect("mkdir");
+    mount(Some("full"), &directory, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).expect("mount");
+    start_without(&configuration, "the disk is full");
+    let left: Vec<_> = fs::read_dir(&directory).expect("templates").flatten().collect();
+    umount2(&directory, MntFlags::MNT_DETACH).expect("unmount");
+    assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]
 fn a_directory_that_takes_no_template_is_no_obstacle() {
-    let _turn = shared();
+    // It counts lines of the log.
+    let _turn = alone();
     if !is_vm() {
         return;
     }
@@ -122,7 +176,5 @@ fn a_directory_that_takes_no_template_is_no_obstacle() {
     let (directory, configuration) = own_templates(&scratch);
     // In the place of the directory is a file.
     fs::write(&directory, "").expect("write");
-    let before = warnings();
-    start(&configuration);
-    assert_eq!(warnings(), before + 1);
+    start_without(&configuration, "a file is in its place");
 }

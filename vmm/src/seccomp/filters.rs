@@ -98,6 +98,8 @@ const MAIN: &[c_long] = &[
     libc::SYS_recvfrom,
     libc::SYS_shutdown,
     libc::SYS_fcntl,
+    // For an irqfd.
+    libc::SYS_eventfd2,
 ];
 /// Only a pair of sockets, whose other end goes to the shim: never one that could reach further.
 const AF_UNIX: u64 = libc::AF_UNIX as u64;
