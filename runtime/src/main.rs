@@ -3,6 +3,7 @@
 
 mod check;
 mod env;
+mod factory;
 mod version;
 
 use std::io::{self, Write};
@@ -40,8 +41,21 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Make, look for or remove the template from which machines start
+    #[command(subcommand)]
+    Factory(Factory),
     /// Show the version
     Version,
+}
+
+#[derive(Clone, Copy, Subcommand)]
+enum Factory {
+    /// Make the template
+    Init,
+    /// Tell whether it is there
+    Status,
+    /// Remove all templates
+    Destroy,
 }
 
 #[derive(Args)]
@@ -83,6 +97,8 @@ enum Error {
     Check(#[from] check::Error),
     #[error(transparent)]
     Env(#[from] env::Error),
+    #[error("kata-runtime factory: {0}")]
+    Factory(#[from] factory::Error),
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
 }
@@ -101,6 +117,21 @@ fn run(cli: Cli) -> Result<(), Error> {
         Some(Command::Check(args)) => {
             args.refuse_releases()?;
             check::run(cli.config.as_deref(), args.verbose, &mut out)?;
+        }
+        Some(Command::Factory(command)) => {
+            let config = cli.config.as_deref();
+            match command {
+                Factory::Init => factory::init(config)?,
+                Factory::Destroy => factory::destroy(config)?,
+                Factory::Status => {}
+            }
+            let state = match command {
+                Factory::Init => "initialized",
+                Factory::Destroy => "destroyed",
+                Factory::Status if factory::is_there(config)? => "is on",
+                Factory::Status => "is off",
+            };
+            writeln!(out, "vm factory {state}")?;
         }
         None => write!(out, "{}", Cli::command().render_help())?,
     }
@@ -136,10 +167,11 @@ mod tests {
             "kata-runtime --kata-show-default-config-paths",
             "kata-runtime --version",
             "kata-runtime -v",
+            "kata-runtime factory init",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }
-        assert!(Cli::try_parse_from(["kata-runtime", "factory"]).is_err());
+        assert!(Cli::try_parse_from(["kata-runtime", "metrics"]).is_err());
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! `kata-runtime`, and what the shim says about itself.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
 use katana_tests::turn::shared;
-use katana_tests::{Command, environment};
+use katana_tests::{BUSYBOX, Command, Configuration, Run, Scratch, environment};
 
 fn program(name: &str, arguments: &[&str]) -> Command {
     let path = environment::bin().join(name).display().to_string();
@@ -21,6 +24,34 @@ fn check_says_that_this_system_can() {
             assert!(lines.contains(&line), "no line {line:?}\n{output}");
         }
     }
+}
+
+#[test]
+fn the_factory_makes_and_removes_the_template() {
+    let _turn = shared();
+    if !environment::is_vm_or_say("this is Katana's own tool") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let directory = scratch.path().join("templates");
+    let configuration =
+        Configuration::installed().set("factory.template_path", directory.display().to_string());
+    let file = scratch.file("configuration.toml", configuration.to_toml()).display().to_string();
+    let factory = |command| {
+        let arguments = ["--config", &file, "factory", command];
+        program("kata-runtime", &arguments).output().ok().text().trim().to_owned()
+    };
+    let files = || std::fs::read_dir(&directory).map_or(0, Iterator::count);
+    assert_eq!(factory("status"), "vm factory is off");
+    assert_eq!((factory("init").as_str(), files()), ("vm factory initialized", 1));
+    assert_eq!(factory("status"), "vm factory is on");
+    let path = || std::fs::read_dir(&directory).expect("templates").flatten().next().expect("one").path();
+    let made = (path(), std::fs::metadata(path()).expect("template").ino());
+    // It is the one that pods look for.
+    Run::new(BUSYBOX).configuration(Path::new(&file)).command(&["true"]).output().ok();
+    assert_eq!((path(), std::fs::metadata(path()).expect("template").ino(), files()), (made.0, made.1, 1));
+    assert_eq!((factory("destroy").as_str(), files()), ("vm factory destroyed", 0));
+    assert_eq!(factory("status"), "vm factory is off");
 }
 
 #[test]

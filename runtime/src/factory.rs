@@ -1,0 +1,149 @@
+//! `kata-runtime factory`: the template from which machines go on. The first pod's start makes it as well; this is for hosts
+//! on which that one is to be as fast as the others.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use katana_config::Config;
+use katana_protocol::vmm::{self, CONTROL_FD, Event, Machine, Request, Template};
+use katana_template::{Draft, Store};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::ReceiveTimeout};
+use nix::sys::time::TimeVal;
+use nix::unistd::Pid;
+
+/// A vsock context id, which the machines from the template do not keep.
+const GUEST_CID: u32 = 3;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Configuration(#[from] katana_config::Error),
+    #[error("no template: enable_template is false in [factory]")]
+    Disabled,
+    #[error("no template: enable_debug in [hypervisor.katana] has every machine boot")]
+    Debug,
+    #[error("template: {0}")]
+    Store(#[from] katana_template::Error),
+    #[error("\"{}\": {source}", path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error("{0}: {1}")]
+    System(&'static str, io::Error),
+    #[error("kata-vmm: {0}")]
+    Control(#[from] vmm::Error),
+    #[error("kata-vmm: {0}")]
+    Vmm(String),
+}
+
+/// Whether there is a template for this configuration.
+pub(crate) fn is_there(config: Option<&Path>) -> Result<bool, Error> {
+    let config = katana_config::load(config)?;
+    Ok(config.factory.enable_template && Store::of(&config)?.open()?.is_some())
+}
+
+/// Makes the template, unless it is there.
+pub(crate) fn init(config: Option<&Path>) -> Result<(), Error> {
+    let config = katana_config::load(config)?;
+    if !config.factory.enable_template {
+        return Err(Error::Disabled);
+    }
+    if config.hypervisor.enable_debug {
+        return Err(Error::Debug);
+    }
+    let store = Store::of(&config)?;
+    if store.open()?.is_none() {
+        let draft = store.begin()?;
+        make(&config, &draft)?;
+        draft.commit()?;
+    }
+    Ok(())
+}
+
+/// Removes all templates. Machines that come from them keep what they have of them.
+pub(crate) fn destroy(config: Option<&Path>) -> Result<(), Error> {
+    let config = katana_config::load(config)?;
+    for path in Store::all(&config)? {
+        std::fs::remove_file(&path).map_err(|source| Error::File { path, source })?;
+    }
+    Ok(())
+}
+
+/// Boots a machine that nobody uses, up to the point at which it is a template.
+fn make(config: &Config, draft: &Draft) -> Result<(), Error> {
+    let hypervisor = &config.hypervisor;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+        .map_err(|e| Error::System("socketpair", e.into()))?;
+    let limit = TimeVal::new(i64::from(config.agent.dial_timeout.max(1)), 0);
+    setsockopt(&ours, ReceiveTimeout, &limit).map_err(|e| Error::System("SO_RCVTIMEO", e.into()))?;
+    let mut kvm = File::options();
+    kvm.read(true).write(true);
+    let [kvm, kernel, image, share] = [
+        (kvm, Path::new("/dev/kvm")),
+        (readable(), &hypervisor.kernel),
+        (readable(), &hypervisor.image),
+        // It becomes the VMM's root, of which a guest without a pod has no use.
+        (readable(), &config.factory.template_path),
+    ]
+    .map(|(options, path)| {
+        options.open(path).map_err(|source| Error::File { path: path.to_owned(), source })
+    });
+    let files = [kvm?, kernel?, image?, share?];
+    let mut vmm = Vmm { outer: spawn(&hypervisor.path, theirs)?, jailed: None };
+    let machine =
+        Machine { guest_cid: GUEST_CID, template: Template::Make, ..katana_template::machine(config) };
+    let fds: Vec<_> = files.iter().chain([draft.file()]).map(AsFd::as_fd).collect();
+    vmm::send(&ours, &Request::Boot(machine), &fds)?;
+    loop {
+        match vmm::receive(&ours)?.0 {
+            Event::Jailed { pid } => vmm.jailed = Some(Pid::from_raw(pid)),
+            Event::TemplateMade(None) => return Ok(()),
+            Event::TemplateMade(Some(why)) | Event::Failed(why) => return Err(Error::Vmm(why)),
+            Event::Exit { reason, .. } => return Err(Error::Vmm(reason.to_string())),
+            _ => {}
+        }
+    }
+}
+
+fn readable() -> std::fs::OpenOptions {
+    let mut options = File::options();
+    options.read(true);
+    options
+}
+
+/// Starts the VMM in a network namespace of its own, in which there is nothing.
+fn spawn(program: &Path, control: OwnedFd) -> Result<Child, Error> {
+    let mut command = Command::new(program);
+    command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null());
+    let place = move || {
+        // SAFETY: the number is free or a descriptor of this process's own, which exec would close anyway.
+        let placed = unsafe { nix::libc::dup2(std::os::fd::AsRawFd::as_raw_fd(&control), CONTROL_FD) };
+        nix::errno::Errno::result(placed)?;
+        Ok(unshare(CloneFlags::CLONE_NEWNET)?)
+    };
+    // SAFETY: between fork and exec the closure makes two system calls and allocates nothing.
+    unsafe { command.pre_exec(place) };
+    command.spawn().map_err(|source| Error::File { path: program.to_owned(), source })
+}
+
+/// Both of the VMM's processes, which end with this. The jailed one is a child as well.
+struct Vmm {
+    outer: Child,
+    jailed: Option<Pid>,
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.outer.kill();
+        let _ = self.outer.wait();
+        if let Some(pid) = self.jailed {
+            let _ = kill(pid, Signal::SIGKILL);
+            let _ = nix::sys::wait::waitpid(pid, None);
+        }
+    }
+}
