@@ -24,6 +24,7 @@ dist: build ## pack target/kata-static-VERSION-x86_64.tar.xz
 
 bench: build ## measure starts, memory, network and file systems: target/bench/*.json
 	tests/run bench
+	tests/run counted
 
 soak: build ## the long versions of the end-to-end tests
 	tests/run soak

@@ -17,7 +17,7 @@ use crate::disks;
 use crate::error::{Error, Result};
 use crate::events::{Publisher, timestamp};
 use crate::hooks;
-use crate::process::{Exit, Phase, Process};
+use crate::process::{Exit, KILLED, Phase, Process};
 use crate::rootfs::Layer;
 use crate::sandbox::Sandbox;
 use crate::share;
@@ -182,6 +182,17 @@ impl Container {
             });
             process.stopped(exit);
         });
+    }
+
+    /// Ends the machine of a container that is alone in it as soon as that has ended: it takes the kernel a while, meanwhile
+    /// containerd asks for the Delete.
+    pub async fn end_alone(self: Arc<Self>) {
+        let exit = self.init.wait().await;
+        let execs_end = self.execs().values().any(|exec| exec.phase() == Phase::Running);
+        // Delete has to write disks first. After a SIGKILL, the agent may be about to tell of a lack of memory.
+        if exit.status != KILLED && !execs_end && !self.sandbox.has_disks(&self.id).await {
+            self.sandbox.kill();
+        }
     }
 
     /// The pid that clients get. For the container it is the VMM's, a process of the host of which clients look

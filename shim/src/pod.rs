@@ -196,7 +196,12 @@ impl Pod {
             pod,
             limits,
         };
-        Container::create(parts, sandbox, Arc::clone(&self.events)).await
+        let container = Container::create(parts, sandbox, Arc::clone(&self.events)).await?;
+        let in_pod = self.sandboxed.get().is_some() || container.spec.is_sandbox();
+        if !in_pod && request.id == self.identity.sandbox {
+            tokio::spawn(Arc::clone(&container).end_alone());
+        }
+        Ok(container)
     }
 
     /// Launches the machine of a pod of the Sandbox service, and in it what holds its namespaces.

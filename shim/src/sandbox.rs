@@ -422,6 +422,11 @@ impl Sandbox {
         self.vmm.ended().borrow().is_some()
     }
 
+    /// Has the VM end; what is left of it stays.
+    pub fn kill(&self) {
+        self.vmm.kill();
+    }
+
     /// Ends the VM and removes all that is left of it.
     pub async fn end(&self) {
         self.vmm.kill();

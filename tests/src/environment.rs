@@ -46,6 +46,11 @@ pub fn is_soak() -> bool {
     std::env::var_os("KATANA_SOAK").is_some()
 }
 
+/// Whether the machine's clock counts instructions. Then it has one processor and is slow.
+pub fn is_counted() -> bool {
+    std::env::var_os("KATANA_COUNTED").is_some()
+}
+
 /// After how long a command counts as hung. No test measures anything with it.
 pub fn hang_limit() -> Duration {
     let seconds = std::env::var("KATANA_HANG_SECONDS").ok().and_then(|text| text.parse().ok());
