@@ -88,4 +88,26 @@ mod tests {
             }
         }
     }
+    #[test]
+    fn arguments_decide_where_they_matter() {
+        let none = c_long::from(-1_i8);
+        for (kind, call) in [
+            (Kind::Main, [libc::SYS_ioctl, none, libc::FIONBIO as c_long, 0]),
+            // The last of its list: VHOST_NET_SET_BACKEND.
+            (Kind::Main, [libc::SYS_ioctl, none, 0x4008_af30, 0]),
+            (Kind::Main, [libc::SYS_socketpair, c_long::from(libc::AF_UNIX), 0, 0]),
+            (Kind::Fs, [libc::SYS_mprotect, 0, 0, c_long::from(libc::PROT_READ)]),
+        ] {
+            let fate = fate(kind, call);
+            assert!(matches!(fate, WaitStatus::Exited(_, 0)), "{kind:?}, {call:?}: {fate:?}");
+        }
+        for (kind, call) in [
+            (Kind::Main, [libc::SYS_socketpair, c_long::from(libc::AF_INET), 0, 0]),
+            (Kind::Fs, [libc::SYS_ioctl, none, libc::FIONBIO as c_long, 0]),
+            (Kind::Vcpu, [libc::SYS_openat, none, 0, 0]),
+        ] {
+            let fate = fate(kind, call);
+            assert!(matches!(fate, WaitStatus::Signaled(_, SIGSYS, _)), "{kind:?}, {call:?}: {fate:?}");
+        }
+    }
 }

@@ -2,12 +2,9 @@
 //! at the start of a VM.
 
 use std::collections::BTreeMap;
+use std::num::TryFromIntError;
 
 use libc::c_long;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
-};
 
 /// Requests of ioctl(2), in several lists.
 type Ioctls = &'static [&'static [u64]];
@@ -102,7 +99,7 @@ const MAIN: &[c_long] = &[
     libc::SYS_eventfd2,
 ];
 /// Only a pair of sockets, whose other end goes to the shim: never one that could reach further.
-const AF_UNIX: u64 = libc::AF_UNIX as u64;
+const AF_UNIX: u32 = libc::AF_UNIX as u32;
 /// FIONBIO for a stream; TUNSETOFFLOAD, TUNSETVNETHDRSZ and TUNGETIFF for a tap that is there already; KVM_IOEVENTFD for
 /// the doorbells of slots; KVM_IRQFD and those of `virtio/vhost.rs`, in its order.
 const MAIN_IOCTLS: &[u64] = &[
@@ -187,33 +184,103 @@ const FS: &[c_long] = &[
     libc::SYS_dup,
 ];
 
-/// The filter of a kind of thread.
+/// What a call's arguments must be.
+enum Rule {
+    Any,
+    /// The lower half of an argument is one of these values.
+    OneOf(u32, Vec<u32>),
+    /// An argument has none of these bits.
+    Without(u32, u32),
+}
+
+const LOAD: u16 = 0x20;
+const IF_EQUAL: u16 = 0x15;
+const IF_NOT_BELOW: u16 = 0x35;
+const IF_ANY_BIT: u16 = 0x45;
+const RETURN: u16 = 0x06;
+
+const ALLOW: Instruction = step(RETURN, libc::SECCOMP_RET_ALLOW);
+const KILL: Instruction = step(RETURN, libc::SECCOMP_RET_KILL_PROCESS);
+/// linux/audit.h.
+const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+/// Offsets in `struct seccomp_data`: the number of the call, the architecture, and six arguments of eight bytes.
+const NUMBER: u32 = 0;
+const ARCHITECTURE: u32 = 4;
+const ARGUMENTS: u32 = 16;
+
+/// `struct sock_filter`.
+#[derive(Clone, Copy)]
+pub struct Instruction {
+    /// What to do.
+    pub code: u16,
+    /// How many instructions to skip if a condition holds.
+    pub jt: u8,
+    /// And if it does not.
+    pub jf: u8,
+    /// Its operand.
+    pub k: u32,
+}
+
+const fn step(code: u16, k: u32) -> Instruction {
+    Instruction { code, jt: 0, jf: 0, k }
+}
+
+fn jump(code: u16, k: u32, jt: usize, jf: usize) -> Result<Instruction, TryFromIntError> {
+    Ok(Instruction { code, jt: jt.try_into()?, jf: jf.try_into()?, k })
+}
+
+/// The filter of a kind of thread. It finds a call by halving the list: the kernel goes through a filter for every call
+/// there is when it is installed, and a list from top to bottom would take it longer than anything else at a VM's start.
 ///
 /// # Errors
-/// When the lists make no sense.
-pub fn compile(
-    name: &str,
-    calls: &[c_long],
-    ioctls: &[&[u64]],
-) -> Result<BpfProgram, seccompiler::BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        EVERY.iter().chain(calls).map(|call| (*call, vec![])).collect();
-    let rule = |argument, operator, value| {
-        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)
-            .and_then(|condition| SeccompRule::new(vec![condition]))
-    };
-    let equal = |argument, value| rule(argument, SeccompCmpOp::Eq, value);
+/// When the lists are too long.
+pub fn compile(name: &str, calls: &[c_long], ioctls: &[&[u64]]) -> Result<Vec<Instruction>, TryFromIntError> {
+    let calls = EVERY.iter().chain(calls);
+    let mut rules = calls.map(|call| Ok((u32::try_from(*call)?, Rule::Any)));
+    let mut rules: BTreeMap<u32, Rule> = rules.by_ref().collect::<Result<_, TryFromIntError>>()?;
+    let mut add = |call: c_long, rule| Ok::<_, TryFromIntError>(rules.insert(call.try_into()?, rule));
     // Memory for data only: nothing that was not code at the start ever becomes code.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        rules.insert(call, vec![rule(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)?]);
+        add(call, Rule::Without(2, libc::PROT_EXEC as u32))?;
+    }
+    let ioctls = ioctls.iter().copied().flatten().map(|request| u32::try_from(*request));
+    add(libc::SYS_ioctl, Rule::OneOf(1, ioctls.collect::<Result<_, _>>()?))?;
+    if name == "main" {
+        add(libc::SYS_socketpair, Rule::OneOf(0, vec![AF_UNIX]))?;
     }
     // A debug build looks whether a descriptor that it closes is open.
-    rules.entry(libc::SYS_fcntl).or_insert(vec![equal(1, libc::F_GETFD as u64)?]);
-    let ioctls = ioctls.iter().copied().flatten().map(|request| equal(1, *request));
-    rules.insert(libc::SYS_ioctl, ioctls.collect::<Result<_, _>>()?);
-    if name == "main" {
-        rules.insert(libc::SYS_socketpair, vec![equal(0, AF_UNIX)?]);
-    }
-    SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?
-        .try_into()
+    rules.entry(libc::SYS_fcntl as u32).or_insert(Rule::OneOf(1, vec![libc::F_GETFD as u32]));
+    let rules: Vec<_> = rules.into_iter().collect();
+    let start =
+        [step(LOAD, ARCHITECTURE), jump(IF_EQUAL, AUDIT_ARCH_X86_64, 1, 0)?, KILL, step(LOAD, NUMBER)];
+    Ok([&start[..], &find(&rules)?].concat())
+}
+
+/// Finds the number that is loaded among the calls, which are in order.
+fn find(rules: &[(u32, Rule)]) -> Result<Vec<Instruction>, TryFromIntError> {
+    let [(call, rule)] = rules else {
+        let (low, high) = rules.split_at(rules.len() / 2);
+        let (below, first) = (find(low)?, high.first().map_or(0, |(call, _)| *call));
+        return Ok([vec![jump(IF_NOT_BELOW, first, below.len(), 0)?], below, find(high)?].concat());
+    };
+    let allowed = check(rule)?;
+    Ok([vec![jump(IF_EQUAL, *call, 0, allowed.len())?], allowed, vec![KILL]].concat())
+}
+
+/// Allows a call, or ends behind itself.
+fn check(rule: &Rule) -> Result<Vec<Instruction>, TryFromIntError> {
+    let argument = |number: u32| step(LOAD, ARGUMENTS + 8 * number);
+    Ok(match rule {
+        Rule::Any => vec![ALLOW],
+        Rule::Without(number, bits) => vec![argument(*number), jump(IF_ANY_BIT, *bits, 1, 0)?, ALLOW],
+        Rule::OneOf(number, values) => {
+            let mut steps = vec![argument(*number)];
+            for (index, value) in values.iter().enumerate() {
+                let left = values.len() - 1 - index;
+                steps.push(jump(IF_EQUAL, *value, left, usize::from(left == 0))?);
+            }
+            steps.push(ALLOW);
+            steps
+        }
+    })
 }
