@@ -137,6 +137,7 @@ impl Container {
             .agent
             .create_container(&container.id, guest_spec, streams.ports(), pause, disks)
             .await?;
+        log::debug!("timeline: container created");
         container.init.exists(pid, streams);
         container.sandbox.watch(watched);
         container.follow(&container.init);
@@ -188,6 +189,7 @@ impl Container {
     /// containerd asks for the Delete.
     pub async fn end_alone(self: Arc<Self>) {
         let exit = self.init.wait().await;
+        log::debug!("timeline: container ended");
         let execs_end = self.execs().values().any(|exec| exec.phase() == Phase::Running);
         // Delete has to write disks first. After a SIGKILL, the agent may be about to tell of a lack of memory.
         if exit.status != KILLED && !execs_end && !self.sandbox.has_disks(&self.id).await {
@@ -237,6 +239,7 @@ impl Container {
         may_start(&self.init)?;
         self.sandbox.starting(&self.spec).await?;
         self.agent.start_container(&self.id).await?;
+        log::debug!("timeline: container started");
         self.init.started();
         let (container_id, pid) = (self.id.clone(), self.sandbox.pid());
         self.events.publish(&TaskStart { container_id, pid, ..Default::default() });

@@ -105,9 +105,11 @@ impl Sandbox {
     async fn try_launch(launch: &Launch<'_>, layout: Layout, events: &Arc<Publisher>) -> Result<Arc<Self>> {
         let Launch { config, identity, first, .. } = launch;
         let spec = first.spec;
+        log::debug!("timeline: Create");
         let files = machine::open_files(config)?;
         let disk_slots = disk_slots(launch).await?;
         let network = Network::open(spec, &identity.namespace, !config.hypervisor.disable_vhost_net).await?;
+        log::debug!("timeline: network looked at");
         let record = Written {
             layout: layout.clone(),
             identity: (*identity).clone(),
@@ -124,6 +126,7 @@ impl Sandbox {
             record.write(process.into_iter().collect())?;
             record.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup::enter(cgroup, pid))
         })?;
+        log::debug!("timeline: VMM spawned");
         let bounds = Bounds::of(config);
         let size = bounds.size(&launch.limits);
         let own = machine::machine(config, size.vcpus, network.slots(), disk_slots)?;
@@ -196,7 +199,9 @@ impl Sandbox {
         let (agent, network) = tokio::join!(self.connect_agent(port, limit), self.network.connect(&self.vmm));
         // Whatever was wrong with the network, that there is no agent says more.
         let (agent, network) = (agent?, network?);
+        log::debug!("timeline: agent connected");
         agent.create_sandbox(hostname, shm_bytes, network.clone()).await?;
+        log::debug!("timeline: pod introduced");
         *told = network;
         if let Some(vcpus) = vcpus {
             agent.set_cpus(vcpus).await?;

@@ -147,7 +147,7 @@ impl Vmm {
             let ports = Arc::clone(&listener.ports);
             let told = listener.run().await;
             if asked.load(Ordering::Relaxed) {
-                log::debug!("the VM is ended");
+                log::debug!("timeline: VM gone");
             } else {
                 log::warn!("the VM has ended: {told}");
             }
@@ -330,6 +330,7 @@ impl Listener {
                     }
                 }
                 Ok((Event::Running, _)) => {
+                    log::debug!("timeline: guest runs");
                     self.runs.send_replace(true);
                 }
                 Ok((Event::MemoryPlugged { mib }, _)) => {

@@ -42,11 +42,44 @@ impl Chart {
 
     /// The picture.
     pub fn svg(&self) -> String {
-        let height = self.y + 16.0;
-        format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" font-family=\"sans-serif\" \
-             font-size=\"13\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n{}</svg>\n",
-            self.body
-        )
+        svg(self.y + 16.0, &self.body)
     }
+}
+
+/// Stages one after the other, on one scale.
+#[derive(Default)]
+pub struct Timeline(Vec<(String, f64, f64)>);
+
+impl Timeline {
+    /// Adds one, from when to when.
+    pub fn stage(&mut self, name: &str, from: f64, to: f64) {
+        self.0.push((name.to_owned(), from, to));
+    }
+
+    /// The picture.
+    pub fn svg(&self) -> String {
+        let all = self.0.iter().map(|stage| stage.2).fold(f64::MIN_POSITIVE, f64::max);
+        let x = |time: f64| LEFT + (WIDTH - LEFT - 90.0) * time / all;
+        let mut chart = Chart::default();
+        for ((name, from, to), colour) in self.0.iter().zip(COLOURS.into_iter().cycle()) {
+            let (left, y) = (x(*from), chart.y + 4.0);
+            let width = (x(*to) - left).max(1.0);
+            let _ = writeln!(
+                chart.body,
+                "<rect x=\"{left:.1}\" y=\"{y}\" width=\"{width:.1}\" height=\"{BAR}\" fill=\"{colour}\"/>"
+            );
+            chart.y += BAR;
+            chart.text(4.0, "", name);
+            chart.text(left + width + 6.0, "", &format!("{:.1} ms", to - from));
+            chart.y += 4.0;
+        }
+        chart.svg()
+    }
+}
+
+fn svg(height: f64, body: &str) -> String {
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" font-family=\"sans-serif\" \
+         font-size=\"13\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n{body}</svg>\n"
+    )
 }

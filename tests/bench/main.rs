@@ -1,12 +1,13 @@
 //! Katana against runc in the same run: how long starts take, what a container at rest costs in memory, and how fast network
-//! and file systems are. Run it as root below `tests/with-containerd`; `start`, `memory` or `io` as arguments measure
-//! parts. Figures go to files in $KATANA_OUT or target/bench: start.json, with the memory's, and io.json; charts to
-//! start.svg.
+//! and file systems are. Run it as root below `tests/with-containerd`; `start`, `memory`, `timeline` or `io` as
+//! arguments measure parts. Figures go to files in $KATANA_OUT or target/bench: start.json, with the memory's, and io.json;
+//! pictures to start.svg and timeline-*.svg.
 
 mod chart;
 mod io;
 mod memory;
 mod start;
+mod timeline;
 
 use std::path::{Path, PathBuf};
 
@@ -36,11 +37,15 @@ fn main() {
         write(&file.with_extension("svg"), &chart.svg());
         write(&file, &format!("{figures:#}\n"));
     }
+    if wants("timeline") {
+        timeline::run(&runtime, &directory);
+    }
     if wants("io") {
         write(&directory.join("io.json"), &format!("{:#}\n", io::run(&runtime)));
     }
 }
 
+/// Writes a result, and says so.
 fn write(path: &Path, text: &str) {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
