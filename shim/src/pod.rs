@@ -80,6 +80,11 @@ impl Pod {
         })
     }
 
+    /// Whether the machine is launched and ended by requests of the Sandbox service.
+    pub fn is_of_sandbox_service(&self) -> bool {
+        self.sandboxed.get().is_some()
+    }
+
     /// Whether nobody has asked for anything yet, or all of it is gone.
     pub fn is_empty(&self) -> bool {
         self.sandboxed.get().is_none() && self.containers().is_empty()

@@ -40,6 +40,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long the last answers and events may take.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// How long the connection stays after the last answer to ShutdownSandbox. A client of Go's ttrpc that finds an answer and the
+/// connection's end at once takes either, and containerd takes the end for a failure.
+const READ_ANSWER: Duration = Duration::from_millis(100);
 
 /// Serves until containerd says Shutdown.
 pub fn serve(args: &Args) -> Result<()> {
@@ -116,6 +119,9 @@ async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mu
     events.flush(FAREWELL).await;
     // Nobody may find the socket and wait for a shim that goes.
     remove_socket(Path::new(&args.socket));
+    if pod.is_of_sandbox_service() {
+        tokio::time::sleep(READ_ANSWER).await;
+    }
     let _ = tokio::time::timeout(FAREWELL, server.shutdown()).await;
     Ok(())
 }
