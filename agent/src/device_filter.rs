@@ -6,10 +6,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
-use nix::errno::Errno;
+use katana_protocol::bpf::code::*;
+use katana_protocol::bpf::{self, Instruction, op};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 /// What went wrong with the filter.
@@ -76,7 +77,8 @@ pub struct DeviceFilter {
 impl DeviceFilter {
     /// Attaches the filter to a cgroup, in the place of `old`.
     pub fn attach(rules: &[LinuxDeviceCgroup], cgroup: &Path, old: Option<&Self>) -> Result<Self, Error> {
-        let program = load(&compile(&effective(rules)?)).map_err(Error::Load)?;
+        let program =
+            bpf::load(&compile(&effective(rules)?), BPF_PROG_TYPE_CGROUP_DEVICE, 0).map_err(Error::Load)?;
         let failed = |e| Error::Attach(cgroup.display().to_string(), e);
         let directory = File::open(cgroup).map_err(failed)?;
         attach(&directory, &program, old.map(|old| &old.program)).map_err(failed)?;
@@ -120,25 +122,6 @@ fn rule(given: &LinuxDeviceCgroup) -> Result<Rule, Error> {
     Ok(Rule { allow: given.allow(), kind: Some(kind), major, minor, access })
 }
 
-/// One eBPF instruction, linux/bpf.h.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(C)]
-struct Instruction {
-    code: u8,
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-const LOAD_WORD: u8 = 0x61;
-const AND: u8 = 0x57;
-const SHIFT_RIGHT: u8 = 0x77;
-const MOVE: u8 = 0xb7;
-const MOVE_REGISTER: u8 = 0xbf;
-const JUMP_EQUAL: u8 = 0x15;
-const JUMP_NOT_EQUAL: u8 = 0x55;
-const EXIT: u8 = 0x95;
-
 /// Registers: the answer, the context, and what the program keeps in the others.
 const ANSWER: u8 = 0;
 const CONTEXT: u8 = 1;
@@ -148,10 +131,6 @@ const WANTED: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 6;
-
-fn op(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Instruction {
-    Instruction { code, registers: destination | source << 4, offset, immediate }
-}
 
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
     // struct bpf_cgroup_dev_ctx: access << 16 | type, major, minor.
@@ -204,21 +183,11 @@ fn compile_rule(rule: &Rule, program: &mut Vec<Instruction>) {
     program.append(&mut body);
 }
 
-const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_PROG_ATTACH: libc::c_long = 8;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 2;
 const BPF_F_REPLACE: u32 = 4;
-
-/// The start of `union bpf_attr` for BPF_PROG_LOAD.
-#[repr(C)]
-struct LoadAttributes {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-}
 
 /// The start of `union bpf_attr` for BPF_PROG_ATTACH.
 #[repr(C)]
@@ -230,20 +199,6 @@ struct AttachAttributes {
     replaced: i32,
 }
 
-fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    let attributes = LoadAttributes {
-        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        instruction_count: u32::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
-        instructions: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-    };
-    // SAFETY: the attributes are of the size given and point to a program and a string that live through the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &attributes, size_of_val(&attributes)) };
-    let fd = i32::try_from(Errno::result(fd)?).map_err(|_| io::ErrorKind::Other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
 fn attach(cgroup: &File, program: &OwnedFd, replaced: Option<&OwnedFd>) -> io::Result<()> {
     let attributes = AttachAttributes {
         target: cgroup.as_raw_fd(),
@@ -252,11 +207,8 @@ fn attach(cgroup: &File, program: &OwnedFd, replaced: Option<&OwnedFd>) -> io::R
         flags: if replaced.is_some() { BPF_F_ALLOW_MULTI | BPF_F_REPLACE } else { BPF_F_ALLOW_MULTI },
         replaced: replaced.map_or(0, AsRawFd::as_raw_fd),
     };
-    // SAFETY: the attributes are of the size given.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &attributes, size_of_val(&attributes)) };
-    Errno::result(result)?;
-    Ok(())
+    // SAFETY: the attributes are plain numbers.
+    unsafe { bpf::call(BPF_PROG_ATTACH, &attributes) }.map(drop)
 }
 
 #[cfg(test)]
@@ -361,9 +313,9 @@ mod tests {
             return;
         }
         for rules in ["[]", r#"[{"allow":false,"access":"rwm"}]"#, r#"[{"allow":true}]"#] {
-            load(&program(rules)).unwrap();
+            bpf::load(&program(rules), BPF_PROG_TYPE_CGROUP_DEVICE, 0).unwrap();
         }
         let many: Vec<Rule> = (0..300).map(|n| allow(Kind::Char, Some(n), Some(n), READ)).collect();
-        load(&compile(&many)).unwrap();
+        bpf::load(&compile(&many), BPF_PROG_TYPE_CGROUP_DEVICE, 0).unwrap();
     }
 }

@@ -17,6 +17,7 @@ pub mod pod {
     pub use crate::generated::pod::*;
 }
 
+pub mod bpf;
 pub mod netlink;
 pub mod vmm;
 

@@ -100,7 +100,13 @@ fn make(config: &Config, draft: &Draft) -> Result<(), Error> {
     let fds: Vec<_> = files.iter().chain([draft.file()]).map(AsFd::as_fd).collect();
     vmm::send(&ours, &Request::Boot(machine), &fds)?;
     loop {
-        match vmm::receive(&ours)?.0 {
+        let event = match vmm::receive(&ours) {
+            Err(vmm::Error::Socket(e)) if e.kind() == io::ErrorKind::WouldBlock => {
+                return Err(Error::Vmm(format!("the guest is not up within {} s", limit.tv_sec())));
+            }
+            received => received?.0,
+        };
+        match event {
             Event::Jailed { pid } => vmm.jailed = Some(Pid::from_raw(pid)),
             Event::TemplateMade(None) => return Ok(()),
             Event::TemplateMade(Some(why)) | Event::Failed(why) => return Err(Error::Vmm(why)),

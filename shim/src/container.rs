@@ -216,6 +216,14 @@ impl Container {
         found.ok_or_else(|| Error::NotFound(format!("process does not exist {exec}")))
     }
 
+    /// Waits until all its processes have ended, and that has been published.
+    pub async fn ended(&self) {
+        let execs: Vec<_> = self.execs().values().cloned().collect();
+        for process in execs.iter().chain([&self.init]).filter(|process| process.phase() == Phase::Running) {
+            process.wait().await;
+        }
+    }
+
     /// Whether the container is frozen.
     pub fn is_paused(&self) -> bool {
         self.paused.load(Ordering::Relaxed)

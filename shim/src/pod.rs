@@ -80,6 +80,14 @@ impl Pod {
         })
     }
 
+    /// Waits until the ends of all that ran have been published.
+    pub async fn ended(&self) {
+        let containers: Vec<_> = self.containers().values().flatten().cloned().collect();
+        for container in containers {
+            container.ended().await;
+        }
+    }
+
     /// Whether the machine is launched and ended by requests of the Sandbox service.
     pub fn is_of_sandbox_service(&self) -> bool {
         self.sandboxed.get().is_some()

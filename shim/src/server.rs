@@ -143,7 +143,9 @@ async fn forgotten(pod: &Pod) {
 async fn end_of_pod(pod: &Pod, signal: &str) {
     log::warn!("{signal}: the pod ends");
     pod.abandon().await;
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    if tokio::time::timeout(FAREWELL, pod.ended()).await.is_err() {
+        log::error!("not all ends of containers are told");
+    }
 }
 
 /// Closes the pipe under a [`fs::File`] that its owner keeps: /dev/null takes its place.

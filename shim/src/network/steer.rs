@@ -7,7 +7,8 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use nix::errno::Errno;
+use katana_protocol::bpf::code::*;
+use katana_protocol::bpf::{self, Instruction, op};
 
 /// A socket and the program that steers to it.
 #[derive(Debug)]
@@ -26,35 +27,11 @@ impl Steered {
             .or_else(|_| TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))))?;
         listener.set_nonblocking(true)?;
         let sockets = map_of(&listener)?;
-        let program = load(&program(sockets.as_raw_fd()))?;
+        let program = bpf::load(&program(sockets.as_raw_fd()), BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP)?;
         let link = attach(&program, namespace)?;
         Ok(Self { listener, link })
     }
 }
-
-/// `struct bpf_insn`.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-struct Instruction {
-    code: u8,
-    /// The destination in the low half.
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-// Linux, bpf/standardization/instruction-set.rst
-const LOAD_WORD: u8 = 0x61;
-const STORE_WORD: u8 = 0x62;
-const LOAD_IMMEDIATE: u8 = 0x18;
-const ADD: u8 = 0x07;
-const MOVE: u8 = 0xb7;
-const MOVE_REGISTER: u8 = 0xbf;
-const JUMP: u8 = 0x05;
-const JUMP_EQUAL: u8 = 0x15;
-const JUMP_NOT_EQUAL: u8 = 0x55;
-const CALL: u8 = 0x85;
-const EXIT: u8 = 0x95;
 
 // Registers: the answer, arguments, what calls leave alone, the frame.
 const R0: u8 = 0;
@@ -80,10 +57,6 @@ const LOCAL_IPV6: [i16; 4] = [44, 48, 52, 56];
 
 /// A jump to the program's end, until its distance is known.
 const TO_THE_END: i16 = i16::MAX;
-
-fn op(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Instruction {
-    Instruction { code, registers: destination | source << 4, offset, immediate }
-}
 
 /// TCP to 127.0.0.1 or ::1 goes to the socket in the map; all else where it would have gone. Other addresses of
 /// 127.0.0.0/8 are left to those who listen there: Docker's name server has 127.0.0.11.
@@ -131,7 +104,6 @@ fn program(map: i32) -> Vec<Instruction> {
 
 const BPF_MAP_CREATE: libc::c_long = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
-const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
 const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
@@ -156,21 +128,6 @@ struct UpdateAttributes {
     flags: u64,
 }
 
-/// The same for BPF_PROG_LOAD, as far as the attach type.
-#[repr(C)]
-struct LoadAttributes {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log: [u32; 4],
-    kernel_version: u32,
-    flags: u32,
-    name: [u8; 16],
-    interface: u32,
-    attach_type: u32,
-}
-
 /// The same for BPF_LINK_CREATE.
 #[repr(C)]
 struct LinkAttributes {
@@ -180,19 +137,11 @@ struct LinkAttributes {
     flags: u32,
 }
 
-/// # Safety
-/// The attributes must be those of the command, and what they point to must live.
-unsafe fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
-    // SAFETY: the attributes are of the size given; the rest is the caller's promise.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
-    i32::try_from(Errno::result(result)?).map_err(|_| io::ErrorKind::Other.into())
-}
-
 /// A map of sockets with this one at 0.
 fn map_of(listener: &TcpListener) -> io::Result<OwnedFd> {
     let attributes = MapAttributes { map_type: BPF_MAP_TYPE_SOCKMAP, key_size: 4, value_size: 4, entries: 1 };
     // SAFETY: the attributes are plain numbers; the kernel has just made the descriptor for us.
-    let map = unsafe { OwnedFd::from_raw_fd(bpf(BPF_MAP_CREATE, &attributes)?) };
+    let map = unsafe { OwnedFd::from_raw_fd(bpf::call(BPF_MAP_CREATE, &attributes)?) };
     let (key, value) = (0_u32, listener.as_raw_fd());
     let attributes = UpdateAttributes {
         map: map.as_raw_fd(),
@@ -202,25 +151,8 @@ fn map_of(listener: &TcpListener) -> io::Result<OwnedFd> {
         flags: 0,
     };
     // SAFETY: key and value are of the map's sizes and live through the call.
-    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &attributes) }?;
+    unsafe { bpf::call(BPF_MAP_UPDATE_ELEM, &attributes) }?;
     Ok(map)
-}
-
-fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    let attributes = LoadAttributes {
-        program_type: BPF_PROG_TYPE_SK_LOOKUP,
-        instruction_count: u32::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
-        instructions: program.as_ptr() as u64,
-        license: c"Apache-2.0".as_ptr() as u64,
-        log: [0; 4],
-        kernel_version: 0,
-        flags: 0,
-        name: [0; 16],
-        interface: 0,
-        attach_type: BPF_SK_LOOKUP,
-    };
-    // SAFETY: program and licence live through the call; the kernel has just made the descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(bpf(BPF_PROG_LOAD, &attributes)?) })
 }
 
 /// The link that attaches a program to a network namespace.
@@ -232,7 +164,7 @@ fn attach(program: &OwnedFd, namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         flags: 0,
     };
     // SAFETY: the attributes are plain numbers; the kernel has just made the descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(bpf(BPF_LINK_CREATE, &attributes)?) })
+    Ok(unsafe { OwnedFd::from_raw_fd(bpf::call(BPF_LINK_CREATE, &attributes)?) })
 }
 
 #[cfg(test)]
