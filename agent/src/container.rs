@@ -28,7 +28,7 @@ use crate::process::{self, Process, Surroundings};
 use crate::reaper::Reaper;
 use crate::seccomp::{self, Filter};
 use crate::streams::Ports;
-use crate::submounts::Submounts;
+use crate::submounts::{self, Submounts};
 use crate::transport::Transport;
 
 /// What a container cannot do.
@@ -82,6 +82,8 @@ pub struct Pod {
     pub spares: Spares,
     /// Takes the id of a container at each out-of-memory kill in it.
     pub ooms: UnboundedSender<String>,
+    /// Who uses what of the share.
+    pub share: Arc<submounts::Users>,
 }
 
 /// What is asked for with a container.
@@ -178,7 +180,7 @@ impl Container {
     ) -> Result<Self> {
         let Work::Container { id, spec, .. } = &work else { return Err(Error::Invalid("not a container")) };
         let id = id.clone();
-        let submounts = Submounts::of(spec);
+        let submounts = Submounts::of(spec, &pod.share);
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.map_or(Ok(()), |resources| cgroup.apply(resources))?;
         let devices = DeviceFilter::attach(device_rules(resources), cgroup.path(), None)?;

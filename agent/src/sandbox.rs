@@ -93,7 +93,7 @@ impl Sandbox {
     /// A pod without containers.
     pub fn new(transport: Transport, reaper: Reaper, spares: Spares) -> Self {
         let (sender, receiver) = unbounded_channel();
-        let pod = Pod { transport, reaper, spares, ooms: sender };
+        let pod = Pod { transport, reaper, spares, ooms: sender, share: Arc::default() };
         let ooms = tokio::sync::Mutex::new(receiver);
         Self {
             pod,

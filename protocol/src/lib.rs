@@ -29,6 +29,8 @@ pub const DEBUG_CONSOLE_PORT: u32 = 1026;
 pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
 /// Where the agent mounts the pod's shared directory in the guest.
 pub const GUEST_SHARE: &str = "/run/kata-containers/shared";
+/// The directory in it with the volumes, which have numbers as names. No id of a container is like that.
+pub const SHARED_VOLUMES: &str = ".volumes";
 /// Where the agent mounts the pod's shared memory, which containers see as /dev/shm.
 pub const GUEST_SHM: &str = "/run/kata-containers/shm";
 /// Where the agent makes nodes of disks, with the numbers of their slots as names.

@@ -20,7 +20,6 @@ use crate::hooks;
 use crate::process::{Exit, KILLED, Phase, Process};
 use crate::rootfs::Layer;
 use crate::sandbox::Sandbox;
-use crate::share;
 use crate::size::Limits;
 use crate::spec::{Hook, Pod, Spec};
 use crate::stdio::{Paths, Streams};
@@ -75,7 +74,7 @@ impl Container {
         let created = Self::try_create(parts, Arc::clone(&sandbox), events).await;
         if created.is_err() {
             sandbox.release_disks(&id).await;
-            Arc::clone(&sandbox.share).remove_beside(id).await;
+            sandbox.remove_from_share(id).await;
         }
         created
     }
@@ -83,7 +82,7 @@ impl Container {
     async fn try_create(parts: Parts, sandbox: Arc<Sandbox>, events: Arc<Publisher>) -> Result<Arc<Self>> {
         let Parts { id, namespace, bundle, spec, layers, paths, pod, limits } = parts;
         let pause = spec.is_sandbox();
-        let (found, sources, wanted) = crate::blocking(move || {
+        let (found, mut sources, wanted) = crate::blocking(move || {
             let sources = spec.sources(&bundle, &pod);
             let wanted = if pause { Vec::new() } else { disks::wanted(&spec, &sources, &layers)? };
             Ok(((spec, bundle, layers, pod), sources, wanted))
@@ -91,23 +90,19 @@ impl Container {
         .await?;
         let (spec, bundle, layers, pod) = found;
         let (disks, on_disks) = sandbox.attach_disks(&id, wanted).await?;
-        let guest_spec = if pause {
-            spec.for_pause().for_guest(&id, paths.terminal, &[], &pod, &on_disks)?
-        } else {
-            spec.for_guest(&id, paths.terminal, &sources, &pod, &on_disks)?
-        };
         let streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
-        let (spec, id, bundle, watched) = if pause {
+        let (spec, id, bundle, guest_spec, watched) = if pause {
             // Neither its root nor its mounts are of use to anybody.
-            (spec, id, bundle, Vec::new())
+            let guest_spec = spec.for_pause().for_guest(&id, paths.terminal, &[], &pod, &on_disks)?;
+            (spec, id, bundle, guest_spec, Vec::new())
         } else {
             sandbox.running().await?;
-            let share = Arc::clone(&sandbox.share);
+            let (share, terminal) = (Arc::clone(&sandbox.share), paths.terminal);
             crate::blocking(move || {
                 let layers = Some(&layers[..]).filter(|_| !on_disks.root);
-                share.add(&id, &bundle, &spec, layers, &sources)?;
-                let watched = share::watched(&id, &spec, &sources);
-                Ok((spec, id, bundle, watched))
+                let watched = share.add(&id, &bundle, &spec, layers, &mut sources)?;
+                let guest_spec = spec.for_guest(&id, terminal, &sources, &pod, &on_disks)?;
+                Ok((spec, id, bundle, guest_spec, watched))
             })
             .await?
         };
@@ -358,8 +353,7 @@ impl Container {
             log::error!("remove container {}: {e}", self.id);
         }
         self.sandbox.release_disks(&self.id).await;
-        self.sandbox.unwatch(&self.id).await;
-        Arc::clone(&self.sandbox.share).remove_beside(self.id.clone()).await;
+        self.sandbox.remove_from_share(self.id.clone()).await;
         if let Err(e) = self.run_hooks("stopped", |hooks| hooks.poststop.clone()).await {
             log::warn!("container {}: {e}", self.id);
         }

@@ -39,6 +39,7 @@ mod stats;
 mod stdio;
 mod template;
 mod vmm;
+mod volumes;
 mod watch;
 
 use std::process::ExitCode;

@@ -224,14 +224,55 @@ pub fn unmount_all(directory: &Path) -> io::Result<()> {
 
 /// The mount points at and below `directory`, in the order of mounting.
 pub fn below(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    let info = std::fs::read("/proc/thread-self/mountinfo")?;
-    let points = info.split(|byte| *byte == b'\n').filter_map(mount_point);
-    Ok(points.filter(|point| point.starts_with(directory)).collect())
+    Ok(all()?.into_iter().map(|mounted| mounted.point).filter(|point| point.starts_with(directory)).collect())
 }
 
-/// The fifth field of a line of mountinfo, proc(5), in which white space is written as octal.
-fn mount_point(line: &[u8]) -> Option<PathBuf> {
-    let field = line.split(|byte| *byte == b' ').nth(4)?;
+/// Whether two places, given by paths without links, show the same if they are the same directory or file: mounts with the
+/// same flags, and below them the same mounts. Whether they are read-only counts if `exactly`.
+pub fn look_alike(one: &Path, other: &Path, exactly: bool) -> io::Result<bool> {
+    let all = all()?;
+    let look = |place: &Path| {
+        let flags = |mounted: &Mounted| match mounted.flags.strip_prefix("ro").filter(|_| !exactly) {
+            Some(others) => format!("rw{others}"),
+            None => mounted.flags.clone(),
+        };
+        // Of several at one point, the last one is seen.
+        let here = all.iter().filter(|mounted| place.starts_with(&mounted.point));
+        let top = here.max_by_key(|mounted| mounted.point.components().count()).map(flags);
+        let below = all.iter().filter(|mounted| mounted.point != place);
+        let below = below.filter_map(|mounted| {
+            let point = mounted.point.strip_prefix(place).ok()?;
+            Some((point, &mounted.origin, flags(mounted)))
+        });
+        (top, below.collect::<Vec<_>>())
+    };
+    Ok(look(one) == look(other))
+}
+
+/// A line of mountinfo, proc(5).
+#[derive(Debug, PartialEq, Eq)]
+struct Mounted {
+    point: PathBuf,
+    /// The numbers of the device, and what of its file system is mounted.
+    origin: String,
+    flags: String,
+}
+
+fn all() -> io::Result<Vec<Mounted>> {
+    let info = std::fs::read("/proc/thread-self/mountinfo")?;
+    Ok(info.split(|byte| *byte == b'\n').filter_map(mounted).collect())
+}
+
+fn mounted(line: &[u8]) -> Option<Mounted> {
+    let mut fields = line.split(|byte| *byte == b' ').skip(2);
+    let (device, root, point, flags) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let origin = format!("{} {}", text(device), text(root));
+    Some(Mounted { point: unescape(point), origin, flags: text(flags) })
+}
+
+/// White space is written as octal.
+fn unescape(field: &[u8]) -> PathBuf {
     let mut path = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, tail)) = rest.split_first() {
@@ -245,7 +286,7 @@ fn mount_point(line: &[u8]) -> Option<PathBuf> {
             rest = tail;
         }
     }
-    Some(PathBuf::from(std::ffi::OsString::from_vec(path)))
+    PathBuf::from(std::ffi::OsString::from_vec(path))
 }
 
 /// Opens a directory as a mere place.
@@ -266,11 +307,13 @@ mod tests {
 
     #[test]
     fn mount_points_are_decoded() {
-        let line = b"36 35 98:0 / /mnt/a\\040b\\134c rw shared:1 - ext4 /dev/root rw";
-        assert_eq!(mount_point(line), Some(PathBuf::from("/mnt/a b\\c")));
-        assert_eq!(mount_point(b"1 2 3:4 / /x\\9 rw"), Some(PathBuf::from("/x\\9")));
-        assert_eq!(mount_point(b"1 2 3:4 / /x\\04 rw"), Some(PathBuf::from("/x\\04")));
-        assert_eq!(mount_point(b"1 2"), None);
+        let line = b"36 35 98:0 /part /mnt/a\\040b\\134c rw,noexec shared:1 - ext4 /dev/root rw";
+        let found = mounted(line).unwrap();
+        assert_eq!((found.point, found.origin.as_str()), (PathBuf::from("/mnt/a b\\c"), "98:0 /part"));
+        assert_eq!(found.flags, "rw,noexec");
+        assert_eq!(unescape(b"/x\\9"), PathBuf::from("/x\\9"));
+        assert_eq!(unescape(b"/x\\04"), PathBuf::from("/x\\04"));
+        assert_eq!(mounted(b"1 2"), None);
     }
 
     #[test]

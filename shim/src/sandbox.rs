@@ -410,10 +410,11 @@ impl Sandbox {
         watcher.add(volumes).await
     }
 
-    /// A container's volumes are watched no more.
-    pub async fn unwatch(&self, id: &str) {
+    /// A container has no root and no volumes any more.
+    pub async fn remove_from_share(&self, id: String) {
+        let removed = Arc::clone(&self.share).remove_beside(id).await;
         if let Some(watcher) = &*self.watcher.lock().await {
-            watcher.remove(Path::new(id));
+            removed.iter().for_each(|volume| watcher.remove(volume));
         }
     }
 

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use katana_protocol::{GUEST_DISKS, GUEST_ROOTS, GUEST_SHARE, GUEST_SHM};
+use katana_protocol::{GUEST_DISKS, GUEST_ROOTS, GUEST_SHARE, GUEST_SHM, SHARED_VOLUMES};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -172,8 +172,10 @@ where
 /// Where a mount of the specification comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// A file or directory of the host, which is bound below the share under this number.
+    /// A file or directory of the host, which is to be bound below the share.
     Host(PathBuf),
+    /// It is, under this number.
+    Volume(u32),
     /// The guest's own: kernel file systems, and nodes below /dev.
     Guest,
     /// The pod's shared memory, which is the guest's own as well.
@@ -271,7 +273,7 @@ impl Spec {
         spec
     }
 
-    /// The specification for the guest.
+    /// The specification for the guest, when the sources that are the host's have become volumes.
     pub fn for_guest(
         &self,
         id: &str,
@@ -289,8 +291,8 @@ impl Spec {
         };
         for (number, (mount, source)) in spec.mounts.iter_mut().zip(sources).enumerate() {
             match source {
-                Source::Host(_) => {
-                    mount.source = Some(PathBuf::from(format!("{GUEST_SHARE}/{id}/mounts/{number}")));
+                Source::Volume(number) => {
+                    mount.source = Some(PathBuf::from(format!("{GUEST_SHARE}/{SHARED_VOLUMES}/{number}")));
                 }
                 Source::SharedMemory => mount.source = Some(PathBuf::from(GUEST_SHM)),
                 Source::BlockDevice(_) => {
@@ -298,7 +300,7 @@ impl Spec {
                     mount.source = Some(Path::new(GUEST_DISKS).join(slot));
                 }
                 Source::HugePages { page, top } => mount.become_huge_pages(*page, top),
-                Source::Guest => {}
+                Source::Host(_) | Source::Guest => {}
             }
         }
         if let Some(hooks) = &mut spec.hooks {

@@ -234,10 +234,10 @@ impl Watches {
     }
 }
 
-/// A place in the share as a volume, CONTAINER/mounts/NUMBER, and what is below it.
+/// A place in the share as a volume, two names, and what is below it.
 fn split(place: &Path) -> (PathBuf, PathBuf) {
     let mut parts = place.components();
-    let volume = parts.by_ref().take(3).collect();
+    let volume = parts.by_ref().take(2).collect();
     (volume, parts.as_path().to_owned())
 }
 

@@ -8,7 +8,7 @@ use serde_json::json;
 use std::os::unix::fs::MetadataExt;
 
 /// Runs `test` in a directory and a mount namespace that end with it.
-fn in_namespace(name: &str, test: impl FnOnce(&Path) + Send) {
+pub fn in_namespace(name: &str, test: impl FnOnce(&Path) + Send) {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("skipped: needs root");
         return;
@@ -26,6 +26,11 @@ fn in_namespace(name: &str, test: impl FnOnce(&Path) + Send) {
         thread.join().unwrap();
     });
     fs::remove_dir(&directory).unwrap();
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
 fn spec(mounts: &serde_json::Value) -> Spec {
@@ -49,22 +54,30 @@ fn a_container_comes_and_goes_and_leaves_the_users_files() {
             {"destination": "/single", "type": "bind", "source": top.join("single"), "options": ["bind"]}]));
         let path = top.join("run/share");
         let share = Share::create(&path).unwrap();
-        share.add("c1", &bundle, &spec, Some(&[]), &spec.sources(&bundle, &Pod::default())).unwrap();
+        let mut sources = spec.sources(&bundle, &Pod::default());
+        let watched = share.add("c1", &bundle, &spec, Some(&[]), &mut sources).unwrap();
 
-        let read = |relative: &str| fs::read_to_string(path.join("c1").join(relative)).unwrap();
-        assert_eq!(read("rootfs/init"), "bundle/rootfs/init");
-        assert_eq!(read("mounts/1/file"), "data/file");
-        assert_eq!(read("mounts/3"), "single");
-        fs::write(path.join("c1/mounts/1/new"), "x").unwrap();
+        let read = |relative: &str| fs::read_to_string(path.join(relative)).unwrap();
+        assert_eq!(read("c1/rootfs/init"), "bundle/rootfs/init");
+        // Those that can be written come first.
+        let [data, single, locked] = [0, 1, 2].map(Source::Volume);
+        assert_eq!(sources, [Source::Guest, data, locked, single]);
+        assert_eq!(read(".volumes/0/file"), "data/file");
+        assert_eq!(read(".volumes/1"), "single");
+        assert_eq!(watched, [Path::new(".volumes/2")]);
+        fs::write(path.join(".volumes/0/new"), "x").unwrap();
         let refused = |what: io::Result<()>| assert_eq!(what.unwrap_err().raw_os_error(), Some(libc::EROFS));
-        refused(fs::write(path.join("c1/mounts/2/new"), "x"));
+        refused(fs::write(path.join(".volumes/2/new"), "x"));
         // The guest cannot change what the shim mounts on.
         refused(fs::create_dir(path.join("c2")));
         refused(fs::rename(path.join("c1"), path.join("c2")));
         refused(std::os::unix::fs::symlink("/etc", path.join("c1/link")));
+        refused(std::os::unix::fs::symlink("/etc", path.join(".volumes/3")));
 
-        share.remove("c1");
-        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+        let gone = [0, 1, 2].map(|number| Path::new(".volumes").join(number.to_string()));
+        assert_eq!(share.remove("c1"), gone);
+        assert_eq!(names(&path), [".volumes"]);
+        assert_eq!(names(&path.join(".volumes")), [""; 0]);
         assert_eq!(fs::read_to_string(top.join("data/file")).unwrap(), "data/file");
         assert_eq!(fs::read_to_string(top.join("bundle/rootfs/init")).unwrap(), "bundle/rootfs/init");
         destroy(&path).unwrap();
@@ -80,7 +93,7 @@ fn a_share_is_destroyed_with_all_in_it_and_nothing_behind_it() {
         let path = top.join("run/share");
         let share = Share::create(&path).unwrap();
         for id in ["a", "b"] {
-            share.add(id, &top.join("bundle"), &spec(&json!([])), Some(&[]), &[]).unwrap();
+            share.add(id, &top.join("bundle"), &spec(&json!([])), Some(&[]), &mut []).unwrap();
         }
         unmount_container(&path, "a").unwrap();
         assert_eq!(mounts::below(&path).unwrap().len(), 2);
@@ -98,14 +111,13 @@ fn failures_leave_nothing_and_read_like_runcs() {
         let share = Share::create(&path).unwrap();
         let missing = spec(&json!([{"destination": "/mnt", "type": "bind", "source": "/nowhere"}]));
         let bundle = top.join("bundle");
-        let error = share
-            .add("c1", &bundle, &missing, Some(&[]), &missing.sources(&bundle, &Pod::default()))
-            .unwrap_err();
+        let mut sources = missing.sources(&bundle, &Pod::default());
+        let error = share.add("c1", &bundle, &missing, Some(&[]), &mut sources).unwrap_err();
         assert_eq!(
             error.to_string(),
             "error mounting \"/nowhere\" to rootfs at \"/mnt\": stat /nowhere: no such file or directory"
         );
-        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+        assert_eq!(names(&path), [".volumes"]);
         assert_eq!(mounts::below(&path).unwrap(), std::slice::from_ref(&path));
         destroy(&path).unwrap();
     });
@@ -140,7 +152,7 @@ fn an_overlay_of_very_many_layers() {
         };
         let path = top.join("run/share");
         let share = Share::create(&path).unwrap();
-        share.add("c1", &root.join("bundle"), &spec(&json!([])), Some(&[layer]), &[]).unwrap();
+        share.add("c1", &root.join("bundle"), &spec(&json!([])), Some(&[layer]), &mut []).unwrap();
         let names = fs::read_dir(path.join("c1/rootfs")).unwrap().count();
         assert_eq!(names, layers.len());
         fs::write(path.join("c1/rootfs/new"), "y").unwrap();

@@ -6,7 +6,14 @@ fn spec(value: Value) -> Spec {
 }
 
 fn guest(spec: &Spec, pod: &Pod) -> Value {
-    let sources = spec.sources(Path::new("/bundle"), pod);
+    let sources =
+        spec.sources(Path::new("/bundle"), pod).into_iter().enumerate().map(
+            |(number, source)| match source {
+                Source::Host(_) => Source::Volume(number as u32),
+                other => other,
+            },
+        );
+    let sources: Vec<_> = sources.collect();
     serde_json::from_slice(&spec.for_guest("c1", false, &sources, pod, &OnDisks::default()).unwrap()).unwrap()
 }
 
@@ -141,7 +148,7 @@ fn binds_come_from_the_host_but_for_kernel_file_systems() {
         [Some(true), Some(false), Some(false), Some(false), None]
     );
     let after = guest(&spec, &Pod::default());
-    assert_eq!(after["mounts"][1]["source"], json!("/run/kata-containers/shared/c1/mounts/1"));
+    assert_eq!(after["mounts"][1]["source"], json!("/run/kata-containers/shared/.volumes/1"));
     assert_eq!(after["mounts"][2]["source"], json!("/dev/null"));
     assert_eq!(after["mounts"][4]["source"], json!("tmpfs"));
 }

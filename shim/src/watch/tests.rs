@@ -11,7 +11,7 @@ impl Drop for Scratch {
 
 fn watches(name: &str) -> (Scratch, Watches) {
     let share = std::env::temp_dir().join(format!("katana-watch-{name}-{}", std::process::id()));
-    for volume in ["c/mounts/1", "c/mounts/2", "d/mounts/1/inner/most"] {
+    for volume in ["c/1", "c/2", "d/1/inner/most"] {
         fs::create_dir_all(share.join(volume)).unwrap();
     }
     let queue = Queue(Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).unwrap());
@@ -36,14 +36,11 @@ fn what(kind: Kind, directory: &str, name: &str) -> (Kind, String, String) {
 #[tokio::test]
 async fn an_update_as_kubelet_makes_it_is_told_of() {
     let (scratch, watches) = watches("update");
-    let volume = scratch.0.join("c/mounts/1");
+    let volume = scratch.0.join("c/1");
     fs::create_dir(volume.join("..old")).unwrap();
     symlink("..old", volume.join("..data")).unwrap();
-    let added = watches.add(Path::new("c/mounts/1"), Path::new("."));
-    assert_eq!(
-        told(&added),
-        [what(Kind::WATCHED, "c/mounts/1", ""), what(Kind::WATCHED, "c/mounts/1/..old", "")]
-    );
+    let added = watches.add(Path::new("c/1"), Path::new("."));
+    assert_eq!(told(&added), [what(Kind::WATCHED, "c/1", ""), what(Kind::WATCHED, "c/1/..old", "")]);
     fs::create_dir(volume.join("..new")).unwrap();
     symlink("..new", volume.join("..tmp")).unwrap();
     fs::rename(volume.join("..tmp"), volume.join("..data")).unwrap();
@@ -52,12 +49,12 @@ async fn an_update_as_kubelet_makes_it_is_told_of() {
     assert_eq!(
         changes,
         [
-            what(Kind::CREATED, "c/mounts/1", "..new"),
-            what(Kind::WATCHED, "c/mounts/1/..new", ""),
-            what(Kind::CREATED, "c/mounts/1", "..tmp"),
-            what(Kind::REMOVED, "c/mounts/1", "..tmp"),
-            what(Kind::MOVED_HERE, "c/mounts/1", "..data"),
-            what(Kind::REMOVED, "c/mounts/1", "..old"),
+            what(Kind::CREATED, "c/1", "..new"),
+            what(Kind::WATCHED, "c/1/..new", ""),
+            what(Kind::CREATED, "c/1", "..tmp"),
+            what(Kind::REMOVED, "c/1", "..tmp"),
+            what(Kind::MOVED_HERE, "c/1", "..data"),
+            what(Kind::REMOVED, "c/1", "..old"),
         ]
     );
     assert_eq!(watches.state().places.len(), 2, "the volume and ..new");
@@ -66,16 +63,16 @@ async fn an_update_as_kubelet_makes_it_is_told_of() {
 #[tokio::test]
 async fn a_removed_container_is_told_of_nothing() {
     let (scratch, watches) = watches("removed");
-    assert_eq!(watches.add(Path::new("d/mounts/1"), Path::new(".")).len(), 3);
-    assert_eq!(watches.add(Path::new("c/mounts/1"), Path::new(".")).len(), 1);
+    assert_eq!(watches.add(Path::new("d/1"), Path::new(".")).len(), 3);
+    assert_eq!(watches.add(Path::new("c/1"), Path::new(".")).len(), 1);
     watches.remove(Path::new("d"));
-    fs::write(scratch.0.join("d/mounts/1/inner/file"), "x").unwrap();
-    fs::write(scratch.0.join("c/mounts/1/file"), "x").unwrap();
+    fs::write(scratch.0.join("d/1/inner/file"), "x").unwrap();
+    fs::write(scratch.0.join("c/1/file"), "x").unwrap();
     let mut changes = Vec::new();
     while changes.len() < 3 {
         changes.extend(told(&watches.digest(&watches.events().await.unwrap())));
     }
-    let place = "c/mounts/1";
+    let place = "c/1";
     assert_eq!(changes, [Kind::CREATED, Kind::MODIFIED, Kind::WRITTEN].map(|kind| what(kind, place, "file")),);
 }
 
@@ -83,17 +80,17 @@ async fn a_removed_container_is_told_of_nothing() {
 async fn there_is_a_limit() {
     let (scratch, watches) = watches("limit");
     for number in 0..MOST_DIRECTORIES + 10 {
-        fs::create_dir(scratch.0.join(format!("c/mounts/1/{number}"))).unwrap();
+        fs::create_dir(scratch.0.join(format!("c/1/{number}"))).unwrap();
     }
-    assert_eq!(watches.add(Path::new("c/mounts/1"), Path::new(".")).len(), MOST_DIRECTORIES);
+    assert_eq!(watches.add(Path::new("c/1"), Path::new(".")).len(), MOST_DIRECTORIES);
     assert!(watches.state().told_of_limit);
 }
 
 #[tokio::test]
 async fn no_link_is_followed() {
     let (scratch, watches) = watches("links");
-    symlink("/etc", scratch.0.join("c/mounts/1/etc")).unwrap();
-    symlink("../2", scratch.0.join("c/mounts/1/other")).unwrap();
-    assert_eq!(watches.add(Path::new("c/mounts/1"), Path::new(".")).len(), 1);
-    assert_eq!(watches.add(Path::new("c/mounts/1"), Path::new("etc")), []);
+    symlink("/etc", scratch.0.join("c/1/etc")).unwrap();
+    symlink("../2", scratch.0.join("c/1/other")).unwrap();
+    assert_eq!(watches.add(Path::new("c/1"), Path::new(".")).len(), 1);
+    assert_eq!(watches.add(Path::new("c/1"), Path::new("etc")), []);
 }
