@@ -14,7 +14,9 @@ pub const CONTROL_FD: RawFd = 3;
 /// Longest message, bytes. Console tails are cut to fit.
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// Most descriptors beside one message.
-pub const MAX_FDS: usize = 8;
+pub const MAX_FDS: usize = 2 * MOST_NET_PAIRS;
+/// Pairs of queues that a network card can have.
+pub const MOST_NET_PAIRS: usize = 8;
 
 /// The machine to boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,13 +92,15 @@ pub enum Request {
         /// Slot number from 0.
         slot: u8,
     },
-    /// Gives a tap device to a network slot, in which the guest then finds a card if it looks. Descriptors: the tap,
-    /// and a fresh /dev/vhost-net if the host's kernel is to move the packets. Answered by [`Event::Done`].
+    /// Gives a tap device to a network slot, in which the guest then finds a card if it looks. Descriptors: the tap's
+    /// queues, and as many fresh /dev/vhost-net if the host's kernel is to move the packets. Answered by [`Event::Done`].
     AttachNet {
         /// Slot number from 0.
         slot: u8,
         /// The card's address.
         mac: [u8; 6],
+        /// How many queues of the tap there are, at most [`MOST_NET_PAIRS`].
+        pairs: u8,
     },
 }
 

@@ -8,6 +8,7 @@ mod args;
 mod bootstrap;
 mod cgroup;
 mod cleanup;
+mod clients;
 mod container;
 mod disks;
 mod error;

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::layout::{Identity, Layout, State};
 use crate::machine;
-use crate::network::{Loopback, Network, Record};
+use crate::network::{Cards, Loopback, Network, Record};
 use crate::pidfd::ProcessId;
 use crate::ports::{Ports, Waiter};
 use crate::rootfs::Layer;
@@ -52,6 +52,9 @@ pub struct Sandbox {
     /// Whether a container has been started; the pod's network is complete then.
     started: AtomicBool,
     layout: Layout,
+    /// Whether a template is made of the machine: then it stays empty until the agent is there, or the machines that go on from
+    /// the template would have its cards, disks and memory.
+    becomes_template: bool,
     agent: watch::Receiver<Option<Result<Agent>>>,
     bounds: Bounds,
     size: tokio::sync::Mutex<Size>,
@@ -108,7 +111,10 @@ impl Sandbox {
         log::debug!("timeline: Create");
         let files = machine::open_files(config)?;
         let disk_slots = disk_slots(launch).await?;
-        let network = Network::open(spec, &identity.namespace, !config.hypervisor.disable_vhost_net).await?;
+        let bounds = Bounds::of(config);
+        let size = bounds.size(&launch.limits);
+        let cards = Cards { pairs: size.vcpus, vhost: !config.hypervisor.disable_vhost_net };
+        let network = Network::open(spec, &identity.namespace, cards).await?;
         log::debug!("timeline: network looked at");
         let record = Written {
             layout: layout.clone(),
@@ -127,8 +133,6 @@ impl Sandbox {
             record.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup::enter(cgroup, pid))
         })?;
         log::debug!("timeline: VMM spawned");
-        let bounds = Bounds::of(config);
-        let size = bounds.size(&launch.limits);
         let own = machine::machine(config, size.vcpus, network.slots(), disk_slots)?;
         let start = if launch.own { Start::Boot } else { Start::choose(config, &own) };
         let machine = start.machine(config, own);
@@ -139,9 +143,9 @@ impl Sandbox {
         let [kvm, kernel, image] = &files;
         let files = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()];
         vmm.boot(machine, &files.into_iter().chain(start.file()).collect::<Vec<_>>())?;
+        let becomes_template = matches!(start, Start::First(_));
         start.expect(&vmm);
-
-        if size.plugged_mib > 0 {
+        if size.plugged_mib > 0 && !becomes_template {
             vmm.plug_memory(size.plugged_mib)?;
         }
 
@@ -160,6 +164,7 @@ impl Sandbox {
             told,
             started,
             layout,
+            becomes_template,
             agent,
             bounds,
             size,
@@ -196,16 +201,27 @@ impl Sandbox {
         vcpus: Option<u8>,
     ) -> Result<Agent> {
         let mut told = self.told.lock().await;
-        let (agent, network) = tokio::join!(self.connect_agent(port, limit), self.network.connect(&self.vmm));
-        // Whatever was wrong with the network, that there is no agent says more.
-        let (agent, network) = (agent?, network?);
+        let (agent, network) = if self.becomes_template {
+            let agent = self.connect_agent(port, limit).await?;
+            let plugged_mib = self.size.lock().await.plugged_mib;
+            if plugged_mib > 0 {
+                self.vmm.plug_memory(plugged_mib)?;
+            }
+            (agent, self.network.connect(&self.vmm).await?)
+        } else {
+            let (agent, network) =
+                tokio::join!(self.connect_agent(port, limit), self.network.connect(&self.vmm));
+            // Whatever was wrong with the network, that there is no agent says more.
+            (agent?, network?)
+        };
         log::debug!("timeline: agent connected");
+        if let Some(vcpus) = vcpus {
+            // Before the cards are found: their driver uses as many pairs of queues as there are CPUs then.
+            agent.set_cpus(vcpus).await?;
+        }
         agent.create_sandbox(hostname, shm_bytes, network.clone()).await?;
         log::debug!("timeline: pod introduced");
         *told = network;
-        if let Some(vcpus) = vcpus {
-            agent.set_cpus(vcpus).await?;
-        }
         Ok(agent)
     }
 
@@ -327,6 +343,9 @@ impl Sandbox {
         wanted: Vec<Wanted>,
     ) -> Result<(Vec<api::Disk>, OnDisks)> {
         let (mut messages, mut on_disks) = (Vec::new(), OnDisks::default());
+        if self.becomes_template && !wanted.is_empty() {
+            self.agent().await?;
+        }
         for wanted in wanted {
             let (path, is_needed) = (wanted.path.clone(), wanted.is_needed());
             let disk = crate::blocking(move || wanted.open()).await?;

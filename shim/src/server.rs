@@ -12,11 +12,11 @@ use std::time::Duration;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::Server;
-use ttrpc::asynchronous::transport::Listener;
 
 use crate::args::Args;
 use crate::bootstrap::TTRPC_ADDRESS;
 use crate::cleanup::remove_socket;
+use crate::clients::Clients;
 use crate::error::{Error, Result};
 use crate::events::Publisher;
 use crate::fds;
@@ -40,9 +40,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long the last answers and events may take.
 const FAREWELL: Duration = Duration::from_secs(5);
-/// How long the connection stays after the last answer to ShutdownSandbox. A client of Go's ttrpc that finds an answer and the
-/// connection's end at once takes either, and containerd takes the end for a failure.
-const READ_ANSWER: Duration = Duration::from_millis(100);
 
 /// Serves until containerd says Shutdown.
 pub fn serve(args: &Args) -> Result<()> {
@@ -101,7 +98,7 @@ async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mu
     let failed = |e: &io::Error| Error::io("signals", e);
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| failed(&e))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|e| failed(&e))?;
-    let listener = Listener::try_from(listener).map_err(|e| Error::io("listening socket", &e))?;
+    let (listener, clients) = Clients::listen(listener).map_err(|e| Error::io("listening socket", &e))?;
     let mut server = Server::new()
         .add_listener(listener)
         .register_service(service::services(&pod))
@@ -120,7 +117,9 @@ async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mu
     // Nobody may find the socket and wait for a shim that goes.
     remove_socket(Path::new(&args.socket));
     if pod.is_of_sandbox_service() {
-        tokio::time::sleep(READ_ANSWER).await;
+        // A client of Go's ttrpc that finds the answer to ShutdownSandbox and the connection's end at once takes either, and
+        // containerd takes the end for a failure. It closes the connection when it has read the answer.
+        let _ = tokio::time::timeout(FAREWELL, clients.gone()).await;
     }
     let _ = tokio::time::timeout(FAREWELL, server.shutdown()).await;
     Ok(())

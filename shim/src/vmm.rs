@@ -179,19 +179,19 @@ impl Vmm {
         self.template.clone()
     }
 
-    /// Gives a tap, and a /dev/vhost-net to serve it, to a network slot. The VMM serves requests in their order, so it
+    /// Gives a tap's queues, and each a /dev/vhost-net to serve it or none, to a network slot. The VMM serves requests in their order, so it
     /// need not run yet.
     /// Must be awaited to the end: the next one would take this one's answer for its own.
     pub async fn attach_net(
         &self,
         slot: u8,
         mac: [u8; 6],
-        tap: OwnedFd,
-        vhost: Option<OwnedFd>,
+        taps: Vec<OwnedFd>,
+        vhosts: Vec<OwnedFd>,
     ) -> Result<()> {
         // A tap is gone when nobody holds it any more, which is to be the VMM's doing alone.
-        let fds = std::iter::once(tap).chain(vhost).collect();
-        self.ask(&Request::AttachNet { slot, mac }, fds).await
+        let pairs = u8::try_from(taps.len()).unwrap_or(u8::MAX);
+        self.ask(&Request::AttachNet { slot, mac, pairs }, taps.into_iter().chain(vhosts).collect()).await
     }
 
     /// Gives a disk to a slot. Likewise to be awaited to the end.

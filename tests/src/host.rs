@@ -234,6 +234,8 @@ fn names_in(directory: &Path) -> BTreeSet<String> {
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
+/// The first column of what ctr lists.
 fn listed(words: &[&str]) -> BTreeSet<String> {
-    ctr(words).output().ok().text().lines().map(str::to_owned).collect()
+    let rows = ctr(words).output().ok().text();
+    rows.lines().filter_map(|row| row.split_whitespace().next()).map(str::to_owned).collect()
 }

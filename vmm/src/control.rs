@@ -10,8 +10,7 @@ use nix::sys::socket::{setsockopt, sockopt::SendTimeout};
 use nix::sys::time::TimeVal;
 
 use crate::end::{End, Ended};
-use crate::kvm;
-use crate::machine::Slots;
+use crate::machine::{self, Slots};
 use crate::sync::lock;
 use crate::virtio::{blk, net};
 
@@ -85,7 +84,7 @@ enum Refused {
     #[error("network slot {slot}: {error}")]
     Net { slot: u8, error: net::AttachError },
     #[error(transparent)]
-    Kvm(#[from] kvm::Error),
+    Show(#[from] machine::Error),
 }
 
 /// Serves requests on the event loop.
@@ -110,7 +109,11 @@ impl ControlService {
                 fd.and_then(|fd| self.attach_disk(slot, read_only, fd))
             }
             Request::DetachDisk { slot } => self.detach_disk(slot),
-            Request::AttachNet { slot, mac } => fd.and_then(|fd| self.attach_net(slot, mac, fd, fds.next())),
+            Request::AttachNet { slot, mac, pairs } => {
+                let mut taps: Vec<_> = fd.into_iter().chain(fds).collect();
+                let vhosts = taps.split_off(usize::from(pairs).min(taps.len()));
+                self.attach_net(slot, mac, taps, vhosts)
+            }
             Request::PlugMemory { mib } => {
                 // The answer comes from the device, once the guest has followed.
                 match &self.slots.memory {
@@ -148,11 +151,11 @@ impl ControlService {
         &self,
         slot: u8,
         mac: [u8; 6],
-        tap: OwnedFd,
-        vhost: Option<OwnedFd>,
+        taps: Vec<OwnedFd>,
+        vhosts: Vec<OwnedFd>,
     ) -> Result<(), Refused> {
         let net = self.slots.nets.get(usize::from(slot)).ok_or(Refused::NoNet(slot))?;
-        lock(&net.device).attach(tap, mac, vhost).map_err(|error| Refused::Net { slot, error })?;
+        lock(&net.device).attach(taps, mac, vhosts).map_err(|error| Refused::Net { slot, error })?;
         Ok(net.show()?)
     }
 }

@@ -10,7 +10,6 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use katana_protocol::SHARE_TAG;
 use katana_protocol::vmm::{ExitReason, Machine as Shape, Template};
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::board::Board;
 use crate::boot;
@@ -135,16 +134,17 @@ impl<D> Slot<D> {
     /// Has the guest find the device when it looks.
     ///
     /// # Errors
-    /// When KVM has no room for its doorbells.
-    pub fn show(&self) -> Result<(), kvm::Error> {
-        kvm::add_doorbells(&self.vm, &self.function.doorbells(self.bar))?;
-        self.function.show(true);
+    /// When KVM has no room for its doorbells, or the process is out of descriptors.
+    pub fn show(&self) -> Result<(), Error> {
+        self.function.show().map_err(|error| Error::Host { what: "eventfd", error })?;
+        kvm::add_doorbells(&self.vm, &self.function.doorbells(self.bar))
+            .inspect_err(|_| self.function.hide())?;
         Ok(())
     }
 
     /// Has the guest find nothing any more.
     pub fn hide(&self) {
-        self.function.show(false);
+        self.function.hide();
         kvm::remove_doorbells(&self.vm, &self.function.doorbells(self.bar));
     }
 }
@@ -352,7 +352,7 @@ impl Devices {
         D: VirtioDevice + 'static,
     {
         let (device, function, bar) = self.place(name, device)?;
-        function.show(false);
+        function.hide();
         Ok(Slot { device, function, vm: self.vm.fd(), bar })
     }
 
@@ -363,15 +363,12 @@ impl Devices {
         let device = device.map_err(|error| Error::Device { device: name, error })?;
         let slot = self.pci.next_slot().ok_or(Error::Slots)?;
         let bar = BARS as u32 + slot as u32 * BAR_SIZE;
-        let queues = device.queue_sizes().len();
-        let lines = (0..pci::vectors(queues)).map(|_| self.vm.message_line()).collect();
-        let kick = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
-        let kicks = (0..queues).map(|_| kick()).collect::<io::Result<_>>();
-        let kicks = kicks.map_err(|error| Error::Host { what: "eventfd", error })?;
+        let lines = (0..pci::vectors(device.most_queues())).map(|_| self.vm.message_line()).collect();
 
         let device = Arc::new(Mutex::new(device));
         let shared: Arc<Mutex<dyn VirtioDevice>> = device.clone();
-        let function = Arc::new(VirtioPci::new(shared.clone(), self.memory.clone(), bar, lines, kicks));
+        let function = VirtioPci::new(shared.clone(), self.memory.clone(), bar, lines);
+        let function = Arc::new(function.map_err(|error| Error::Host { what: "eventfd", error })?);
         self.addresses.insert(u64::from(bar)..u64::from(bar) + u64::from(BAR_SIZE), function.clone())?;
         self.pci.push(function.clone());
         self.functions.push(function.clone());

@@ -34,9 +34,17 @@ const DOCKERS_SPARE_SLOTS: u8 = 4;
 pub struct Network {
     namespace: Arc<Namespace>,
     slots: u8,
-    /// Whether the host's kernel may move packets.
-    vhost: bool,
+    cards: Cards,
     state: tokio::sync::Mutex<State>,
+}
+
+/// What the machine's cards are like.
+#[derive(Debug, Clone, Copy)]
+pub struct Cards {
+    /// How many pairs of queues each has; as many as are possible if these are more.
+    pub pairs: u8,
+    /// Whether the host's kernel may move packets.
+    pub vhost: bool,
 }
 
 #[derive(Default)]
@@ -50,9 +58,8 @@ struct State {
 }
 
 impl Network {
-    /// Finds or makes the network namespace of a specification. `client` is containerd's namespace; `vhost` lets the host's
-    /// kernel move packets if it can.
-    pub async fn open(spec: &Spec, client: &str, vhost: bool) -> Result<Self> {
+    /// Finds or makes the network namespace of a specification. `client` is containerd's namespace.
+    pub async fn open(spec: &Spec, client: &str, cards: Cards) -> Result<Self> {
         let wanted = spec.clone();
         let (namespace, first) = crate::blocking(move || {
             let namespace = Namespace::of(&wanted)?;
@@ -67,7 +74,7 @@ impl Network {
         }
         let slots = slots(first.interfaces.len(), spec, client);
         let state = State { first: Some(first), ..State::default() };
-        Ok(Self { namespace: Arc::new(namespace), slots, vhost, state: tokio::sync::Mutex::new(state) })
+        Ok(Self { namespace: Arc::new(namespace), slots, cards, state: tokio::sync::Mutex::new(state) })
     }
 
     /// How many cards the machine must have places for.
@@ -98,9 +105,9 @@ impl Network {
         for interface in &snapshot.interfaces {
             if !state.cards.contains(&interface.index) {
                 let slot = self.free_slot(&state.cards, interface)?;
-                let tap = self.tap(interface.clone(), slot, !state.name_servers.is_empty()).await?;
-                let vhost = if self.vhost { tap::vhost() } else { None };
-                vmm.attach_net(slot, interface.mac, tap, vhost).await?;
+                let taps = self.tap(interface.clone(), slot, !state.name_servers.is_empty()).await?;
+                let vhosts = if self.cards.vhost { tap::vhosts(taps.len()) } else { Vec::new() };
+                vmm.attach_net(slot, interface.mac, taps, vhosts).await?;
                 state.cards.push(interface.index);
             }
         }
@@ -134,9 +141,9 @@ impl Network {
         })
     }
 
-    async fn tap(&self, interface: Interface, slot: u8, name_server: bool) -> Result<OwnedFd> {
-        let namespace = Arc::clone(&self.namespace);
-        crate::blocking(move || namespace.inside(|| tap::connect(&interface, slot, name_server))).await
+    async fn tap(&self, interface: Interface, slot: u8, name_server: bool) -> Result<Vec<OwnedFd>> {
+        let (namespace, pairs) = (Arc::clone(&self.namespace), self.cards.pairs);
+        crate::blocking(move || namespace.inside(|| tap::connect(&interface, slot, pairs, name_server))).await
     }
 }
 

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use katana_protocol::netlink::{self, Body, CREATE, EXCLUSIVE, Socket, kind, u32_at};
+use katana_protocol::vmm::MOST_NET_PAIRS;
 use nix::errno::Errno;
 
 use super::scan::Interface;
@@ -50,12 +51,13 @@ pub fn is_ours(name: &str) -> bool {
     number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
-/// Makes the tap for a slot and connects it to an interface, in the network namespace of the calling thread. With a name
-/// server in that namespace, the answers that the server waits for do not go to the guest.
-pub fn connect(interface: &Interface, slot: u8, name_server: bool) -> Result<OwnedFd> {
+/// Makes the tap for a slot and connects it to an interface, in the network namespace of the calling thread. The answer is
+/// its queues, one for each pair of the card's. With a name server in that namespace, the answers that the server waits for do
+/// not go to the guest.
+pub fn connect(interface: &Interface, slot: u8, pairs: u8, name_server: bool) -> Result<Vec<OwnedFd>> {
     let name = format!("tap{slot}_kata");
     let refused = |what: &str, e: &netlink::Error| Error::Host(format!("{what}: {e}"));
-    let tap = create(&name).map_err(|e| Error::io(format_args!("create {name}"), &e))?;
+    let taps = create(&name, pairs).map_err(|e| Error::io(format_args!("create {name}"), &e))?;
     let index = nix::net::if_::if_nametoindex(name.as_str()).map_err(|e| Error::os(&name, e))?;
     // Its other end is in the guest: the host's own IPv6 has nothing to announce there.
     let setting = format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6");
@@ -75,11 +77,15 @@ pub fn connect(interface: &Interface, slot: u8, name_server: bool) -> Result<Own
     if name_server {
         keep_answers(&socket, interface.index, index).map_err(failed)?;
     }
-    Ok(tap)
+    Ok(taps)
 }
 
-/// What serves a tap in the host's kernel, if there is such a thing.
-pub fn vhost() -> Option<OwnedFd> {
+/// What serves a tap's queues in the host's kernel, if there is such a thing.
+pub fn vhosts(queues: usize) -> Vec<OwnedFd> {
+    (0..queues).map_while(|_| vhost()).collect()
+}
+
+fn vhost() -> Option<OwnedFd> {
     const PATH: &str = "/dev/vhost-net";
     match File::options().read(true).write(true).open(PATH) {
         Ok(file) => Some(file.into()),
@@ -93,7 +99,17 @@ pub fn vhost() -> Option<OwnedFd> {
     }
 }
 
-fn create(name: &str) -> io::Result<OwnedFd> {
+fn create(name: &str, queues: u8) -> io::Result<Vec<OwnedFd>> {
+    let many = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    let mut taps = vec![open(name, libc::IFF_TUN_EXCL | many)?];
+    for _ in 1..usize::from(queues).min(MOST_NET_PAIRS) {
+        taps.push(open(name, many)?);
+    }
+    Ok(taps)
+}
+
+/// A queue of a tap; its first one makes it.
+fn open(name: &str, flags: libc::c_int) -> io::Result<OwnedFd> {
     const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
     let file = File::options().read(true).write(true).open("/dev/net/tun")?;
     // SAFETY: struct ifreq holds plain integers and pointers, for all of which zero is a value.
@@ -101,7 +117,7 @@ fn create(name: &str) -> io::Result<OwnedFd> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | flags;
     // IFF_TUN_EXCL is the sign bit.
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: the call reads and writes a struct ifreq that outlives it.

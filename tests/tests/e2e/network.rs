@@ -82,9 +82,10 @@ struct Peer {
 
 impl Peer {
     /// With `vhost`, the host's kernel moves the packets if it can, as it does unless it is told otherwise.
-    fn start(namespace: &Namespace, vhost: bool) -> Self {
+    fn start(namespace: &Namespace, vhost: bool, cpus: usize) -> Self {
         let (id, scratch) = (new_id(), Scratch::new());
-        let mut run = Run::new(DEBIAN).id(&id).options(&namespace.option());
+        let options = format!("{} --cpus {cpus}", namespace.option());
+        let mut run = Run::new(DEBIAN).id(&id).options(&options);
         if !vhost && environment::is_vm() {
             let text = Configuration::installed().set("hypervisor.katana.disable_vhost_net", true).to_toml();
             run = run.configuration(&scratch.file("configuration.toml", text));
@@ -167,7 +168,7 @@ fn containers_reach_each_other_and_the_host(mtu: u32, vhost: bool) {
     bridge.connect(other.name(), "eth0", 3);
     let hosts = bridge.addresses(1);
     hosts.iter().for_each(|address| serve_on_host(address));
-    let (server, client) = (Peer::start(&one, vhost), Peer::start(&other, vhost));
+    let (server, client) = (Peer::start(&one, vhost, 1), Peer::start(&other, vhost, 1));
     bridge.addresses(2).iter().for_each(|address| ask_from_host(address));
     client.ask(mtu, &[bridge.addresses(2), hosts].concat());
     server.ask(mtu, &bridge.addresses(3));
@@ -184,6 +185,40 @@ fn two_containers_and_the_host_with_small_packets() {
 #[test]
 fn two_containers_and_the_host_with_large_packets_without_vhost() {
     containers_reach_each_other_and_the_host(9000, false);
+}
+
+fn each_cpu_has_queues_of_its_own(vhost: bool) {
+    const CPUS: usize = 2;
+    let _turn = shared();
+    let bridge = Bridge::new(1500);
+    let namespace = Namespace::new();
+    bridge.connect(namespace.name(), "eth0", 2);
+    let peer = Peer::start(&namespace, vhost, CPUS);
+    std::thread::scope(|scope| {
+        for address in bridge.addresses(2).into_iter().cycle().take(8) {
+            scope.spawn(move || ask_from_host(&address));
+        }
+    });
+    if !environment::is_vm() {
+        return;
+    }
+    let queues = "rx-0\nrx-1\ntx-0\ntx-1";
+    assert_eq!(peer.container.sh("ls /sys/class/net/eth0/queues").ok().text().trim(), queues);
+    // Of each pair: the name, and how often it has interrupted any CPU.
+    let interrupts = "awk '/-(in|out)put[.]/ {print $NF, $2 + $3}' /proc/interrupts";
+    let interrupts = peer.container.sh(interrupts).ok().text();
+    let come = |line: &&str| line.contains("-input.") && !line.ends_with(" 0");
+    assert_eq!(interrupts.lines().filter(come).count(), CPUS, "{interrupts}");
+}
+
+#[test]
+fn each_cpu_has_queues_that_the_host_serves() {
+    each_cpu_has_queues_of_its_own(true);
+}
+
+#[test]
+fn each_cpu_has_queues_that_the_vmm_serves() {
+    each_cpu_has_queues_of_its_own(false);
 }
 
 /// The lines in any order, as they are without what only one side can see.

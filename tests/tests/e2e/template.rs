@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use katana_tests::environment::{self, is_vm_or_say};
+use katana_tests::network::{Bridge, Namespace};
 use katana_tests::turn::{alone, shared};
 use katana_tests::{BUSYBOX, Configuration, Containerd, DEBIAN, Run, Scratch};
 use nix::fcntl::{Flock, FlockArg};
@@ -89,6 +90,35 @@ fn machines_from_one_template_have_nothing_in_common() {
         let (first, last) = (since(before) - 0.05, since(after) + 0.05);
         assert!((first..last).contains(&guest), "{guest} is not between {first} and {last}\n{output}");
     }
+}
+
+/// The machine that a template is made of has cards, CPUs, memory and a disk of its own afterwards.
+#[test]
+fn a_template_has_nothing_of_the_machine_that_it_is_made_of() {
+    let _turn = shared();
+    if !is_vm() {
+        return;
+    }
+    const SHOW: &str = "echo net=$(ls /sys/class/net) cpus=$(nproc); \
+        awk '/MemTotal/ {print \"mib=\" int($2 / 1024)}' /proc/meminfo; echo disks=$(ls /sys/block | grep ^vd | wc -l)";
+    let scratch = Scratch::new();
+    let (directory, configuration) = own_templates(&scratch);
+    let bridge = Bridge::new(1500);
+    let namespace = Namespace::new();
+    bridge.connect(namespace.name(), "eth0", 2);
+    let address = &bridge.addresses(1)[0];
+    let plain = || Run::new(BUSYBOX).configuration(&configuration).sh(SHOW).output();
+    let large = || {
+        let options = format!("{} --cpus 2 --memory-limit 1073741824", namespace.option());
+        let ask = format!("{SHOW}; ping -c 3 -w 20 {address} > /dev/null && echo ping=ok");
+        Run::new(BUSYBOX).configuration(&configuration).options(&options).sh(&ask).output()
+    };
+    let before = Run::new(BUSYBOX).sh(SHOW).output();
+    let first = large().ok().expect_values(&[("ping", "ok")]);
+    template(&directory);
+    assert_eq!(plain().ok().text(), before.ok().text());
+    let after = large().ok().expect_values(&[("ping", "ok")]);
+    assert_eq!(after.text(), first.text());
 }
 
 #[test]

@@ -170,8 +170,11 @@ impl CommonConfig {
     }
 
     /// Changes what is offered. Seen by a driver that looks from now on.
-    pub fn offer(&mut self, features: u64) {
+    pub fn offer(&mut self, features: u64, queue_sizes: &[u16]) {
         self.offered = features | TRANSPORT_FEATURES;
+        if self.queues.len() != queue_sizes.len() {
+            self.queues = queue_sizes.iter().copied().map(QueueSetup::new).collect();
+        }
     }
 
     /// Whether these are registers of a device with the same features and queues.

@@ -1,11 +1,11 @@
 //! virtio over PCI, modern only: virtio 1.2, 4.1. One function with one BAR; the structures lie in it as below.
 
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::PciDevice;
 use super::common::{CommonConfig, Effect, NO_VECTOR, SIZE as COMMON_SIZE};
@@ -57,10 +57,17 @@ pub struct VirtioPci {
     isr: Arc<AtomicU8>,
     generation: Arc<AtomicU8>,
     config_interrupt: Arc<Source>,
-    queues: Vec<(Arc<EventFd>, Arc<Source>)>,
+    queues: Vec<Ends>,
     msix_capability: usize,
     window_capability: usize,
     structures: Vec<Structure>,
+}
+
+/// How a queue's two sides tell each other.
+struct Ends {
+    /// Made when there is such a queue.
+    kick: OnceLock<Arc<EventFd>>,
+    interrupt: Arc<Source>,
 }
 
 /// Where a capability says which structure it is for, and which that is.
@@ -133,19 +140,21 @@ pub fn vectors(queues: usize) -> usize {
 }
 
 impl VirtioPci {
-    /// Puts `device` on the bus: its BAR at `address`, its vectors on `lines` (see [`vectors`]),
-    /// its queues kicked by the eventfds.
+    /// Puts `device` on the bus: its BAR at `address`, its vectors on `lines` (see [`vectors`]).
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
     pub fn new(
         device: Arc<Mutex<dyn VirtioDevice>>,
         memory: GuestMemory,
         address: u32,
         lines: Vec<Box<dyn Line>>,
-        kicks: Vec<EventFd>,
-    ) -> Self {
-        let (kind, common) = {
+    ) -> std::io::Result<Self> {
+        let (kind, common, most_queues) = {
             let device = lock(&device);
             let vectors = u16::try_from(lines.len()).unwrap_or(u16::MAX);
-            (device.device_type(), CommonConfig::new(device.features(), device.queue_sizes(), vectors))
+            let common = CommonConfig::new(device.features(), device.queue_sizes(), vectors);
+            (device.device_type(), common, device.most_queues())
         };
         let msix = Arc::new(Msix::new(lines));
         let isr = Arc::new(AtomicU8::new(0));
@@ -155,10 +164,11 @@ impl VirtioPci {
             Arc::new(Source { vector, msix: msix.clone(), isr: isr.clone(), isr_bit, generation })
         };
         let config_interrupt = source(ISR_CONFIG, Some(generation.clone()));
-        let queues = kicks.into_iter().map(|kick| (Arc::new(kick), source(ISR_QUEUE, None))).collect();
+        let ends = || Ends { kick: OnceLock::new(), interrupt: source(ISR_QUEUE, None) };
+        let queues = (0..most_queues).map(|_| ends()).collect();
         let Layout { space, msix: msix_capability, window: window_capability, structures } =
             config_space(kind, address, msix.vectors());
-        Self {
+        let function = Self {
             device,
             memory,
             space: Mutex::new(space),
@@ -171,16 +181,42 @@ impl VirtioPci {
             msix_capability,
             window_capability,
             structures,
+        };
+        function.make_kicks()?;
+        Ok(function)
+    }
+
+    fn make_kicks(&self) -> std::io::Result<()> {
+        let count = lock(&self.device).queue_sizes().len();
+        for queue in self.queues.iter().take(count).filter(|queue| queue.kick.get().is_none()) {
+            let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+            queue.kick.get_or_init(|| Arc::new(kick));
         }
+        Ok(())
     }
 
     /// Shows the structures to drivers, or hides them. A function without them is one that no driver takes (4.1.4:
     /// a driver ignores structures of a type that it does not know), but its place on the bus and its addresses are
     /// assigned when the guest boots. A driver that looks for the first time when they are shown finds a new device, with
-    /// the features that it has then.
-    pub fn show(&self, shown: bool) {
-        let features = lock(&self.device).features();
-        lock(&self.common).offer(features);
+    /// the features and queues that it has then.
+    ///
+    /// # Errors
+    /// When the process is out of descriptors.
+    pub fn show(&self) -> std::io::Result<()> {
+        self.make_kicks()?;
+        let device = lock(&self.device);
+        lock(&self.common).offer(device.features(), device.queue_sizes());
+        drop(device);
+        self.set_shown(true);
+        Ok(())
+    }
+
+    /// See [`Self::show`].
+    pub fn hide(&self) {
+        self.set_shown(false);
+    }
+
+    fn set_shown(&self, shown: bool) {
         let mut space = lock(&self.space);
         for structure in &self.structures {
             space.put(structure.at, &[if shown { structure.kind } else { 0 }]);
@@ -191,8 +227,8 @@ impl VirtioPci {
     pub fn doorbells(&self, bar: u32) -> Vec<Doorbell> {
         let address = |index: usize| u64::from(bar) + NOTIFY + NOTIFY_MULTIPLIER * index as u64;
         let busy = lock(&self.device).busy_queues().to_vec();
-        let doorbell = |index| {
-            let (event, _) = self.queues.get(index)?;
+        let doorbell = |index: usize| {
+            let event: &Arc<EventFd> = self.queues.get(index)?.kick.get()?;
             Some(Doorbell { address: address(index), event: event.clone() })
         };
         busy.into_iter().filter_map(doorbell).collect()
@@ -220,8 +256,8 @@ impl VirtioPci {
             }
             Effect::Vector(None, vector) => self.config_interrupt.vector.store(vector, Ordering::Release),
             Effect::Vector(Some(queue), vector) => {
-                if let Some((_, source)) = self.queues.get(usize::from(queue)) {
-                    source.vector.store(vector, Ordering::Release);
+                if let Some(ends) = self.queues.get(usize::from(queue)) {
+                    ends.interrupt.vector.store(vector, Ordering::Release);
                 }
             }
         }
@@ -279,15 +315,15 @@ impl VirtioPci {
         }
         let count = queues.len();
         self.start(common, queues)?;
-        for (kick, source) in self.queues.iter().take(count) {
-            kick.write(1)?;
-            source.trigger();
+        for (number, ends) in self.queues.iter().enumerate().take(count) {
+            self.kick(number);
+            ends.interrupt.trigger();
         }
         Ok(())
     }
 
     fn sources(&self) -> impl Iterator<Item = &Source> {
-        self.queues.iter().map(|(_, source)| &**source).chain([&*self.config_interrupt])
+        self.queues.iter().map(|ends| &*ends.interrupt).chain([&*self.config_interrupt])
     }
 
     fn activate(&self, common: &CommonConfig) -> std::io::Result<()> {
@@ -296,10 +332,9 @@ impl VirtioPci {
     }
 
     fn start(&self, common: &CommonConfig, queues: Vec<Queue>) -> std::io::Result<()> {
-        let queues = queues.into_iter().zip(&self.queues).map(|(queue, (kick, source))| VirtQueue {
-            queue,
-            kick: kick.clone(),
-            interrupt: Interrupt { vector: source.clone() },
+        let queues = queues.into_iter().zip(&self.queues).map_while(|(queue, ends)| {
+            let interrupt = Interrupt { vector: ends.interrupt.clone() };
+            Some(VirtQueue { queue, kick: ends.kick.get()?.clone(), interrupt })
         });
         lock(&self.device).activate(Activation {
             memory: self.memory.clone(),
@@ -309,10 +344,9 @@ impl VirtioPci {
         })
     }
 
-    /// A doorbell that did not come through an ioeventfd but through the window in the configuration space.
-    fn kick(&self, offset: u64) {
-        let queue = usize::try_from(offset / NOTIFY_MULTIPLIER).ok().and_then(|index| self.queues.get(index));
-        if let Some((kick, _)) = queue {
+    fn kick(&self, queue: usize) {
+        if let Some(kick) = self.queues.get(queue).and_then(|ends| ends.kick.get()) {
+            // Only a full counter could fail it, and that one wakes as well.
             let _ = kick.write(1);
         }
     }
@@ -440,7 +474,8 @@ impl BusDevice for VirtioPci {
         match offset - within {
             COMMON => self.write_common(within, data),
             DEVICE => lock(&self.device).write_config(within, data),
-            NOTIFY => self.kick(within),
+            // Not of a busy queue, or through the window in the configuration space.
+            NOTIFY => self.kick((within / NOTIFY_MULTIPLIER) as usize),
             TABLE => self.msix.write_table(within, data),
             _ => {}
         }

@@ -100,12 +100,13 @@ const MAIN: &[c_long] = &[
 ];
 /// Only a pair of sockets, whose other end goes to the shim: never one that could reach further.
 const AF_UNIX: u32 = libc::AF_UNIX as u32;
-/// FIONBIO for a stream; TUNSETOFFLOAD, TUNSETVNETHDRSZ and TUNGETIFF for a tap that is there already; KVM_IOEVENTFD for
+/// FIONBIO for a stream; TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE and TUNGETIFF for a tap that is there already; KVM_IOEVENTFD for
 /// the doorbells of slots; KVM_IRQFD and those of `virtio/vhost.rs`, in its order.
 const MAIN_IOCTLS: &[u64] = &[
     0x5421,
     0x4004_54d0,
     0x4004_54d8,
+    0x4004_54d9,
     0x8004_54d2,
     0x4040_ae79,
     INTERRUPT,

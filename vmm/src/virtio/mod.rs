@@ -38,8 +38,14 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// Offered features, without those of the transport (VERSION_1, ring features), which the transport adds.
     fn features(&self) -> u64;
 
-    /// The largest size of each queue; its length is the number of queues.
+    /// The largest size of each queue; its length is the number of queues. It changes with what is attached, while no
+    /// driver can see the device.
     fn queue_sizes(&self) -> &[u16];
+
+    /// The greatest number of queues that there can be.
+    fn most_queues(&self) -> usize {
+        self.queue_sizes().len()
+    }
 
     /// The queues that the driver notifies often. Their notifications do not stop the vCPU, for which the kernel keeps
     /// a list that takes it time to change.

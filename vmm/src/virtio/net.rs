@@ -1,7 +1,8 @@
 //! virtio-net (virtio 1.2, 5.1): a slot for a network card whose tap may come later.
 //!
-//! Wiring: `Net::new()` makes a card with its link down. `attach(tap, mac)`, on the device thread, connects it to a tap
-//! that was opened with IFF_VNET_HDR, gives it its address and raises the link.
+//! Wiring: `Net::new()` makes a card with its link down. `attach(taps, mac, ...)`, on the device thread, connects it to a tap
+//! that was opened with IFF_VNET_HDR, gives it its address and raises the link. A tap that was opened several times, with
+//! IFF_MULTI_QUEUE, gives the card as many pairs of queues.
 //!
 //! Linux takes address and MTU from the configuration space only while it probes the device, so a slot is hidden from
 //! the guest until it is attached. F_MTU is not offered: it would limit what can be set later.
@@ -14,13 +15,16 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use katana_protocol::vmm::MOST_NET_PAIRS;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS, VIRTIO_NET_OK, VIRTIO_NET_S_LINK_UP,
 };
+use vm_memory::Le16;
 
 use super::base::{self, Active, Base, Event};
 use super::chain::{Buffers, Chain, MAX_DESCRIPTORS};
@@ -29,11 +33,18 @@ use super::vhost::Vhost;
 use super::{Activation, VirtioDevice};
 use crate::memory::GuestMemory;
 
-const QUEUE_SIZES: [u16; 2] = [256, 256];
-const RECEIVE: usize = 0;
-const TRANSMIT: usize = 1;
-/// The tap's token among the event sources.
-const TAP: u64 = 0;
+/// Two queues of each pair, and behind them the one for commands (5.1.2).
+const MOST_QUEUES: usize = 2 * MOST_NET_PAIRS + 1;
+const QUEUE_SIZES: [u16; MOST_QUEUES] = [256; MOST_QUEUES];
+const QUEUES: [usize; MOST_QUEUES] = {
+    let mut queues = [0; MOST_QUEUES];
+    let mut number = 1;
+    while number < MOST_QUEUES {
+        queues[number] = number;
+        number += 1;
+    }
+    queues
+};
 
 /// struct virtio_net_hdr of a modern device, virtio 1.2, 5.1.6.
 const HEADER: usize = 12;
@@ -48,6 +59,9 @@ const BUDGET: usize = 256;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+const IFF_ATTACH_QUEUE: libc::c_short = 0x0200;
+const IFF_DETACH_QUEUE: libc::c_short = 0x0400;
 const TUN_F_CSUM: u32 = 1;
 const TUN_F_TSO4: u32 = 2;
 const TUN_F_TSO6: u32 = 4;
@@ -56,9 +70,14 @@ const TUN_F_TSO6: u32 = 4;
 pub struct Net {
     base: Base,
     mac: [u8; 6],
-    tap: Option<Tap>,
-    /// Who serves the queues instead.
-    vhost: Option<Vhost>,
+    /// A tap's queues, one for each pair of the card's; none while the link is down.
+    taps: Vec<Tap>,
+    /// How many pairs the driver uses: the first one, until it asks for more.
+    in_use: usize,
+    /// Who serves the pairs instead, each one of them.
+    vhosts: Vec<Vhost>,
+    /// What those are to serve, until the device thread has set it up.
+    waiting: Option<Activation>,
 }
 
 struct Tap {
@@ -67,6 +86,17 @@ struct Tap {
     readable: bool,
     /// What the guest takes off the tap's hands (TUN_F_*), as last set.
     offloads: u32,
+    /// Whether the tap puts packets into this queue.
+    attached: bool,
+}
+
+/// What a queue is for.
+enum Role {
+    /// Of this pair.
+    Receive(usize),
+    /// Of this pair.
+    Transmit(usize),
+    Control,
 }
 
 /// Why a tap cannot be had.
@@ -75,6 +105,9 @@ pub enum AttachError {
     /// One tap for each slot, for good.
     #[error("network slot: it is in use")]
     InUse,
+    /// None, or too many.
+    #[error("network slot: a tap with {0} queues")]
+    Pairs(usize),
     /// Not a tap, most likely.
     #[error("tap: {0}: {1}")]
     Tap(&'static str, #[source] io::Error),
@@ -89,93 +122,180 @@ impl Net {
     /// # Errors
     /// When the process is out of descriptors.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { base: Base::new("net")?, mac: [0; 6], tap: None, vhost: None })
+        let (taps, vhosts) = (Vec::new(), Vec::new());
+        Ok(Self { base: Base::new("net")?, mac: [0; 6], taps, in_use: 1, vhosts, waiting: None })
     }
 
-    /// Connects the card to `tap`, gives it its address and raises its link. `vhost` is a /dev/vhost-net, if the kernel is
-    /// to move the packets.
+    /// Connects the card to the queues of a tap, gives it its address and raises its link. `vhosts` are as many /dev/vhost-net,
+    /// if the kernel is to move the packets.
     ///
     /// # Errors
     /// When the card is connected already, or it is not a tap with IFF_VNET_HDR.
-    pub fn attach(&mut self, tap: OwnedFd, mac: [u8; 6], vhost: Option<OwnedFd>) -> Result<(), AttachError> {
-        if self.tap.is_some() {
+    pub fn attach(
+        &mut self,
+        taps: Vec<OwnedFd>,
+        mac: [u8; 6],
+        vhosts: Vec<OwnedFd>,
+    ) -> Result<(), AttachError> {
+        if !self.taps.is_empty() {
             return Err(AttachError::InUse);
         }
-        check(&tap)?;
-        let size = HEADER as libc::c_int;
-        // SAFETY: the call reads one integer.
-        if unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) } != 0 {
-            return Err(AttachError::Tap("TUNSETVNETHDRSZ", io::Error::last_os_error()));
+        taps.iter().try_for_each(check)?;
+        if let Some(tap) = taps.first() {
+            let size = HEADER as libc::c_int;
+            // SAFETY: the call reads one integer.
+            if unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) } != 0 {
+                return Err(AttachError::Tap("TUNSETVNETHDRSZ", io::Error::last_os_error()));
+            }
         }
-        self.vhost = vhost.and_then(|fd| {
-            Vhost::new(fd).inspect_err(|e| log::warn!("vhost-net: {e}; packets take the longer way")).ok()
-        });
-        self.connect(tap, mac)
+        if vhosts.len() == taps.len() {
+            let taken = vhosts.into_iter().map(Vhost::new).collect::<io::Result<_>>();
+            let taken = taken.inspect_err(|e| log::warn!("vhost-net: {e}; packets take the longer way"));
+            self.vhosts = taken.unwrap_or_default();
+        }
+        self.connect(taps, mac)
     }
 
     /// The part of [`Self::attach`] for which anything does that keeps packets apart.
-    fn connect(&mut self, tap: OwnedFd, mac: [u8; 6]) -> Result<(), AttachError> {
-        fcntl(&tap, FcntlArg::F_GETFL)
-            .and_then(|flags| {
-                fcntl(&tap, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK))
-            })
-            .map_err(|error| AttachError::Tap("O_NONBLOCK", error.into()))?;
-        if self.vhost.is_none() {
-            self.watch(&tap).map_err(|error| AttachError::Tap("epoll", error))?;
+    fn connect(&mut self, taps: Vec<OwnedFd>, mac: [u8; 6]) -> Result<(), AttachError> {
+        if !(1..=MOST_NET_PAIRS).contains(&taps.len()) {
+            return Err(AttachError::Pairs(taps.len()));
         }
+        for tap in &taps {
+            fcntl(tap, FcntlArg::F_GETFL)
+                .and_then(|flags| {
+                    fcntl(tap, FcntlArg::F_SETFL(OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK))
+                })
+                .map_err(|error| AttachError::Tap("O_NONBLOCK", error.into()))?;
+        }
+        let tap = |fd| Tap { fd, readable: false, offloads: 0, attached: true };
+        self.taps = taps.into_iter().map(tap).collect();
+        if self.vhosts.is_empty() {
+            self.watch().map_err(|error| AttachError::Tap("epoll", error))?;
+        }
+        self.use_pairs();
         self.mac = mac;
-        self.tap = Some(Tap { fd: tap, readable: false, offloads: 0 });
         self.base.config_changed();
         Ok(())
     }
 
-    fn watch(&self, tap: &OwnedFd) -> io::Result<()> {
-        self.base.sources().add(tap.as_fd(), TAP, EventSet::IN | EventSet::OUT)
+    fn watch(&self) -> io::Result<()> {
+        let mut taps = (0..).zip(&self.taps);
+        taps.try_for_each(|(pair, tap)| {
+            self.base.sources().add(tap.fd.as_fd(), pair, EventSet::IN | EventSet::OUT)
+        })
+    }
+
+    /// Has the tap fill the queues that the driver looks at.
+    fn use_pairs(&mut self) {
+        for (pair, tap) in self.taps.iter_mut().enumerate() {
+            tap.attach(pair < self.in_use);
+        }
     }
 
     /// Has the kernel serve the driver that is ready; where it does not, this process does.
-    fn start_vhost(&mut self) {
-        let (Some(vhost), Some(tap)) = (&mut self.vhost, &mut self.tap) else { return };
-        let Some(activation) = vhost.waiting.take() else { return };
-        tap.set_offloads(activation.features);
-        let Err(error) = vhost.start(tap.fd.as_fd(), &activation) else { return };
-        log::warn!("vhost-net: {error}; packets take the longer way");
-        self.vhost = None;
-        self.base.activate(activation);
-        if let Some(tap) = &self.tap
-            && let Err(error) = self.watch(&tap.fd)
-        {
-            log::error!("net: the tap cannot be watched: {error}");
+    fn start_vhosts(&mut self) {
+        let Some(mut activation) = self.waiting.take() else { return };
+        if let Some(tap) = self.taps.first_mut() {
+            tap.set_offloads(activation.features);
         }
-    }
-
-    /// virtio 1.2, 5.1.4: address and status.
-    fn config(&self) -> [u8; 8] {
-        let [a, b, c, d, e, f] = self.mac;
-        let status = if self.tap.is_some() { VIRTIO_NET_S_LINK_UP as u8 } else { 0 };
-        [a, b, c, d, e, f, status, 0]
-    }
-
-    fn receive(&mut self) {
-        if let (Some(tap), Some(active)) = (&mut self.tap, self.base.active()) {
-            tap.set_offloads(active.features);
-            let mergeable = active.features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
-            let Active { memory, queues, .. } = active;
-            if let Some(queue) = queues.get_mut(RECEIVE) {
-                tap.receive(memory, queue, mergeable);
+        match self.try_start_vhosts(&activation) {
+            // What is left is for this process: the queue for commands.
+            Ok(()) => drop(activation.queues.drain(..pairs(&activation) * 2)),
+            Err(error) => {
+                log::warn!("vhost-net: {error}; packets take the longer way");
+                // Those that have been started stop.
+                self.vhosts.clear();
+                if let Err(error) = self.watch() {
+                    log::error!("net: the tap cannot be watched: {error}");
+                }
             }
         }
+        self.base.activate(activation);
     }
 
-    fn transmit(&mut self) {
-        if let Some((memory, queue)) = self.base.queue(TRANSMIT) {
-            match &self.tap {
+    fn try_start_vhosts(&mut self, activation: &Activation) -> io::Result<()> {
+        let queues = activation.queues.chunks_exact(2).take(pairs(activation));
+        for ((vhost, tap), queues) in self.vhosts.iter_mut().zip(&self.taps).zip(queues) {
+            vhost.start(tap.fd.as_fd(), activation, queues)?;
+        }
+        Ok(())
+    }
+
+    /// virtio 1.2, 5.1.4: address, status, and the greatest number of pairs.
+    fn config(&self) -> [u8; 10] {
+        let [a, b, c, d, e, f] = self.mac;
+        let status = if self.taps.is_empty() { 0 } else { VIRTIO_NET_S_LINK_UP as u8 };
+        [a, b, c, d, e, f, status, 0, self.pairs() as u8, 0]
+    }
+
+    /// How many pairs of queues the card has.
+    fn pairs(&self) -> usize {
+        self.taps.len().max(1)
+    }
+
+    /// What a queue of the base is for. 5.1.2: without F_MQ, there is one pair.
+    fn role(&mut self, queue: usize) -> Role {
+        let in_kernel = !self.vhosts.is_empty();
+        let many = self.base.active().is_some_and(|active| active.features & (1 << VIRTIO_NET_F_MQ) != 0);
+        let pairs = if many { self.pairs() } else { 1 };
+        match queue {
+            _ if in_kernel || queue >= 2 * pairs => Role::Control,
+            _ if queue.is_multiple_of(2) => Role::Receive(queue / 2),
+            _ => Role::Transmit(queue / 2),
+        }
+    }
+
+    fn receive(&mut self, pair: usize) {
+        let Some(active) = self.base.active() else { return };
+        if let Some(first) = self.taps.first_mut() {
+            first.set_offloads(active.features);
+        }
+        let mergeable = active.features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0;
+        let Active { memory, queues, .. } = active;
+        if let (Some(tap), Some(queue)) = (self.taps.get_mut(pair), queues.get_mut(2 * pair)) {
+            tap.receive(memory, queue, mergeable);
+        }
+    }
+
+    fn transmit(&mut self, pair: usize) {
+        if let Some((memory, queue)) = self.base.queue(2 * pair + 1) {
+            match self.taps.get(pair) {
                 Some(tap) => tap.transmit(memory, queue),
                 // The link is down.
                 None => queue.serve(memory, |_| Ok::<_, io::Error>(0)),
             }
         }
     }
+
+    /// virtio 1.2, 5.1.6.5: the one command there is says how many pairs the driver uses (5.1.6.5.5).
+    fn control(&mut self, queue: usize) {
+        let most = self.pairs();
+        let mut in_use = self.in_use;
+        if let Some((memory, queue)) = self.base.queue(queue) {
+            queue.serve(memory, |mut chain| {
+                let wanted = wanted_pairs(&mut chain).filter(|pairs| (1..=most).contains(pairs));
+                let answer = if wanted.is_some() { VIRTIO_NET_OK } else { VIRTIO_NET_ERR };
+                in_use = wanted.unwrap_or(in_use);
+                Ok::<_, io::Error>(chain.writable.write_bytes(&[answer as u8]) as u32)
+            });
+        }
+        self.in_use = in_use;
+        self.use_pairs();
+    }
+}
+
+/// How many pairs a driver has set up: fewer than there are if it has not looked for more.
+fn pairs(activation: &Activation) -> usize {
+    let complete = activation.queues.len() / 2;
+    if activation.features & (1 << VIRTIO_NET_F_MQ) == 0 { complete.min(1) } else { complete }
+}
+
+/// The number in a command to use so many pairs.
+fn wanted_pairs(chain: &mut Chain<'_>) -> Option<usize> {
+    let command = [chain.readable.read::<u8>()?, chain.readable.read::<u8>()?].map(u32::from);
+    let pairs = chain.readable.read::<Le16>()?.to_native();
+    (command == [VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET]).then(|| pairs.into())
 }
 
 /// Checks that packets on the tap have the one shape that the device knows: any other is garbage to the guest.
@@ -193,6 +313,21 @@ fn check(tap: &OwnedFd) -> Result<(), AttachError> {
 }
 
 impl Tap {
+    /// Has the tap put packets into this queue, or leave it alone. One that has only this one knows no such thing.
+    fn attach(&mut self, attached: bool) {
+        if attached == self.attached {
+            return;
+        }
+        // SAFETY: struct ifreq holds plain integers and pointers, for all of which zero is a value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        request.ifr_ifru.ifru_flags = if attached { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE };
+        // SAFETY: the call reads a struct ifreq.
+        if unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNSETQUEUE, &raw const request) } != 0 {
+            log::warn!("net: TUNSETQUEUE: {}", io::Error::last_os_error());
+        }
+        self.attached = attached;
+    }
+
     fn set_offloads(&mut self, features: u64) {
         let map = [
             (VIRTIO_NET_F_GUEST_CSUM, TUN_F_CSUM),
@@ -358,15 +493,22 @@ impl VirtioDevice for Net {
             VIRTIO_NET_F_GUEST_TSO6,
             VIRTIO_NET_F_MRG_RXBUF,
         ];
-        features.iter().fold(0, |all, feature| all | 1 << feature)
+        let many = [VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ];
+        let many = if self.pairs() > 1 { &many[..] } else { &[] };
+        features.iter().chain(many).fold(0, |all, feature| all | 1 << feature)
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        let control = usize::from(self.pairs() > 1);
+        &QUEUE_SIZES[..2 * self.pairs() + control]
+    }
+
+    fn most_queues(&self) -> usize {
+        MOST_QUEUES
     }
 
     fn busy_queues(&self) -> &[usize] {
-        &[RECEIVE, TRANSMIT]
+        &QUEUES[..2 * self.pairs()]
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -374,23 +516,22 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        match &mut self.vhost {
+        if self.vhosts.is_empty() {
+            self.base.activate(activation);
+        } else {
             // Setting it up is the device thread's part.
-            Some(vhost) => {
-                vhost.waiting = Some(activation);
-                self.base.sources().wake();
-            }
-            None => self.base.activate(activation),
+            self.waiting = Some(activation);
+            self.base.sources().wake();
         }
         Ok(())
     }
 
     fn reset(&mut self) {
-        match &mut self.vhost {
-            // At once: the driver takes its memory back after this.
-            Some(vhost) => vhost.stop(),
-            None => self.base.reset(),
-        }
+        self.in_use = 1;
+        self.waiting = None;
+        // At once: the driver takes its memory back after this.
+        self.vhosts.iter_mut().for_each(Vhost::stop);
+        self.base.reset();
     }
 }
 
@@ -398,19 +539,25 @@ impl MutEventSubscriber for Net {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
         for event in self.base.events() {
             match event {
-                Event::Wake => self.start_vhost(),
-                Event::Queue(RECEIVE) => self.receive(),
-                Event::Queue(TRANSMIT) => self.transmit(),
-                Event::Other { token: TAP, ready } => {
-                    if let Some(tap) = &mut self.tap {
+                Event::Wake => {
+                    self.use_pairs();
+                    self.start_vhosts();
+                }
+                Event::Queue(queue) => match self.role(queue) {
+                    Role::Receive(pair) => self.receive(pair),
+                    Role::Transmit(pair) => self.transmit(pair),
+                    Role::Control => self.control(queue),
+                },
+                Event::Other { token, ready } => {
+                    let pair = token as usize;
+                    if let Some(tap) = self.taps.get_mut(pair) {
                         tap.readable |= ready.intersects(EventSet::IN | EventSet::ERROR | EventSet::HANG_UP);
                     }
-                    self.receive();
+                    self.receive(pair);
                     if ready.contains(EventSet::OUT) {
-                        self.transmit();
+                        self.transmit(pair);
                     }
                 }
-                _ => {}
             }
         }
     }

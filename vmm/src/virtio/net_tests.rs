@@ -5,6 +5,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::virtio::testing::{Bench, READ, WRITE};
 
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
 const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const BUFFERS: u64 = 0x10_0000;
 
@@ -13,7 +15,7 @@ fn bench(features: u64) -> (Bench<Net>, UnixDatagram) {
     let (near, far) = UnixDatagram::pair().unwrap();
     near.set_nonblocking(true).unwrap();
     let mut bench = Bench::new(Net::new().unwrap());
-    bench.device().connect(far.into(), [2, 0, 0, 0, 0, 1]).unwrap();
+    bench.device().connect(vec![far.into()], [2, 0, 0, 0, 0, 1]).unwrap();
     bench.activate(features);
     (bench, near)
 }
@@ -31,19 +33,24 @@ fn fill(bench: &mut Bench<Net>, count: u16, length: u32) {
 fn the_link_comes_up_with_the_tap() {
     let mut bench = Bench::new(Net::new().unwrap());
     bench.activate(0);
-    assert_eq!(bench.config(0, 9), [0; 9]);
+    assert_eq!(bench.config(0, 12), [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
     let packet = bench.data(&[0; 60]);
     bench.offer(TRANSMIT, &[(packet, 60, READ)]);
     assert_eq!(bench.used(TRANSMIT), Some((0, 0)));
 
     let (_near, far) = UnixDatagram::pair().unwrap();
-    bench.device().connect(far.into(), [2, 1, 2, 3, 4, 5]).unwrap();
-    assert_eq!((bench.config(0, 8), bench.config_interrupts()), (vec![2, 1, 2, 3, 4, 5, 1, 0], 1));
+    bench.device().connect(vec![far.into()], [2, 1, 2, 3, 4, 5]).unwrap();
+    let config = vec![2, 1, 2, 3, 4, 5, 1, 0, 1, 0];
+    assert_eq!((bench.config(0, 10), bench.config_interrupts()), (config, 1));
     let (_, other) = UnixDatagram::pair().unwrap();
-    assert!(matches!(bench.device().attach(other.into(), [0; 6], None), Err(AttachError::InUse)));
+    assert!(matches!(bench.device().attach(vec![other.into()], [0; 6], vec![]), Err(AttachError::InUse)));
     let mut card = Net::new().unwrap();
     let (_, no_tap) = UnixDatagram::pair().unwrap();
-    assert!(matches!(card.attach(no_tap.into(), [0; 6], None), Err(AttachError::Tap("TUNGETIFF", _))));
+    assert!(matches!(
+        card.attach(vec![no_tap.into()], [0; 6], vec![]),
+        Err(AttachError::Tap("TUNGETIFF", _))
+    ));
+    assert!(matches!(card.attach(vec![], [0; 6], vec![]), Err(AttachError::Pairs(0))));
 }
 
 #[test]
@@ -181,9 +188,9 @@ fn a_real_tap_carries_packets() {
     let needed = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     let Some(tap) = tap(b"ktest0", needed) else { return };
     // What is no /dev/vhost-net is not used.
-    let no_vhost = std::fs::File::open("/dev/null").ok().map(OwnedFd::from);
+    let no_vhost = std::fs::File::open("/dev/null").unwrap().into();
     let mut bench = Bench::new(Net::new().unwrap());
-    bench.device().attach(tap, [2, 0, 0, 0, 0, 1], no_vhost).unwrap();
+    bench.device().attach(vec![tap], [2, 0, 0, 0, 0, 1], vec![no_vhost]).unwrap();
     let features = bench.device().features();
     bench.activate(features);
     bench.memory.write_slice(&[0; 12], GuestAddress(BUFFERS)).unwrap();
@@ -196,5 +203,64 @@ fn a_real_tap_carries_packets() {
 #[test]
 fn a_tap_without_the_header_is_refused() {
     let Some(tap) = tap(b"ktest1", libc::IFF_TAP | libc::IFF_NO_PI) else { return };
-    assert!(matches!(Net::new().unwrap().attach(tap, [0; 6], None), Err(AttachError::Flags(0x1002))));
+    assert!(matches!(Net::new().unwrap().attach(vec![tap], [0; 6], vec![]), Err(AttachError::Flags(0x1002))));
+}
+
+const MANY: u64 = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
+
+/// What the driver is told when it asks with these bytes for so many pairs.
+fn command(bench: &mut Bench<Net>, queue: usize, bytes: &[u8]) -> Option<u8> {
+    let (at, answer) = (bench.data(bytes), bench.data(&[0xff]));
+    bench.offer(queue, &[(at, bytes.len() as u32, READ), (answer, 1, WRITE)]);
+    bench.used(queue).filter(|(_, length)| *length == 1).map(|_| bench.bytes(answer, 1)[0])
+}
+
+#[test]
+fn each_pair_has_packets_of_its_own() {
+    let pairs: Vec<_> = (0..3).map(|_| UnixDatagram::pair().unwrap()).collect();
+    let (near, far): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+    let mut bench = Bench::new(Net::new().unwrap());
+    assert_eq!(bench.device().features() & MANY, 0);
+    bench.device().connect(far.into_iter().map(OwnedFd::from).collect(), [2, 0, 0, 0, 0, 1]).unwrap();
+    assert_eq!(bench.device().features() & MANY, MANY);
+    assert_eq!(bench.config(8, 2), [3, 0]);
+    bench.activate(MANY);
+    assert_eq!(bench.rings.len(), 7);
+    assert_eq!(command(&mut bench, 6, &[4, 0, 3, 0]), Some(0));
+    assert_eq!(bench.device().in_use, 3);
+    for (pair, near) in near.iter().enumerate() {
+        let packet = [pair as u8; 60];
+        bench.rings[2 * pair].chain(0, &[(BUFFERS, 2000, WRITE)]);
+        bench.rings[2 * pair].publish(0);
+        bench.kick(2 * pair);
+        near.send(&packet).unwrap();
+        bench.run();
+        assert_eq!(bench.used(2 * pair), Some((0, 60)));
+        let at = bench.data(&packet);
+        bench.offer(2 * pair + 1, &[(at, 60, READ)]);
+        let mut bytes = [0xff; 64];
+        near.set_nonblocking(true).unwrap();
+        assert_eq!((near.recv(&mut bytes).unwrap(), &bytes[..60]), (60, &packet[..]));
+    }
+}
+
+#[test]
+fn commands_that_make_no_sense_are_refused() {
+    let (_near, far): (Vec<_>, Vec<_>) = (0..2).map(|_| UnixDatagram::pair().unwrap()).unzip();
+    let mut bench = Bench::new(Net::new().unwrap());
+    bench.device().connect(far.into_iter().map(OwnedFd::from).collect(), [0; 6]).unwrap();
+    bench.activate(MANY);
+    for bytes in [[4, 0, 0, 0], [4, 0, 3, 0], [4, 0, 1, 1], [4, 1, 2, 0], [0, 0, 2, 0]] {
+        assert_eq!(command(&mut bench, 4, &bytes), Some(1), "{bytes:?}");
+    }
+    assert_eq!(command(&mut bench, 4, &[4, 0, 2]), Some(1));
+    bench.offer_hostile(4);
+    assert_eq!(bench.device().in_use, 1);
+    assert_eq!(command(&mut bench, 4, &[4, 0, 2, 0]), Some(0));
+    assert_eq!(bench.device().in_use, 2);
+    // The next driver begins with one pair, and one that does not know of pairs has the queue for commands behind the first.
+    bench.reset();
+    assert_eq!(bench.device().in_use, 1);
+    bench.activate(1 << VIRTIO_NET_F_CTRL_VQ);
+    assert_eq!(command(&mut bench, 2, &[4, 0, 2, 0]), Some(0));
 }

@@ -71,13 +71,11 @@ struct MemoryTable {
     regions: [Region; MOST_REGIONS],
 }
 
-/// The kernel's side of a card.
+/// The kernel's side of a pair of a card's queues. Dropped, it serves none.
 pub struct Vhost {
     fd: OwnedFd,
     /// How many queues it serves now.
     serves: u32,
-    /// What it is to serve, until the device thread has set it up.
-    pub waiting: Option<Activation>,
 }
 
 impl Vhost {
@@ -86,7 +84,7 @@ impl Vhost {
     /// # Errors
     /// When it is something else, or too old for the features that cards have.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        let vhost = Self { fd, serves: 0, waiting: None };
+        let vhost = Self { fd, serves: 0 };
         let mut features = 0_u64;
         // SAFETY: the call takes nothing.
         unsafe { vhost.call(VHOST_SET_OWNER, std::ptr::null::<u64>()) }?;
@@ -109,29 +107,26 @@ impl Vhost {
         unsafe { self.call(request, &raw const setting) }
     }
 
-    /// Serves a driver's queues between its memory and a tap.
+    /// Serves some of a driver's queues between its memory and a tap.
     ///
     /// # Errors
-    /// When the kernel refuses; then it serves none.
-    pub fn start(&mut self, tap: BorrowedFd<'_>, activation: &Activation) -> io::Result<()> {
-        let started = self.try_start(tap, activation);
-        if started.is_err() {
-            self.stop();
-        }
-        started
-    }
-
-    fn try_start(&mut self, tap: BorrowedFd<'_>, activation: &Activation) -> io::Result<()> {
+    /// When the kernel refuses.
+    pub fn start(
+        &mut self,
+        tap: BorrowedFd<'_>,
+        activation: &Activation,
+        queues: &[VirtQueue],
+    ) -> io::Result<()> {
         let features = activation.features & FEATURES;
         // SAFETY: the call reads eight bytes.
         unsafe { self.call(VHOST_SET_FEATURES, &raw const features) }?;
         let table = memory_table(&activation.memory)?;
         // SAFETY: the call reads a table of as many regions as it tells of.
         unsafe { self.call(VHOST_SET_MEM_TABLE, &raw const table) }?;
-        for (number, queue) in (0..).zip(&activation.queues) {
+        for (number, queue) in (0..).zip(queues) {
             self.set_up(number, queue, &activation.memory)?;
         }
-        for number in (0..).take(activation.queues.len()) {
+        for number in (0..).take(queues.len()) {
             self.set(VHOST_NET_SET_BACKEND, number, tap.as_raw_fd())?;
             self.serves = number + 1;
         }
@@ -162,7 +157,6 @@ impl Vhost {
     /// Serves no queue any more when this returns.
     pub fn stop(&mut self) {
         const NONE: RawFd = -1;
-        self.waiting = None;
         for number in 0..std::mem::take(&mut self.serves) {
             if let Err(error) = self.set(VHOST_NET_SET_BACKEND, number, NONE) {
                 log::error!("vhost-net: stop queue {number}: {error}");

@@ -46,6 +46,8 @@ fn pod(handler: &str, _: &str) {
 
 fn remove(id: &str) {
     drop(Container::adopt(id));
+    // If there was no container yet that it belongs to.
+    let _ = katana_tests::ctr(&["snapshots", "rm", id]).output();
     Pod::remove_all();
 }
 

@@ -5,9 +5,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use katana_tests::Scratch;
 use katana_tests::cri::shared_pod;
 use katana_tests::host::eventually;
+use katana_tests::{DEBIAN, Scratch};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
@@ -73,8 +73,12 @@ fn directories_and_files_are_bound(handler: &str) {
 fn containers_see_each_others_changes_at_once(handler: &str) {
     let scratch = Scratch::new();
     let pod = shared_pod(handler);
-    let writer = pod.start(volume(&scratch, json!({})));
-    let reader = pod.start(volume(&scratch, json!({"readonly": true})));
+    let start = |more| {
+        let mut config = volume(&scratch, more);
+        config["image"] = json!({"image": DEBIAN});
+        pod.start(config)
+    };
+    let (writer, reader) = (start(json!({})), start(json!({"readonly": true})));
     for round in 0..20 {
         let text = format!("round {round}");
         // The name is known to be missing, the contents are known to be the old ones.

@@ -65,8 +65,7 @@ fn bench() -> Bench {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
     let lines: Vec<Recorder> = (0..vectors(QUEUES.len())).map(|_| Recorder::default()).collect();
     let boxed = lines.iter().map(|line| Box::new(line.clone()) as Box<dyn Line>).collect();
-    let kicks = QUEUES.iter().map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
-    let function = VirtioPci::new(device.clone(), memory, 0xe000_0000, boxed, kicks);
+    let function = VirtioPci::new(device.clone(), memory, 0xe000_0000, boxed).unwrap();
     Bench { function, device, lines }
 }
 
@@ -306,7 +305,7 @@ fn the_window_in_the_configuration_space_reaches_the_bar() {
 
     aim(0, NOTIFY as u32 + 4, 2);
     bench.function.write_config(window + 16, &[1, 0]);
-    assert_eq!(bench.function.queues[1].0.read().unwrap(), 1);
+    assert_eq!(bench.function.queues[1].kick.get().unwrap().read().unwrap(), 1);
 
     for (bar, offset, length) in [(1, 0x12, 2), (0, 0x13, 2), (0, 0x12, 3), (0, BAR_SIZE, 4), (0, 0, 0)] {
         aim(bar, offset, length);
@@ -349,11 +348,11 @@ fn a_hidden_function_has_no_structures_but_keeps_its_place() {
     let bench = bench();
     let all = structures(&bench.function);
     assert_eq!(all, [kind::COMMON, kind::ISR, kind::DEVICE, kind::NOTIFY, kind::PCI]);
-    bench.function.show(false);
+    bench.function.hide();
     assert_eq!(structures(&bench.function), [0; 5]);
     let mut bar = [0; 4];
     bench.function.read_config(0x10, &mut bar);
     assert_eq!(bar, 0xe000_0000_u32.to_le_bytes());
-    bench.function.show(true);
+    bench.function.show().unwrap();
     assert_eq!(structures(&bench.function), all);
 }
