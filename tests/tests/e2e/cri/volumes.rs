@@ -5,9 +5,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use katana_tests::Scratch;
 use katana_tests::cri::shared_pod;
 use katana_tests::host::eventually;
-use katana_tests::{DEBIAN, Scratch};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
@@ -75,7 +75,8 @@ fn containers_see_each_others_changes_at_once(handler: &str) {
     let pod = shared_pod(handler);
     let start = |more| {
         let mut config = volume(&scratch, more);
-        config["image"] = json!({"image": DEBIAN});
+        let check = json!({"host_path": std::env::current_exe().unwrap(), "container_path": "/check"});
+        config["mounts"].as_array_mut().unwrap().push(check);
         pod.start(config)
     };
     let (writer, reader) = (start(json!({})), start(json!({"readonly": true})));
@@ -87,11 +88,18 @@ fn containers_see_each_others_changes_at_once(handler: &str) {
         assert_eq!(reader.sh(&format!("cat /volume/file && test -e /volume/{round}")).ok(), text);
     }
     // A lock of the one is one for the other.
-    writer.sh("flock /volume/file sleep 1000 > /dev/null 2>&1 &").ok();
-    assert!(eventually(|| reader.sh("flock -n /volume/file true").code != 0), "nothing is locked");
+    let check = |test| {
+        format!(
+            "KATANA_CHECK_DIRECTORY=/volume /check --ignored --exact guest::locks::{test} > /dev/null 2>&1"
+        )
+    };
+    writer.sh(&format!("{} &", check("it_is_locked_for_long"))).ok();
+    let is_locked = || reader.sh(&check("it_can_be_locked")).code != 0;
+    assert!(eventually(is_locked), "nothing is locked");
     // What one has of it stays when the other goes.
     writer.remove().unwrap();
-    assert_eq!(reader.sh("flock -n /volume/file cat /volume/file").ok(), "round 19");
+    assert!(!is_locked(), "it is still locked");
+    assert_eq!(reader.sh("cat /volume/file").ok(), "round 19");
     reader.remove().unwrap();
 }
 

@@ -5,6 +5,7 @@ mod attributes;
 mod contents;
 mod files;
 mod huge_pages;
+mod locks;
 mod many;
 mod names;
 mod permissions;
