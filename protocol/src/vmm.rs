@@ -102,6 +102,14 @@ pub enum Request {
         /// How many queues of the tap there are, at most [`MOST_NET_PAIRS`].
         pairs: u8,
     },
+    /// Makes a thread that does nothing, by whose id clients of the host know a container. Answered by [`Event::Parked`],
+    /// or by [`Event::Done`] with an error.
+    Park,
+    /// Ends such a thread. Answered by [`Event::Done`].
+    Unpark {
+        /// Its id in the VMM's pid namespace.
+        thread: i32,
+    },
 }
 
 /// What the VMM tells the shim.
@@ -127,7 +135,12 @@ pub enum Event {
         /// In MiB, rounded up to whole blocks.
         mib: u64,
     },
-    /// The answer to a request to attach or detach: an error text if it failed.
+    /// There is a thread that does nothing.
+    Parked {
+        /// Its id in the VMM's pid namespace.
+        thread: i32,
+    },
+    /// The answer to a request to attach or detach, or about a thread: an error text if it failed.
     Done(Option<String>),
     /// The template has been made; or why it has not, or is of no use to go on from. The VM runs in any case.
     TemplateMade(Option<String>),

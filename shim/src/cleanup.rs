@@ -69,7 +69,7 @@ pub fn delete(args: &Args) -> Result<()> {
     let identity = Identity::new(&args.address, &args.namespace, &sandbox)?;
     let layout = identity.layout(Path::new(RUN));
     let state = layout.read();
-    let pid = state.as_ref().and_then(|state| state.vmm.last()).map_or(0, |vmm| vmm.pid);
+    let pid = state.as_ref().map_or(0, |state| state.pid(&args.id));
     let socket = socket_of(&bundle).unwrap_or_else(|| identity.socket(None));
     if sandbox != args.id && is_served(&socket) {
         // Its pod lives on; only this container goes.
@@ -84,9 +84,9 @@ pub fn delete(args: &Args) -> Result<()> {
     answer(pid)
 }
 
-fn answer(pid: i32) -> Result<()> {
+fn answer(pid: u32) -> Result<()> {
     let response = DeleteResponse {
-        pid: u32::try_from(pid).unwrap_or(0),
+        pid,
         exit_status: KILLED,
         exited_at: Some(timestamp(SystemTime::now())).into(),
         ..Default::default()
@@ -123,6 +123,7 @@ pub fn remove_socket(socket: &Path) {
 mod tests {
     use super::*;
     use crate::layout::State;
+    use std::collections::BTreeMap;
     use std::process::Command;
 
     #[test]
@@ -139,6 +140,7 @@ mod tests {
             shim: id(&other),
             // The second one's pid was written down with another start time: it has been reused.
             vmm: vec![id(&vmm), ProcessId { start: 1, ..id(&other) }],
+            pids: BTreeMap::new(),
             cgroup: Some("/sys/fs/cgroup/nowhere".into()),
             network: None,
         };

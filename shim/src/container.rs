@@ -37,6 +37,8 @@ pub struct Container {
     pub spec: Spec,
     /// The machine it is in.
     pub sandbox: Arc<Sandbox>,
+    /// The pid on the host by which clients know it.
+    pub pid: u32,
     /// Its first process.
     pub init: Arc<Process>,
     agent: Agent,
@@ -63,6 +65,8 @@ pub struct Parts {
     pub paths: Paths,
     /// What it may share with the pod.
     pub pod: Pod,
+    /// Whether it is the only container, or the one that stands for the pod; it has the VMM's pid then.
+    pub first: bool,
     /// The limits of the pod with this container in it.
     pub limits: Limits,
 }
@@ -74,13 +78,14 @@ impl Container {
         let created = Self::try_create(parts, Arc::clone(&sandbox), events).await;
         if created.is_err() {
             sandbox.release_disks(&id).await;
+            sandbox.release_pid(&id).await;
             sandbox.remove_from_share(id).await;
         }
         created
     }
 
     async fn try_create(parts: Parts, sandbox: Arc<Sandbox>, events: Arc<Publisher>) -> Result<Arc<Self>> {
-        let Parts { id, namespace, bundle, spec, layers, paths, pod, limits } = parts;
+        let Parts { id, namespace, bundle, spec, layers, paths, pod, first, limits } = parts;
         let pause = spec.is_sandbox();
         let (found, mut sources, wanted) = crate::blocking(move || {
             let sources = spec.sources(&bundle, &pod);
@@ -108,6 +113,7 @@ impl Container {
         };
         let agent = sandbox.agent().await?;
         sandbox.fit(&limits).await?;
+        let pid = if first { sandbox.pid() } else { sandbox.take_pid(&id).await };
         let name = ProcessName { container: id.clone(), exec: String::new() };
         let container = Arc::new(Self {
             init: Process::new(name, paths, Map::new()),
@@ -118,6 +124,7 @@ impl Container {
             bundle,
             spec,
             sandbox,
+            pid,
             agent,
             events,
         });
@@ -150,7 +157,7 @@ impl Container {
         }
         let container = Arc::clone(self);
         crate::blocking(move || {
-            let pid = i32::try_from(container.sandbox.pid()).unwrap_or(0);
+            let pid = i32::try_from(container.pid).unwrap_or(0);
             let (id, bundle, spec) = (container.id.as_str(), container.bundle.as_path(), &container.spec);
             hooks::run(&hooks, &hooks::State { id, status, pid, bundle, spec })
         })
@@ -192,10 +199,10 @@ impl Container {
         }
     }
 
-    /// The pid that clients get. For the container it is the VMM's, a process of the host of which clients look
-    /// up namespaces and cgroups; for an exec, of which the host has none, it is the one in the guest.
+    /// The pid that clients get. For the container it is a process of the host, of which clients look up namespaces and
+    /// cgroups: the VMM, or a thread of it; for an exec, of which the host has none, it is the one in the guest.
     pub fn pid_of(&self, process: &Process) -> u32 {
-        if process.name.exec.is_empty() { self.sandbox.pid() } else { process.guest_pid() }
+        if process.name.exec.is_empty() { self.pid } else { process.guest_pid() }
     }
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
@@ -244,7 +251,7 @@ impl Container {
         self.agent.start_container(&self.id).await?;
         log::debug!("timeline: container started");
         self.init.started();
-        let (container_id, pid) = (self.id.clone(), self.sandbox.pid());
+        let (container_id, pid) = (self.id.clone(), self.pid);
         self.events.publish(&TaskStart { container_id, pid, ..Default::default() });
         if let Err(e) = self.run_hooks("running", |hooks| hooks.poststart.clone()).await {
             // runtime-spec: a failing poststart hook is a warning, the container lives.
@@ -357,6 +364,7 @@ impl Container {
         if let Err(e) = self.run_hooks("stopped", |hooks| hooks.poststop.clone()).await {
             log::warn!("container {}: {e}", self.id);
         }
+        self.sandbox.release_pid(&self.id).await;
         *deleted = true;
         Ok(exit)
     }

@@ -1,5 +1,6 @@
 //! Where a pod's things are on the host, and what is written down so that a later process can remove them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -49,10 +50,21 @@ pub struct State {
     pub shim: ProcessId,
     /// The VMM: first the process that the shim spawned, then the jailed one.
     pub vmm: Vec<ProcessId>,
+    /// The pids of the containers that have one other than the VMM's, by the containers' ids.
+    #[serde(default)]
+    pub pids: BTreeMap<String, u32>,
     /// The VMM's cgroup on the host.
     pub cgroup: Option<PathBuf>,
     /// The network namespace, if it lives longer than the pod.
     pub network: Option<Record>,
+}
+
+impl State {
+    /// The pid that clients have got for a container; 0 if there is no VMM yet.
+    pub fn pid(&self, container: &str) -> u32 {
+        let vmm = self.vmm.last().and_then(|vmm| u32::try_from(vmm.pid).ok());
+        self.pids.get(container).copied().or(vmm).unwrap_or(0)
+    }
 }
 
 impl Identity {
@@ -166,11 +178,13 @@ mod tests {
             sandbox: "i".into(),
             shim: me,
             vmm: vec![me],
+            pids: BTreeMap::from([("c".into(), 7)]),
             cgroup: Some("/x".into()),
             network: None,
         };
         layout.write(&state).unwrap();
-        assert_eq!(layout.read(), Some(state));
+        assert_eq!(layout.read(), Some(state.clone()));
+        assert_eq!((state.pid("c"), state.pid("i")), (7, me.pid as u32));
         fs::write(layout.file(), "{").unwrap();
         assert_eq!(layout.read(), None);
         fs::remove_dir_all(run).unwrap();

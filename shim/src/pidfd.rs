@@ -32,6 +32,26 @@ fn start_time(stat: &str) -> Option<u64> {
     stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()
 }
 
+/// The id of a process's thread that has this id in its own pid namespace.
+pub fn thread(process: i32, inner: i32) -> io::Result<u32> {
+    for entry in std::fs::read_dir(format!("/proc/{process}/task"))? {
+        let path = entry?.path();
+        // Threads come and go meanwhile.
+        let Ok(status) = std::fs::read_to_string(path.join("status")) else { continue };
+        if innermost(&status) == Some(inner) {
+            let id = path.file_name().and_then(|name| name.to_str()?.parse().ok());
+            return id.ok_or_else(|| io::ErrorKind::InvalidData.into());
+        }
+    }
+    Err(io::ErrorKind::NotFound.into())
+}
+
+/// The last of the ids that stand behind `NSpid`, proc(5).
+fn innermost(status: &str) -> Option<i32> {
+    let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    ids.split_whitespace().next_back()?.parse().ok()
+}
+
 /// A process.
 #[derive(Debug)]
 pub struct PidFd(OwnedFd);
@@ -115,6 +135,19 @@ mod tests {
         assert_eq!(start_time(stat), Some(4711));
         assert_eq!(start_time("7 (a"), None);
         assert_eq!(start_time("7 (a) S 1"), None);
+    }
+
+    #[test]
+    fn a_thread_is_found_by_its_id_in_its_own_namespace() {
+        assert_eq!(innermost("Name:\tx\nNSpid:\t4711\t12\t7\nNSpgid:\t1\n"), Some(7));
+        assert_eq!(innermost("Name:\tx\n"), None);
+        let own = std::process::id() as i32;
+        let here = nix::unistd::gettid().as_raw();
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        assert_eq!(thread(own, innermost(&status).unwrap()).unwrap(), here as u32);
+        // Another process's.
+        let error = thread(own, 1).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

@@ -166,7 +166,7 @@ impl Pod {
                 return Err(e);
             }
         };
-        let pid = container.sandbox.pid();
+        let pid = container.pid;
         self.containers().insert(request.id.clone(), Some(container));
         drop(reservation);
         self.events.publish(&created_event(request, pid));
@@ -191,9 +191,10 @@ impl Pod {
         };
         let pod = spec::Pod {
             sandbox_pid: self.sandbox_pid(&request.id),
-            target_pid: self.target_pid(&spec)?,
+            target_pid: self.target_pid(&spec, sandbox.pid())?,
             shared_memory: sandbox.shared_memory.clone(),
         };
+        let first = request.id == self.identity.sandbox;
         let parts = Parts {
             id: request.id.clone(),
             namespace: self.identity.namespace.clone(),
@@ -207,11 +208,12 @@ impl Pod {
                 terminal: request.terminal,
             },
             pod,
+            first,
             limits,
         };
         let container = Container::create(parts, sandbox, Arc::clone(&self.events)).await?;
         let in_pod = self.sandboxed.get().is_some() || container.spec.is_sandbox();
-        if !in_pod && request.id == self.identity.sandbox {
+        if !in_pod && first {
             tokio::spawn(Arc::clone(&container).end_alone());
         }
         Ok(container)
@@ -244,6 +246,7 @@ impl Pod {
             layers: Vec::new(),
             paths: Paths::default(),
             pod: spec::Pod { shared_memory: sandbox.shared_memory.clone(), ..spec::Pod::default() },
+            first: true,
             limits,
         };
         let holder = Container::create(parts, sandbox, Publisher::silent(&self.identity.namespace)).await?;
@@ -313,27 +316,27 @@ impl Pod {
 
     /// The pid in the guest of the container whose pid namespace a new one joins, unless that is the sandbox's.
     ///
-    /// Clients name it by the path of a process of the host, which is the same for all containers of a machine. In a
-    /// pod that shares one pid namespace no container has its own; in any other pod, who joins one means the debugged
-    /// container, an ephemeral container of Kubernetes being the debugger.
-    fn target_pid(&self, spec: &Spec) -> Result<Option<u32>> {
-        if !spec.joins_pid_namespace() {
-            return Ok(None);
-        }
+    /// Clients name it by the path of a process of the host, with the pid that they have got for it.
+    fn target_pid(&self, spec: &Spec, vmm: u32) -> Result<Option<u32>> {
+        let Some(pid) = spec.joined_pid() else { return Ok(None) };
         let containers = self.containers();
-        let candidates = containers.iter().filter(|(id, _)| **id != self.identity.sandbox);
-        let mut candidates = candidates.filter_map(|(_, place)| {
-            let container = place.as_ref()?;
-            let runs = container.init.exit().is_none() && container.spec.owns_pid_namespace();
-            runs.then(|| container.init.guest_pid())
-        });
-        match (candidates.next(), candidates.next()) {
-            (Some(_), Some(_)) => Err(Error::Unimplemented(
-                "joining the pid namespace of one of several containers is not supported: \
-                 in the host's eyes all containers of a VM are one process"
-                    .into(),
-            )),
-            (only, _) => Ok(only.filter(|pid| *pid != 0)),
+        let others = containers.iter().filter(|(id, _)| **id != self.identity.sandbox);
+        // The VMM's is that of the sandbox container, in whose namespace no container has one of its own, and of those for which
+        // there was no other.
+        let named = |container: &&Arc<Container>| {
+            let means_it = pid != vmm || container.spec.owns_pid_namespace();
+            container.pid == pid && means_it && container.init.exit().is_none()
+        };
+        let mut targets = others.filter_map(|(_, place)| place.as_ref()).filter(named);
+        match (targets.next(), targets.next()) {
+            (Some(_), Some(_)) => Err(Error::FailedPrecondition(format!(
+                "pid namespace of process {pid}: several containers have this pid, for want of threads"
+            ))),
+            (Some(target), None) => Ok(Some(target.init.guest_pid()).filter(|pid| *pid != 0)),
+            (None, _) if pid == vmm => Ok(None),
+            (None, _) => Err(Error::FailedPrecondition(format!(
+                "pid namespace of process {pid}: no container of the pod has this pid"
+            ))),
         }
     }
 
@@ -344,7 +347,7 @@ impl Pod {
             let (pid, exit) = container.delete_exec(&request.exec_id).await?;
             return Ok(deleted(pid, exit));
         }
-        let pid = container.sandbox.pid();
+        let pid = container.pid;
         let guest_goes_on = self.containers().len() > 1;
         let exit = container.delete(guest_goes_on).await?;
         self.containers().remove(&request.id);

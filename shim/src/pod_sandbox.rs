@@ -76,7 +76,7 @@ impl PodSandbox {
             return Err(Error::FailedPrecondition("the sandbox was started before".into()));
         }
         let holder = self.pod.create_holder(&created.config, &created.bundle).await?;
-        let pid = holder.sandbox.pid();
+        let pid = holder.pid;
         self.holder.send_replace(Some(holder));
         Ok((pid, created.at))
     }
@@ -136,7 +136,7 @@ impl PodSandbox {
     pub async fn status(&self) -> Result<Status> {
         let holder = self.holder();
         let (pid, exit) = match &holder {
-            Some(holder) => (holder.sandbox.pid(), holder.init.exit()),
+            Some(holder) => (holder.pid, holder.init.exit()),
             None => (0, None),
         };
         let created = self.created.lock().await;
@@ -167,7 +167,7 @@ impl PodSandbox {
     /// What SandboxStatus tells those who ask for more.
     pub fn details(&self) -> HashMap<String, String> {
         let (shim, bundle) = (std::process::id(), std::env::current_dir().unwrap_or_default());
-        let machine = self.holder().map(|holder| holder.sandbox.pid());
+        let machine = self.holder().map(|holder| holder.pid);
         let containers: Vec<_> = self.pod.members().iter().map(|container| container.id.clone()).collect();
         let info = serde_json::json!({
             "shimPid": shim, "vmmPid": machine, "bundle": path(&bundle), "containers": containers,

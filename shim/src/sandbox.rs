@@ -1,5 +1,6 @@
 //! A pod's virtual machine: launched for its first container, ended after its last.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use crate::share::Share;
 use crate::size::{Bounds, Limits, Size};
 use crate::spec::{OnDisks, Pod, Spec};
 use crate::template::Start;
-use crate::vmm::{Vmm, wait_end};
+use crate::vmm::{Thread, Vmm, wait_end};
 use crate::watch::Watcher;
 
 /// How long a VMM may take to tell what was on the console of a guest that did not come up.
@@ -46,6 +47,8 @@ pub struct Sandbox {
     /// The directory of the host for which the guest has a tmpfs: the pod's /dev/shm.
     pub shared_memory: Option<PathBuf>,
     vmm: Vmm,
+    /// The VMM's threads that stand for containers, by the containers' ids.
+    threads: watch::Sender<Threads>,
     network: Network,
     /// The network as the guest knows it.
     told: tokio::sync::Mutex<api::Network>,
@@ -62,6 +65,8 @@ pub struct Sandbox {
     /// For the first volume that is watched.
     watcher: tokio::sync::Mutex<Option<Watcher>>,
 }
+
+type Threads = BTreeMap<String, Thread>;
 
 /// A pod's first container.
 pub struct First<'a> {
@@ -122,14 +127,14 @@ impl Sandbox {
             cgroup: cgroup_of(spec, identity),
             network: network.record(),
         };
-        record.write(Vec::new())?;
+        record.write(Vec::new(), BTreeMap::new())?;
         let path = layout.share.clone();
         let share = crate::blocking(move || Share::create(&path)).await?;
         let ports = Ports::new();
         let agent_port = ports.open(AGENT_PORT);
         let vmm = Vmm::spawn(&config.hypervisor.path, network.namespace(), Arc::clone(&ports), |pid| {
             let process = i32::try_from(pid).ok().and_then(|pid| ProcessId::of(pid).ok());
-            record.write(process.into_iter().collect())?;
+            record.write(process.into_iter().collect(), BTreeMap::new())?;
             record.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup::enter(cgroup, pid))
         })?;
         log::debug!("timeline: VMM spawned");
@@ -149,7 +154,8 @@ impl Sandbox {
             vmm.plug_memory(size.plugged_mib)?;
         }
 
-        tokio::spawn(record.follow(vmm.processes()));
+        let threads = watch::Sender::default();
+        tokio::spawn(record.follow(vmm.processes(), threads.subscribe()));
         let (sender, agent) = watch::channel(None);
         let (share, told, started) = (Arc::new(share), tokio::sync::Mutex::default(), AtomicBool::new(false));
         let size = tokio::sync::Mutex::new(size);
@@ -160,6 +166,7 @@ impl Sandbox {
             ports,
             shared_memory,
             vmm,
+            threads,
             network,
             told,
             started,
@@ -437,6 +444,42 @@ impl Sandbox {
         }
     }
 
+    /// The pid on the host by which clients are to know one more container of a pod, so that they can name it by that. If it
+    /// cannot have one of its own, it is the VMM's. On a task of its own: see [`Sandbox::attach_disks`].
+    pub async fn take_pid(self: &Arc<Self>, container: &str) -> u32 {
+        let (sandbox, container) = (Arc::clone(self), container.to_owned());
+        let taken = tokio::spawn(async move {
+            let thread = sandbox.vmm.park().await?;
+            sandbox.threads.send_modify(|threads| {
+                threads.insert(container, thread);
+            });
+            Ok::<_, Error>(thread.pid)
+        });
+        match taken.await {
+            Ok(Ok(pid)) => return pid,
+            Ok(Err(e)) => log::warn!("a container has the VMM's pid: {e}"),
+            Err(e) => log::warn!("a container has the VMM's pid: {e}"),
+        }
+        self.pid()
+    }
+
+    /// A container is gone, and its pid with it. On a task of its own.
+    pub async fn release_pid(self: &Arc<Self>, container: &str) {
+        let mut thread = None;
+        // Without a word to who writes it down: a wrong pid of what is gone does no harm, a file that is written while the pod is
+        // removed does.
+        self.threads.send_if_modified(|threads| {
+            thread = threads.remove(container);
+            false
+        });
+        let Some(thread) = thread.filter(|_| !self.is_dead()) else { return };
+        let sandbox = Arc::clone(self);
+        let released = tokio::spawn(async move { sandbox.vmm.unpark(thread).await });
+        if let Ok(Err(e)) = released.await {
+            log::warn!("the pid of container {container}: {e}");
+        }
+    }
+
     /// The VMM's pid on the host.
     pub fn pid(&self) -> u32 {
         u32::try_from(self.vmm.pid()).unwrap_or(0)
@@ -490,7 +533,7 @@ struct Written {
 }
 
 impl Written {
-    fn write(&self, vmm: Vec<ProcessId>) -> Result<()> {
+    fn write(&self, vmm: Vec<ProcessId>, pids: BTreeMap<String, u32>) -> Result<()> {
         let pid = i32::try_from(std::process::id()).unwrap_or_default();
         let written = ProcessId::of(pid).and_then(|shim| {
             self.layout.write(&State {
@@ -498,6 +541,7 @@ impl Written {
                 sandbox: self.identity.sandbox.clone(),
                 shim,
                 vmm,
+                pids,
                 cgroup: self.cgroup.clone(),
                 network: self.network.clone(),
             })
@@ -505,13 +549,26 @@ impl Written {
         written.map_err(|e| Error::io(self.layout.state.display(), &e))
     }
 
-    /// Writes the VMM's processes down as they become known.
-    async fn follow(self, mut processes: watch::Receiver<Vec<ProcessId>>) {
-        while processes.changed().await.is_ok() {
+    /// Writes the VMM's processes down as they become known, and the pids of containers.
+    async fn follow(
+        self,
+        mut processes: watch::Receiver<Vec<ProcessId>>,
+        mut threads: watch::Receiver<Threads>,
+    ) {
+        loop {
+            let changed = tokio::select! {
+                changed = processes.changed() => changed,
+                changed = threads.changed() => changed,
+            };
+            if changed.is_err() {
+                return;
+            }
             let processes = processes.borrow_and_update().clone();
+            let pids = threads.borrow_and_update().clone().into_iter();
+            let pids = pids.map(|(container, thread)| (container, thread.pid)).collect();
             // Once the state is gone the pod is, and must not come back.
             if self.layout.read().is_some()
-                && let Err(e) = self.write(processes)
+                && let Err(e) = self.write(processes, pids)
             {
                 log::error!("{e}");
             }

@@ -156,7 +156,7 @@ impl Task for Tasks {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        let task_pid = self.0.container(&request.id).map_or(0, |container| container.sandbox.pid());
+        let task_pid = self.0.container(&request.id).map_or(0, |container| container.pid);
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..Default::default() })
     }
 

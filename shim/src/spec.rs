@@ -240,12 +240,12 @@ impl Spec {
         self.linux.as_ref().is_some_and(|linux| linux.namespaces.iter().any(own))
     }
 
-    /// Whether the container joins the pid namespace of another one.
-    pub fn joins_pid_namespace(&self) -> bool {
-        let joins = |namespace: &Namespace| {
-            namespace.kind == "pid" && !namespace.path.as_deref().unwrap_or("").is_empty()
-        };
-        self.linux.as_ref().is_some_and(|linux| linux.namespaces.iter().any(joins))
+    /// The pid on the host of the process whose pid namespace the container joins, if it is named by one.
+    pub fn joined_pid(&self) -> Option<u32> {
+        let namespaces = self.linux.iter().flat_map(|linux| &linux.namespaces);
+        let path =
+            namespaces.filter(|namespace| namespace.kind == "pid").find_map(|one| one.path.as_deref())?;
+        path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
     }
 
     /// Whether this is the container that only stands for a pod: it runs the agent's pause, without its image.

@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 
 use crate::error::{Error, Result, one_line};
 use crate::fds;
-use crate::pidfd::{PidFd, ProcessId};
+use crate::pidfd::{self, PidFd, ProcessId};
 use crate::ports::Ports;
 
 /// How long a VMM that has closed its control socket may take to end.
@@ -33,8 +33,8 @@ const TAIL: usize = 10;
 /// A VMM process.
 pub struct Vmm {
     control: Arc<AsyncFd<OwnedFd>>,
-    /// The answers to requests to attach; whoever has asked takes the next one.
-    answers: tokio::sync::Mutex<mpsc::UnboundedReceiver<Option<String>>>,
+    /// The answers to requests to attach and to park; whoever has asked takes the next one.
+    answers: tokio::sync::Mutex<mpsc::UnboundedReceiver<Answer>>,
     processes: watch::Receiver<Vec<ProcessId>>,
     running: watch::Receiver<bool>,
     plugged: watch::Receiver<u64>,
@@ -46,6 +46,18 @@ pub struct Vmm {
 
 /// Whether the VMM has made the template, or why not.
 type Made = std::result::Result<(), String>;
+
+/// The id of a thread that was asked for, otherwise 0; or what has failed.
+type Answer = std::result::Result<i32, String>;
+
+/// A thread of the VMM that does nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Thread {
+    /// Its id on the host.
+    pub pid: u32,
+    /// Its id in the VMM's pid namespace.
+    inner: i32,
+}
 
 /// How a VM ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -191,21 +203,44 @@ impl Vmm {
     ) -> Result<()> {
         // A tap is gone when nobody holds it any more, which is to be the VMM's doing alone.
         let pairs = u8::try_from(taps.len()).unwrap_or(u8::MAX);
-        self.ask(&Request::AttachNet { slot, mac, pairs }, taps.into_iter().chain(vhosts).collect()).await
+        self.ask(&Request::AttachNet { slot, mac, pairs }, taps.into_iter().chain(vhosts).collect())
+            .await
+            .map(drop)
     }
 
     /// Gives a disk to a slot. Likewise to be awaited to the end.
     pub async fn attach_disk(&self, slot: u8, read_only: bool, disk: OwnedFd) -> Result<()> {
-        self.ask(&Request::AttachDisk { slot, read_only }, vec![disk]).await
+        self.ask(&Request::AttachDisk { slot, read_only }, vec![disk]).await.map(drop)
     }
 
     /// Takes the disk out of a slot. Likewise to be awaited to the end.
     pub async fn detach_disk(&self, slot: u8) -> Result<()> {
-        self.ask(&Request::DetachDisk { slot }, Vec::new()).await
+        self.ask(&Request::DetachDisk { slot }, Vec::new()).await.map(drop)
+    }
+
+    /// Has the VMM make a thread that does nothing. Likewise to be awaited to the end.
+    pub async fn park(&self) -> Result<Thread> {
+        let inner = self.ask(&Request::Park, Vec::new()).await?;
+        let vmm = self.pid();
+        // The VMM knows itself by other ids, and none of a process but its own is believed.
+        let found =
+            crate::blocking(move || pidfd::thread(vmm, inner).map_err(|e| Error::io("its thread", &e)));
+        match found.await {
+            Ok(pid) => Ok(Thread { pid, inner }),
+            Err(e) => {
+                self.ask(&Request::Unpark { thread: inner }, Vec::new()).await?;
+                Err(e)
+            }
+        }
+    }
+
+    /// Ends such a thread. Likewise to be awaited to the end.
+    pub async fn unpark(&self, thread: Thread) -> Result<()> {
+        self.ask(&Request::Unpark { thread: thread.inner }, Vec::new()).await.map(drop)
     }
 
     /// Passes descriptors on, which are closed here before the answer comes.
-    async fn ask(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<()> {
+    async fn ask(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<i32> {
         let mut answers = self.answers.lock().await;
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         vmm::send(self.control.get_ref(), request, &borrowed)
@@ -213,8 +248,8 @@ impl Vmm {
         drop(borrowed);
         drop(fds);
         match answers.recv().await {
-            Some(None) => Ok(()),
-            Some(Some(why)) => Err(Error::Host(format!("kata-vmm: {}", one_line(&why)))),
+            Some(Ok(thread)) => Ok(thread),
+            Some(Err(why)) => Err(Error::Host(format!("kata-vmm: {}", one_line(&why)))),
             None => Err(Error::Unavailable(wait_end(&mut self.ended()).await.to_string())),
         }
     }
@@ -311,7 +346,7 @@ struct Listener {
     runs: watch::Sender<bool>,
     plugs: watch::Sender<u64>,
     makes: watch::Sender<Option<Made>>,
-    answer: mpsc::UnboundedSender<Option<String>>,
+    answer: mpsc::UnboundedSender<Answer>,
 }
 
 impl Listener {
@@ -341,7 +376,10 @@ impl Listener {
                 }
                 Ok((Event::Done(outcome), _)) => {
                     // Without a receiver, nobody will ask again.
-                    let _ = self.answer.send(outcome);
+                    let _ = self.answer.send(outcome.map_or(Ok(0), Err));
+                }
+                Ok((Event::Parked { thread }, _)) => {
+                    let _ = self.answer.send(Ok(thread));
                 }
                 Err(vmm::Error::Closed) => break None,
                 Err(e) => {

@@ -1,5 +1,6 @@
 //! The control socket: what the shim asks while the VM runs, and what it is told.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use nix::sys::time::TimeVal;
 
 use crate::end::{End, Ended};
 use crate::machine::{self, Slots};
+use crate::parked::{self, Parked};
 use crate::sync::lock;
 use crate::virtio::{blk, net};
 
@@ -85,6 +87,10 @@ enum Refused {
     Net { slot: u8, error: net::AttachError },
     #[error(transparent)]
     Show(#[from] machine::Error),
+    #[error(transparent)]
+    Parked(#[from] parked::Error),
+    #[error("thread {0}: does not stand for a container")]
+    NoThread(i32),
 }
 
 /// Serves requests on the event loop.
@@ -92,15 +98,17 @@ pub struct ControlService {
     control: Control,
     slots: Slots,
     end: Arc<End>,
+    /// By their ids.
+    parked: HashMap<i32, Parked>,
 }
 
 impl ControlService {
     /// A service for these slots, which ends the VM when the shim is gone.
     pub fn new(control: Control, slots: Slots, end: Arc<End>) -> Self {
-        Self { control, slots, end }
+        Self { control, slots, end, parked: HashMap::new() }
     }
 
-    fn serve(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<(), Error> {
+    fn serve(&mut self, request: &Request, fds: Vec<OwnedFd>) -> Result<(), Error> {
         let mut fds = fds.into_iter();
         let fd = fds.next().ok_or(Refused::Descriptor);
         let result = match *request {
@@ -113,6 +121,13 @@ impl ControlService {
                 let mut taps: Vec<_> = fd.into_iter().chain(fds).collect();
                 let vhosts = taps.split_off(usize::from(pairs).min(taps.len()));
                 self.attach_net(slot, mac, taps, vhosts)
+            }
+            Request::Park => match self.park() {
+                Ok(thread) => return self.control.tell(&Event::Parked { thread }),
+                Err(error) => Err(error),
+            },
+            Request::Unpark { thread } => {
+                self.parked.remove(&thread).map(Parked::end).ok_or(Refused::NoThread(thread))
             }
             Request::PlugMemory { mib } => {
                 // The answer comes from the device, once the guest has followed.
@@ -157,6 +172,13 @@ impl ControlService {
         let net = self.slots.nets.get(usize::from(slot)).ok_or(Refused::NoNet(slot))?;
         lock(&net.device).attach(taps, mac, vhosts).map_err(|error| Refused::Net { slot, error })?;
         Ok(net.show()?)
+    }
+
+    fn park(&mut self) -> Result<i32, Refused> {
+        let parked = Parked::start()?;
+        let id = parked.id();
+        self.parked.insert(id, parked);
+        Ok(id)
     }
 }
 

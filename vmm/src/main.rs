@@ -17,6 +17,7 @@ mod logger;
 mod machine;
 mod memory;
 mod mptable;
+mod parked;
 mod pci;
 mod seccomp;
 mod serial;

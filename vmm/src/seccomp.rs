@@ -14,6 +14,8 @@ pub enum Kind {
     Main,
     /// Serves files.
     Fs,
+    /// Does nothing: stands for a container.
+    Parked,
 }
 
 /// Why a filter is not in force.
@@ -23,13 +25,23 @@ pub struct Error(String);
 
 impl Kind {
     /// The filter, as `build.rs` has left it: `struct sock_filter` after `struct sock_filter`.
-    fn program(self) -> &'static [u8] {
+    fn compiled(self) -> &'static [u8] {
         match self {
             Self::Vcpu => include_bytes!(concat!(env!("OUT_DIR"), "/vcpu.bpf")),
             Self::TemplateVcpu => include_bytes!(concat!(env!("OUT_DIR"), "/template_vcpu.bpf")),
             Self::Main => include_bytes!(concat!(env!("OUT_DIR"), "/main.bpf")),
             Self::Fs => include_bytes!(concat!(env!("OUT_DIR"), "/fs.bpf")),
+            Self::Parked => include_bytes!(concat!(env!("OUT_DIR"), "/parked.bpf")),
         }
+    }
+
+    /// The filter.
+    pub fn program(self) -> Vec<sock_filter> {
+        let instruction = |bytes: &[u8; 8]| {
+            let [a, b, jt, jf, k @ ..] = *bytes;
+            sock_filter { code: u16::from_le_bytes([a, b]), jt, jf, k: u32::from_le_bytes(k) }
+        };
+        self.compiled().as_chunks().0.iter().map(instruction).collect()
     }
 }
 
@@ -38,12 +50,7 @@ impl Kind {
 /// # Errors
 /// When the kernel has no seccomp.
 pub fn install(kind: Kind) -> Result<(), Error> {
-    let instruction = |bytes: &[u8; 8]| {
-        let [a, b, jt, jf, k @ ..] = *bytes;
-        sock_filter { code: u16::from_le_bytes([a, b]), jt, jf, k: u32::from_le_bytes(k) }
-    };
-    let program: Vec<_> = kind.program().as_chunks().0.iter().map(instruction).collect();
-    apply_filter(&program).map_err(|error| Error(error.to_string()))
+    apply_filter(&kind.program()).map_err(|error| Error(error.to_string()))
 }
 
 #[cfg(test)]
@@ -88,6 +95,39 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn a_thread_that_does_nothing_can_do_nothing() {
+        let none = c_long::from(-1_i8);
+        for call in [
+            [libc::SYS_write, none, 0, 0],
+            [libc::SYS_openat, none, 0, 0],
+            [libc::SYS_ioctl, none, 0, 0],
+            [libc::SYS_mmap, 0, 0, 0],
+            [libc::SYS_clone, 0, 0, 0],
+            [libc::SYS_exit_group, 0, 0, 0],
+        ] {
+            let fate = fate(Kind::Parked, call);
+            assert!(matches!(fate, WaitStatus::Signaled(_, SIGSYS, _)), "{call:?}: {fate:?}");
+        }
+        let end = fate(Kind::Parked, [libc::SYS_exit, 0, 0, 0]);
+        assert!(matches!(end, WaitStatus::Exited(_, 0)), "{end:?}");
+    }
+
+    #[test]
+    fn the_main_thread_makes_threads_and_nothing_else() {
+        for (call, allowed) in [
+            ([libc::SYS_clone3, 0, 0, 0], false),
+            ([libc::SYS_seccomp, c_long::from(libc::SECCOMP_SET_MODE_FILTER), 0, 0], true),
+            ([libc::SYS_seccomp, c_long::from(libc::SECCOMP_SET_MODE_FILTER), 8, 0], false),
+            ([libc::SYS_clone, c_long::from(libc::SIGCHLD), 0, 0], false),
+            ([libc::SYS_clone, c_long::from(libc::CLONE_NEWUSER), 0, 0], false),
+        ] {
+            let fate = fate(Kind::Main, call);
+            assert_eq!(matches!(fate, WaitStatus::Exited(_, 0)), allowed, "{call:?}: {fate:?}");
+        }
+    }
+
     #[test]
     fn arguments_decide_where_they_matter() {
         let none = c_long::from(-1_i8);

@@ -67,7 +67,7 @@ fn what_belongs_to_the_host_is_removed() {
 fn containers_join_the_namespaces_of_their_sandbox() {
     let spec = spec(json!({"hostname": "h", "linux": {"namespaces": [
         {"type": "pid"}, {"type": "ipc", "path": "/proc/77/ns/ipc"}, {"type": "uts", "path": "/proc/77/ns/uts"}]}}));
-    assert!(spec.owns_pid_namespace());
+    assert_eq!((spec.joined_pid(), spec.owns_pid_namespace()), (None, true));
     let after = guest(&spec, &Pod { sandbox_pid: Some(5), ..Pod::default() });
     assert_eq!(
         after["linux"]["namespaces"],
@@ -81,7 +81,7 @@ fn containers_join_the_namespaces_of_their_sandbox() {
 fn a_debugger_joins_the_processes_of_its_target_only() {
     let spec = spec(json!({"linux": {"namespaces": [
         {"type": "pid", "path": "/proc/77/ns/pid"}, {"type": "ipc", "path": "/proc/77/ns/ipc"}]}}));
-    assert!(spec.joins_pid_namespace() && !spec.owns_pid_namespace());
+    assert_eq!((spec.joined_pid(), spec.owns_pid_namespace()), (Some(77), false));
     let after = guest(&spec, &Pod { sandbox_pid: Some(5), target_pid: Some(8), ..Pod::default() });
     assert_eq!(
         after["linux"]["namespaces"],

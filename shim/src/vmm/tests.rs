@@ -82,3 +82,38 @@ async fn what_the_vmm_says_counts() {
     assert_eq!(stopped.tail.split(" | ").count(), TAIL);
     let _ = child.wait();
 }
+
+#[tokio::test]
+async fn a_thread_of_the_vmm_is_known_by_the_hosts_id() {
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+    let id = child.id();
+    let vmm = Vmm::listen(ours, PidFd::open(id as i32).unwrap(), id, Ports::new(), None).unwrap();
+    let asked = std::thread::spawn(move || {
+        let answers = [
+            Event::Parked { thread: id as i32 },
+            Event::Done(None),
+            // It has no such thread, and the shim does not want it.
+            Event::Parked { thread: 1 },
+            Event::Done(None),
+            Event::Done(Some("no threads".into())),
+        ];
+        let one = |answer| {
+            let (request, _) = vmm::receive::<Request>(&theirs).unwrap();
+            vmm::send(&theirs, &answer, &[]).unwrap();
+            request
+        };
+        answers.map(one)
+    });
+    let thread = vmm.park().await.unwrap();
+    assert_eq!(thread.pid, id);
+    vmm.unpark(thread).await.unwrap();
+    vmm.park().await.unwrap_err();
+    assert_eq!(vmm.park().await.unwrap_err().to_string(), "kata-vmm: no threads");
+    let (unpark, own) = (|thread| Request::Unpark { thread }, id as i32);
+    let expected = [Request::Park, unpark(own), Request::Park, unpark(1), Request::Park];
+    assert_eq!(asked.join().unwrap(), expected);
+    vmm.kill();
+    let _ = child.wait();
+}

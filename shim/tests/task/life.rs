@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{
-    PauseRequest, PidsRequest, ResumeRequest, ShutdownRequest, StartRequest, StatsRequest, Status,
-    UpdateTaskRequest,
+    ConnectRequest, PauseRequest, PidsRequest, ResumeRequest, ShutdownRequest, StartRequest, StatsRequest,
+    Status, UpdateTaskRequest,
 };
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::shim::oci::ProcessDetails;
@@ -327,7 +327,7 @@ async fn a_pod_of_two_containers() {
     if !can_run() {
         return;
     }
-    let containerd = Containerd::start("pod").await;
+    let containerd = Containerd::start("pod-of-two").await;
     let sandbox = containerd.id();
     let annotations = |kind: &str| json!({"io.kubernetes.cri.container-type": kind, "io.kubernetes.cri.sandbox-id": sandbox});
     containerd.configure_container(
@@ -358,12 +358,19 @@ async fn a_pod_of_two_containers() {
     assert_eq!(String::from_utf8(output.stdout).unwrap(), containerd.address);
     let mut request = containerd.create_request();
     (request.id, request.bundle) = (second.clone(), bundle.to_str().unwrap().into());
-    containerd.client.create(ctx(), &request).await.unwrap();
-    containerd.client.start(ctx(), &start(&second)).await.unwrap();
+    // It is known by a thread of the machine's process.
+    let pid = containerd.client.create(ctx(), &request).await.unwrap().pid;
+    assert_eq!(containerd.client.start(ctx(), &start(&second)).await.unwrap().pid, pid);
+    let machine = containerd.state("").await.unwrap().pid;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(pid != machine && status.contains(&format!("\nTgid:\t{machine}\n")), "{machine}, {status}");
+    let connect = ConnectRequest { id: second.clone(), ..Default::default() };
+    assert_eq!(containerd.client.connect(ctx(), &connect).await.unwrap().task_pid, pid);
     let wait = containerd_shim_protos::api::WaitRequest { id: second.clone(), ..Default::default() };
     assert_eq!(containerd.client.wait(ctx(), &wait).await.unwrap().exit_status, 5);
     let delete = containerd_shim_protos::api::DeleteRequest { id: second, ..Default::default() };
-    containerd.client.delete(ctx(), &delete).await.unwrap();
+    assert_eq!(containerd.client.delete(ctx(), &delete).await.unwrap().pid, pid);
+    eventually(|| !std::path::Path::new(&format!("/proc/{pid}")).exists()).await;
     assert_eq!(containerd.state("").await.unwrap().status(), Status::RUNNING);
     containerd.kill("", 9).await.unwrap();
     containerd.wait("").await;

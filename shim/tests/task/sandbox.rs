@@ -6,7 +6,7 @@ use containerd_shim_protos::sandbox_api::{
     StartSandboxRequest, StopSandboxRequest, WaitSandboxRequest,
 };
 use containerd_shim_protos::sandbox_async::SandboxClient;
-use serde_json::json;
+use serde_json::{Value, json};
 use ttrpc::Code;
 use ttrpc::asynchronous::Client;
 
@@ -70,16 +70,25 @@ impl Pod {
 
     /// Creates and starts a container in it.
     async fn run(&self, id: &str, script: &str) -> ttrpc::Result<()> {
+        self.run_in(id, script, &json!({"type": "pid"})).await.map(drop)
+    }
+
+    /// As [`Pod::run`], in a pid namespace. The answer is its pid.
+    async fn run_in(&self, id: &str, script: &str, namespace: &Value) -> ttrpc::Result<u32> {
         let annotations = json!({"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": self.id()});
         let process = json!({"args": ["sh", "-c", script]});
-        let changes = json!({"annotations": annotations, "process": process});
+        let mut namespaces: Vec<_> =
+            ["mount", "ipc", "uts", "cgroup", "network"].iter().map(|kind| json!({"type": kind})).collect();
+        namespaces.push(namespace.clone());
+        let linux = json!({"namespaces": namespaces});
+        let changes = json!({"annotations": annotations, "process": process, "linux": linux});
         let bundle = self.containerd.add_bundle(id, &changes);
         let stdout = format!("file://{}", self.containerd.directory.join("out").display());
         let bundle = bundle.to_str().unwrap().into();
         let request = CreateTaskRequest { id: id.into(), bundle, stdout, ..Default::default() };
         self.containerd.client.create(ctx(), &request).await?;
         let request = StartRequest { id: id.into(), ..Default::default() };
-        self.containerd.client.start(ctx(), &request).await.map(drop)
+        self.containerd.client.start(ctx(), &request).await.map(|answer| answer.pid)
     }
 }
 
@@ -135,6 +144,37 @@ async fn a_pod_from_create_to_shutdown() {
     assert_eq!(pod.containerd.client.delete(ctx(), &request).await.unwrap().exit_status, 7);
     pod.shut_down().await;
     assert_eq!(pod.containerd.topics(), ["create", "start", "exit", "delete"], "of the container alone");
+}
+
+#[tokio::test]
+async fn a_container_joins_the_processes_of_the_one_that_it_names() {
+    if !can_run() {
+        return;
+    }
+    let pod = Pod::new("debug").await;
+    pod.create().await.unwrap();
+    let machine = pod.start().await.unwrap();
+    let own = json!({"type": "pid"});
+    let of = |pid: u32| json!({"type": "pid", "path": format!("/proc/{pid}/ns/pid")});
+    let one = pod.run_in("debug-one", "exec sleep 1001", &own).await.unwrap();
+    let two = pod.run_in("debug-two", "exec sleep 1002", &own).await.unwrap();
+    assert!(one != two && one != machine && two != machine, "{one}, {two}, {machine}");
+    let first = "cat /proc/1/cmdline; echo; exec sleep 1003";
+    pod.run_in("debug-three", first, &of(two)).await.unwrap();
+    eventually(|| pod.containerd.file("out").contains('\n')).await;
+    assert_eq!(pod.containerd.file("out"), "sleep\u{0}1002\u{0}\n");
+    let (code, text) = code_and_text(pod.run_in("debug-four", first, &of(1)).await.unwrap_err());
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    assert_eq!(text, "pid namespace of process 1: no container of the pod has this pid");
+    // There are no more threads.
+    let other = pod.run_in("debug-five", "exec sleep 1004", &own).await.unwrap();
+    assert_eq!(other, machine);
+    pod.run_in("debug-six", first, &of(machine)).await.unwrap();
+    eventually(|| pod.containerd.file("out").ends_with("sleep\u{0}1004\u{0}\n")).await;
+    pod.run_in("debug-seven", "exec sleep 1005", &own).await.unwrap();
+    let (code, _) = code_and_text(pod.run_in("debug-eight", first, &of(machine)).await.unwrap_err());
+    assert_eq!(code, Code::FAILED_PRECONDITION);
+    pod.shut_down().await;
 }
 
 #[tokio::test]

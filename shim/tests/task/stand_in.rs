@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::mpsc::{Sender, channel};
 
 use katana_protocol::vmm::{CONTROL_FD, Event, ExitReason, Request, receive, send};
 use katana_protocol::{AGENT_PORT, FIRST_STREAM_PORT, GUEST_SHARE};
@@ -16,6 +17,8 @@ use nix::sched::{CloneFlags, unshare};
 
 /// As many streams as a test opens.
 const STREAMS: u32 = 400;
+/// As many further containers of a pod have pids of their own.
+const THREADS: usize = 3;
 
 /// A script that runs [`stand_in`], for `[hypervisor.katana] path`.
 pub fn script(directory: &Path) -> PathBuf {
@@ -64,9 +67,11 @@ fn stand_in() {
     let listeners: HashMap<u32, UnixListener> = ports
         .map(|port| (port, UnixListener::bind(directory.join(format!("{port}.sock"))).unwrap()))
         .collect();
+    // The agent's namespaces leave no way to make any later.
+    let threads = (0..THREADS).map(|_| park()).collect();
     let silent = machine.kernel_params.contains("fail=silent");
     let mut agent = (!silent).then(|| start_agent(&directory, &share));
-    forward(control, &listeners);
+    forward(control, &listeners, threads);
     if let Some(agent) = &mut agent {
         agent.kill().unwrap();
         agent.wait().unwrap();
@@ -74,15 +79,35 @@ fn stand_in() {
     fs::remove_dir_all(directory).unwrap();
 }
 
-/// Passes connections on until the shim is gone.
-fn forward(control: BorrowedFd<'_>, listeners: &HashMap<u32, UnixListener>) {
+/// Passes connections on, and gives threads away that do nothing, until the shim is gone.
+fn forward(
+    control: BorrowedFd<'_>,
+    listeners: &HashMap<u32, UnixListener>,
+    mut threads: Vec<(i32, Sender<()>)>,
+) {
+    let mut parked = HashMap::new();
     loop {
         let ports: Vec<_> = listeners.iter().collect();
         let mut fds = vec![PollFd::new(control, PollFlags::POLLIN)];
         fds.extend(ports.iter().map(|(_, listener)| PollFd::new(listener.as_fd(), PollFlags::POLLIN)));
         poll(&mut fds, PollTimeout::NONE).unwrap();
         if fds[0].any() == Some(true) {
-            return;
+            match receive(control) {
+                Ok((Request::Park, _)) => {
+                    let answer = threads.pop().map(|(thread, end)| {
+                        parked.insert(thread, end);
+                        Event::Parked { thread }
+                    });
+                    let failed = || Event::Done(Some("no more threads".into()));
+                    send(control, &answer.unwrap_or_else(failed), &[]).unwrap();
+                }
+                Ok((Request::Unpark { thread }, _)) => {
+                    let failed = parked.remove(&thread).is_none().then(|| "no such thread".to_owned());
+                    send(control, &Event::Done(failed), &[]).unwrap();
+                }
+                _ => return,
+            }
+            continue;
         }
         for (fd, (port, listener)) in fds[1..].iter().zip(&ports) {
             if fd.any() == Some(true) {
@@ -91,6 +116,16 @@ fn forward(control: BorrowedFd<'_>, listeners: &HashMap<u32, UnixListener>) {
             }
         }
     }
+}
+
+/// A thread that waits until the sender is dropped.
+fn park() -> (i32, Sender<()>) {
+    let ((tell, told), (end, ended)) = (channel(), channel());
+    std::thread::spawn(move || {
+        tell.send(nix::unistd::gettid().as_raw()).unwrap();
+        let _ = ended.recv();
+    });
+    (told.recv().unwrap(), end)
 }
 
 /// The agent as the first process of its own pid namespace, so that all of its containers end with it, and

@@ -110,6 +110,18 @@ impl Container {
         self.status().state.enum_value_or_default()
     }
 
+    /// The pid on the host by which containerd knows it.
+    ///
+    /// # Panics
+    /// When it has none.
+    #[track_caller]
+    pub fn pid(&self) -> i32 {
+        let tasks = container::ctr(&["--namespace", "k8s.io", "tasks", "ls"]).output().ok().text();
+        let line = tasks.lines().find(|line| line.starts_with(&self.id));
+        let pid = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+        pid.unwrap_or_else(|| panic!("no pid of {} in\n{tasks}", self.id))
+    }
+
     /// Waits for its end.
     ///
     /// # Panics

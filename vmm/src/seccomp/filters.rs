@@ -10,12 +10,18 @@ use libc::c_long;
 type Ioctls = &'static [&'static [u64]];
 
 /// The kinds of threads, with the names of their compiled filters.
-pub const KINDS: [(&str, &[c_long], Ioctls); 4] = [
+pub const KINDS: [(&str, &[c_long], Ioctls); 5] = [
     ("vcpu", &[], &[VCPU_IOCTLS]),
     ("template_vcpu", TEMPLATE, &[VCPU_IOCTLS, TEMPLATE_IOCTLS]),
     ("main", MAIN, &[MAIN_IOCTLS]),
     ("fs", FS, &[&[INTERRUPT]]),
+    (PARKED, WAIT_AND_END, &[]),
 ];
+
+/// The kind that gets none of what the others have in common.
+const PARKED: &str = "parked";
+/// See `parked.rs`.
+const WAIT_AND_END: &[c_long] = &[libc::SYS_futex, libc::SYS_exit];
 
 /// What any Rust thread needs: locks, memory, a clock, its end, and standard error.
 const EVERY: &[c_long] = &[
@@ -98,6 +104,14 @@ const MAIN: &[c_long] = &[
     // For an irqfd.
     libc::SYS_eventfd2,
 ];
+/// The flags of clone(2) in `parked.rs`: a thread, and neither a process nor a namespace.
+const THREAD: libc::c_int = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID;
 /// Only a pair of sockets, whose other end goes to the shim: never one that could reach further.
 const AF_UNIX: u32 = libc::AF_UNIX as u32;
 /// FIONBIO for a stream; TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE and TUNGETIFF for a tap that is there already; KVM_IOEVENTFD for
@@ -236,9 +250,26 @@ fn jump(code: u16, k: u32, jt: usize, jf: usize) -> Result<Instruction, TryFromI
 /// # Errors
 /// When the lists are too long.
 pub fn compile(name: &str, calls: &[c_long], ioctls: &[&[u64]]) -> Result<Vec<Instruction>, TryFromIntError> {
-    let calls = EVERY.iter().chain(calls);
-    let mut rules = calls.map(|call| Ok((u32::try_from(*call)?, Rule::Any)));
-    let mut rules: BTreeMap<u32, Rule> = rules.by_ref().collect::<Result<_, TryFromIntError>>()?;
+    let rules: Vec<_> = if name == PARKED { rules_of(calls)? } else { usual_rules(name, calls, ioctls)? }
+        .into_iter()
+        .collect();
+    let start =
+        [step(LOAD, ARCHITECTURE), jump(IF_EQUAL, AUDIT_ARCH_X86_64, 1, 0)?, KILL, step(LOAD, NUMBER)];
+    Ok([&start[..], &find(&rules)?].concat())
+}
+
+fn rules_of(calls: &[c_long]) -> Result<BTreeMap<u32, Rule>, TryFromIntError> {
+    calls.iter().map(|call| Ok((u32::try_from(*call)?, Rule::Any))).collect()
+}
+
+/// What all kinds of threads have in common that do anything, and the calls of this one.
+fn usual_rules(
+    name: &str,
+    calls: &[c_long],
+    ioctls: &[&[u64]],
+) -> Result<BTreeMap<u32, Rule>, TryFromIntError> {
+    let mut rules = rules_of(EVERY)?;
+    rules.extend(rules_of(calls)?);
     let mut add = |call: c_long, rule| Ok::<_, TryFromIntError>(rules.insert(call.try_into()?, rule));
     // Memory for data only: nothing that was not code at the start ever becomes code.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
@@ -248,13 +279,14 @@ pub fn compile(name: &str, calls: &[c_long], ioctls: &[&[u64]]) -> Result<Vec<In
     add(libc::SYS_ioctl, Rule::OneOf(1, ioctls.collect::<Result<_, _>>()?))?;
     if name == "main" {
         add(libc::SYS_socketpair, Rule::OneOf(0, vec![AF_UNIX]))?;
+        // Threads that do nothing, and their filter: a further one only ever takes rights away, and without flags nobody else
+        // is told of calls.
+        add(libc::SYS_clone, Rule::OneOf(0, vec![THREAD as u32]))?;
+        add(libc::SYS_seccomp, Rule::Without(1, u32::MAX))?;
     }
     // A debug build looks whether a descriptor that it closes is open.
     rules.entry(libc::SYS_fcntl as u32).or_insert(Rule::OneOf(1, vec![libc::F_GETFD as u32]));
-    let rules: Vec<_> = rules.into_iter().collect();
-    let start =
-        [step(LOAD, ARCHITECTURE), jump(IF_EQUAL, AUDIT_ARCH_X86_64, 1, 0)?, KILL, step(LOAD, NUMBER)];
-    Ok([&start[..], &find(&rules)?].concat())
+    Ok(rules)
 }
 
 /// Finds the number that is loaded among the calls, which are in order.

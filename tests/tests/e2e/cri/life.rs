@@ -134,11 +134,7 @@ fn the_end_of_the_vm_is_the_end_of_its_containers() {
     }
     let pod = Pod::run("kata");
     let (one, two) = (pod.sh("exec sleep 10000"), pod.sh("exec sleep 10000"));
-    let vmm = Process::all().into_iter().find(|process| {
-        let cgroup = std::fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
-        process.name.starts_with("kata-vmm") && cgroup.contains(pod.id())
-    });
-    let vmm = vmm.expect("a VMM in the pod's cgroup");
+    let vmm = vmm_of(&pod);
     nix::sys::signal::kill(Pid::from_raw(vmm.pid), Signal::SIGKILL).unwrap();
     for container in [&one, &two] {
         assert_ne!(container.ended().exit_code, 0);
@@ -147,4 +143,42 @@ fn the_end_of_the_vm_is_the_end_of_its_containers() {
     assert!(eventually(not_ready));
     pod.stop().unwrap();
     pod.remove().unwrap();
+}
+
+fn vmm_of(pod: &Pod) -> Process {
+    let vmm = Process::all().into_iter().find(|process| {
+        let cgroup = std::fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
+        process.name.starts_with("kata-vmm") && cgroup.contains(pod.id())
+    });
+    vmm.expect("a VMM in the pod's cgroup")
+}
+
+/// By which clients name it, look up what it is in, and may end it.
+#[test]
+fn each_container_of_a_vm_has_a_pid_on_the_host() {
+    let _turn = turn::shared();
+    if !environment::is_vm_or_say("they are processes") {
+        return;
+    }
+    let pod = Pod::run("kata");
+    let vmm = vmm_of(&pod);
+    let threads = vmm.threads().len();
+    let (one, two) = (pod.start(json!({})), pod.start(json!({})));
+    let (first, second) = (one.pid(), two.pid());
+    assert!(first != second && first != vmm.pid && second != vmm.pid, "{first}, {second}, {}", vmm.pid);
+    for pid in [first, second] {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(status.lines().any(|line| line == format!("Tgid:\t{}", vmm.pid)), "{status}");
+        let link = |pid, kind| std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
+        assert_eq!(link(pid, "net"), link(vmm.pid, "net"));
+        let cgroup = |pid| std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        assert_eq!(cgroup(pid), cgroup(vmm.pid));
+    }
+    one.stop(0).unwrap();
+    one.remove().unwrap();
+    assert!(eventually(|| !std::path::Path::new(&format!("/proc/{first}")).exists()));
+    assert_eq!(vmm.threads().len(), threads + 1);
+    nix::sys::signal::kill(Pid::from_raw(second), Signal::SIGKILL).unwrap();
+    assert_ne!(two.ended().exit_code, 0);
+    assert!(eventually(|| !vmm.lives()));
 }

@@ -13,6 +13,8 @@ cases! {
     2: a_pid_namespace_is_shared_by_the_pod,
     /// An ephemeral container looks at another container's processes.
     a_pid_namespace_of_another_container_is_joined,
+    /// It is told which, also after one was restarted.
+    2: the_pid_namespace_of_one_of_several_containers_is_joined,
     /// Network, ipc and uts are the pod's; mounts, pids and cgroups the container's.
     2: namespaces_are_the_pods_or_the_containers,
     /// POSIX shared memory
@@ -63,13 +65,41 @@ fn a_pid_namespace_is_shared_by_the_pod(handler: &str) {
 fn a_pid_namespace_of_another_container_is_joined(handler: &str) {
     let pod = Pod::run(handler);
     let target = pod.sh("exec sleep 10006");
-    let namespace = json!({"pid": "TARGET", "target_id": target.id()});
-    let debugger = pod.start(json!({"linux": {"security_context": {"namespace_options": namespace}}}));
+    let debugger = debugger_of(&pod, &target);
     assert_eq!(namespace_of(&debugger, "pid"), namespace_of(&target, "pid"));
     let first = debugger.sh("tr '\\0' ' ' < /proc/1/cmdline");
     assert_eq!(first.ok(), "sleep 10006 ");
     debugger.stop(0).unwrap();
     target.exec(&["true"]).ok();
+}
+
+fn debugger_of(pod: &Pod, target: &Container) -> Container {
+    let namespace = json!({"pid": "TARGET", "target_id": target.id()});
+    pod.start(json!({"linux": {"security_context": {"namespace_options": namespace}}}))
+}
+
+fn the_pid_namespace_of_one_of_several_containers_is_joined(handler: &str) {
+    let pod = Pod::run(handler);
+    let (one, two) = (pod.sh("exec sleep 10007"), pod.sh("exec sleep 10008"));
+    let debugger = debugger_of(&pod, &two);
+    expect_to_see(&debugger, &two, "sleep 10008");
+    one.stop(0).unwrap();
+    one.remove().unwrap();
+    let again = pod.sh("exec sleep 10009");
+    expect_to_see(&debugger_of(&pod, &again), &again, "sleep 10009");
+    expect_to_see(&debugger_of(&pod, &two), &two, "sleep 10008");
+    // It has no namespace of its own, and is in one all the same.
+    expect_to_see(&debugger_of(&pod, &debugger), &two, "sleep 10008");
+}
+
+/// The processes of the other container, and those of no third one.
+#[track_caller]
+fn expect_to_see(debugger: &Container, target: &Container, first: &str) {
+    assert_eq!(namespace_of(debugger, "pid"), namespace_of(target, "pid"));
+    let processes = debugger.exec(&["ps", "-o", "pid,args"]);
+    let others = processes.ok().lines().filter(|line| line.contains("sleep 1000") && !line.contains(first));
+    let others: Vec<_> = others.filter(|line| !line.ends_with("sleep 10000")).collect();
+    assert!(processes.ok().contains(&format!("1 {first}")) && others.is_empty(), "{processes:?}");
 }
 
 #[track_caller]
