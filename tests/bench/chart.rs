@@ -35,6 +35,13 @@ impl Chart {
         }
     }
 
+    /// Adds a line of text below a group.
+    pub fn note(&mut self, text: &str) {
+        self.y += 18.0;
+        self.text(20.0, "font-style=\"italic\"", text);
+        self.y += 4.0;
+    }
+
     fn text(&mut self, x: f64, attributes: &str, text: &str) {
         let text = text.replace('&', "&amp;").replace('<', "&lt;");
         let _ = writeln!(self.body, "<text x=\"{x:.1}\" y=\"{:.1}\" {attributes}>{text}</text>", self.y);

@@ -8,6 +8,7 @@ use katana_tests::{BUSYBOX, Container, Run};
 use serde_json::{Value, json};
 
 use crate::chart::Chart;
+use crate::peers::Runsc;
 
 /// A mapping of this size or more in the VMM is memory of its guest.
 const LEAST_GUEST_KIB: u64 = 64 << 10;
@@ -20,7 +21,8 @@ const SETTLE: Duration = Duration::from_secs(5);
 pub fn run(runtime: &str, chart: &mut Chart) -> Value {
     let of_one = Memory::of_container_at_rest(runtime);
     let of_runc = Memory::of_container_at_rest(RUNC);
-    let [runc, kata] = [RUNC, runtime].map(per_container);
+    let [runc, kata] = [RUNC, runtime].map(|runtime| per_container(runtime, ""));
+    let runsc = Runsc::find().map(|runsc| per_container(RUNC, &runsc.options()));
     let ratio = (kata / runc * 100.0).round() / 100.0;
     println!("memory of a container at rest            resident   its share (PSS)   private");
     for (name, size) in [
@@ -36,19 +38,35 @@ pub fn run(runtime: &str, chart: &mut Chart) -> Value {
     println!(
         "less memory available, for each of {MANY}: runc {runc:.0} KiB, kata {kata:.0} KiB, ratio {ratio:.2}"
     );
-    chart.group("memory of each of 30 containers, MiB", &[("runc", runc / 1024.0), ("kata", kata / 1024.0)]);
+    let mut bars = vec![("runc", runc / 1024.0), ("kata", kata / 1024.0)];
+    bars.extend(runsc.as_ref().ok().map(|runsc| ("runsc", runsc / 1024.0)));
+    chart.group(&format!("memory of each of {MANY} containers, MiB"), &bars);
+    let runsc = match runsc {
+        Ok(runsc) => {
+            println!("  runsc {runsc:.0} KiB");
+            json!({"kib": runsc.round()})
+        }
+        Err(reason) => {
+            println!("  runsc skipped: {reason}");
+            chart.note(&format!("runsc skipped: {reason}"));
+            json!({"skipped": reason})
+        }
+    };
     json!({
         "rss_kib": {"shim": of_one.shim.resident, "vmm": of_one.vmm.resident, "guest": of_one.guest,
                     "runc_shim": of_runc.shim.resident},
         "pss_kib": {"shim": of_one.shim.share, "vmm": of_one.vmm.share, "runc_shim": of_runc.shim.share},
         "private_kib": {"shim": of_one.shim.private, "vmm_without_guest": rest, "guest": of_one.guest},
-        "available_kib_each": {"containers": MANY, "runc": runc.round(), "kata": kata.round(), "ratio": ratio},
+        "available_kib_each": {"containers": MANY, "runc": runc.round(), "kata": kata.round(), "ratio": ratio,
+                               "runsc": runsc},
     })
 }
 
-/// By how much less memory is available, in KiB.
-fn per_container(runtime: &str) -> f64 {
-    let start = || -> Container { Run::new(BUSYBOX).runtime(runtime).command(&["sleep", "10000"]).start() };
+/// By how much less memory is available, in KiB, with these options of `ctr run`.
+fn per_container(runtime: &str, options: &str) -> f64 {
+    let start = || -> Container {
+        Run::new(BUSYBOX).runtime(runtime).options(options).command(&["sleep", "10000"]).start()
+    };
     // What the first one brings in for all is not what each costs.
     let first = start();
     std::thread::sleep(SETTLE);
