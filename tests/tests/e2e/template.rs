@@ -30,8 +30,9 @@ fn is_vm() -> bool {
 /// A directory for templates, and a configuration that names it.
 fn own_templates(scratch: &Scratch) -> (PathBuf, PathBuf) {
     let directory = scratch.path().join("templates");
-    let configuration =
-        Configuration::installed().set("factory.template_path", directory.display().to_string());
+    let configuration = Configuration::installed()
+        .set("factory.enable_template", true)
+        .set("factory.template_path", directory.display().to_string());
     (directory, scratch.file("configuration.toml", configuration.to_toml()))
 }
 

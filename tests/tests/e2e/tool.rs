@@ -34,8 +34,9 @@ fn the_factory_makes_and_removes_the_template() {
     }
     let scratch = Scratch::new();
     let directory = scratch.path().join("templates");
-    let configuration =
-        Configuration::installed().set("factory.template_path", directory.display().to_string());
+    let configuration = Configuration::installed()
+        .set("factory.enable_template", true)
+        .set("factory.template_path", directory.display().to_string());
     let file = scratch.file("configuration.toml", configuration.to_toml()).display().to_string();
     let factory = |command| {
         let arguments = ["--config", &file, "factory", command];
