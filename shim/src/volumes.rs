@@ -47,7 +47,7 @@ pub struct Bound {
     pub number: u32,
     /// Whether it was bound for this mount.
     pub new: bool,
-    /// Whether it is a directory in which only the host changes something.
+    /// Whether only the host can change it.
     pub read_only: bool,
 }
 
