@@ -65,7 +65,9 @@ pub const SEALED: i64 = 1;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
     /// The first message. Descriptors, in this order: /dev/kvm, the kernel (ELF), the guest image (erofs), the
-    /// pod's shared directory, and the template's file if the machine has to do with one. The VMM jails itself, boots, and answers [`Event::Running`] or [`Event::Failed`].
+    /// pod's shared directory, the template's file if the machine has to do with one, and the directory of the cgroup (v2)
+    /// that it is to live in if there is one. The VMM jails itself, boots, and answers [`Event::Running`] or
+    /// [`Event::Failed`].
     Boot(Machine),
     /// Connect to a vsock port in the guest. Descriptor: one end of a Unix stream pair that becomes the
     /// connection; it is closed when the guest refuses.
@@ -121,7 +123,8 @@ pub enum Event {
         /// Process id.
         pid: i32,
     },
-    /// The vCPUs run.
+    /// The vCPUs run. Descriptor: the machine in the kernel (KVM_CREATE_VM). Whoever lets go of it last waits, for tens of
+    /// milliseconds, until the kernel has undone it; the VMM, whose end others wait for, need not be the one.
     Running,
     /// The VM cannot be started; the VMM ends. One line that names what failed, on what, and why.
     Failed(String),

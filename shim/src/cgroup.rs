@@ -1,8 +1,9 @@
 //! The VMM's place in the host's cgroup v2 tree: where the pod's limits and accounting are.
 
 use std::ffi::CString;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -51,14 +52,14 @@ fn slice_path(slice: &str) -> PathBuf {
         .collect()
 }
 
-/// Makes the directory and moves a process into it.
-pub fn enter(path: &Path, pid: u32) -> Result<()> {
+/// Makes the directory, and opens it for a process to be born in.
+pub fn make(path: &Path) -> Result<OwnedFd> {
     let failed = |e: &io::Error| Error::io(format_args!("cgroup {}", path.display()), e);
     // Another pod's end may take an empty parent away between the steps.
     for _ in 0..10 {
-        match create(path).and_then(|()| fs::write(path.join("cgroup.procs"), pid.to_string())) {
+        match create(path).and_then(|()| File::open(path)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            outcome => return outcome.map_err(|e| failed(&e)),
+            outcome => return outcome.map(Into::into).map_err(|e| failed(&e)),
         }
     }
     Err(failed(&io::ErrorKind::NotFound.into()))

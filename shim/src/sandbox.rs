@@ -134,8 +134,7 @@ impl Sandbox {
         let agent_port = ports.open(AGENT_PORT);
         let vmm = Vmm::spawn(&config.hypervisor.path, network.namespace(), Arc::clone(&ports), |pid| {
             let process = i32::try_from(pid).ok().and_then(|pid| ProcessId::of(pid).ok());
-            record.write(process.into_iter().collect(), BTreeMap::new())?;
-            record.cgroup.as_ref().map_or(Ok(()), |cgroup| cgroup::enter(cgroup, pid))
+            record.write(process.into_iter().collect(), BTreeMap::new())
         })?;
         log::debug!("timeline: VMM spawned");
         let own = machine::machine(config, size.vcpus, network.slots(), disk_slots)?;
@@ -145,9 +144,11 @@ impl Sandbox {
         let disk_slots = machine.disk_slots;
         log::info!("a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
         let directory = share.open()?;
+        let cgroup = record.cgroup.as_deref().map(cgroup::make).transpose()?;
         let [kvm, kernel, image] = &files;
         let files = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()];
-        vmm.boot(machine, &files.into_iter().chain(start.file()).collect::<Vec<_>>())?;
+        let files = files.into_iter().chain(start.file()).chain(cgroup.as_ref().map(AsFd::as_fd));
+        vmm.boot(machine, &files.collect::<Vec<_>>())?;
         let becomes_template = matches!(start, Start::First(_));
         start.expect(&vmm);
         if size.plugged_mib > 0 && !becomes_template {

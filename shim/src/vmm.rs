@@ -80,7 +80,7 @@ type Said = Arc<Mutex<VecDeque<String>>>;
 
 impl Vmm {
     /// Starts the VMM in a network namespace. `spawned` is called with its pid before it is told anything, so that all
-    /// it does happens in its cgroup and after its pid is written down.
+    /// it does happens after its pid is written down.
     ///
     /// The VMM ends with the thread that calls this (PR_SET_PDEATHSIG), so it must be the one that serves.
     pub fn spawn(
@@ -147,6 +147,7 @@ impl Vmm {
             ports,
             said,
             log,
+            machine: None,
             pids,
             runs,
             plugs,
@@ -342,6 +343,8 @@ struct Listener {
     ports: Arc<Ports>,
     said: Said,
     log: Option<JoinHandle<()>>,
+    /// The machine in the kernel, once it runs.
+    machine: Option<OwnedFd>,
     pids: watch::Sender<Vec<ProcessId>>,
     runs: watch::Sender<bool>,
     plugs: watch::Sender<u64>,
@@ -364,8 +367,9 @@ impl Listener {
                         self.ports.connected(port, UnixStream::from(fd));
                     }
                 }
-                Ok((Event::Running, _)) => {
+                Ok((Event::Running, fds)) => {
                     log::debug!("timeline: guest runs");
+                    self.machine = fds.into_iter().next();
                     self.runs.send_replace(true);
                 }
                 Ok((Event::MemoryPlugged { mib }, _)) => {
@@ -390,6 +394,9 @@ impl Listener {
             }
         };
         let status = end_of(&self.process).await;
+        // The kernel takes its time to undo it, and nobody needs to wait for that.
+        let machine = self.machine.take();
+        tokio::task::spawn_blocking(move || drop(machine));
         if let Some(log) = self.log.take() {
             // To its end, unless somebody else holds the pipe.
             let _ = tokio::time::timeout(Duration::from_millis(500), log).await;

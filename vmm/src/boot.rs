@@ -1,4 +1,8 @@
-//! Loading the guest's kernel: an ELF file with the PVH entry, and the structures which that entry expects.
+//! Loading the guest's kernel, an ELF file, by Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst):
+//! the kernel begins in long mode, and finds what it needs to know in a page of parameters. Of all ways to
+//! start Linux, this one can also bring a seed for its random numbers, without which a guest on a processor that has
+//! none boots for a third longer.
+//!
 //! The kernel file comes from the host, but it may be cut or be another file altogether.
 
 use std::fs::File;
@@ -10,9 +14,11 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use crate::memory::{BIOS, GuestMemory, LOW_END, ONE_MIB, ranges};
 use crate::mptable;
 
-/// Where the start information, its memory map and the command line are put: low memory that nobody else uses.
-const START_INFO: u64 = 0x6000;
-const MEMORY_MAP: u64 = 0x7000;
+/// Where what the kernel finds is put: low memory that nobody else uses.
+const GDT: u64 = 0x6000;
+const PARAMETERS: u64 = 0x7000;
+const SEED: u64 = 0x8000;
+const PAGE_TABLES: u64 = 0x9000;
 const COMMAND_LINE: u64 = 0x2_0000;
 /// Linux's COMMAND_LINE_SIZE on x86, with the zero at the end.
 const COMMAND_LINE_SIZE: usize = 2048;
@@ -26,19 +32,42 @@ mod elf {
     pub const HEADER: usize = 64;
     pub const PROGRAM_HEADER: usize = 56;
     pub const LOAD: u32 = 1;
-    pub const NOTE: u32 = 4;
 }
-/// XEN_ELFNOTE_PHYS32_ENTRY: xen/include/public/elfnote.h.
-const NOTE_NAME: &[u8] = b"Xen\0";
-const NOTE_PHYS32_ENTRY: u32 = 18;
-/// Notes of a kernel are a few hundred bytes.
-const LARGEST_NOTES: u64 = 64 * 1024;
 
-/// struct hvm_start_info and its memory map: xen/include/public/arch-x86/hvm/start_info.h.
-const START_MAGIC: u32 = 0x336e_c578;
-const START_VERSION: u32 = 1;
-const MEMORY_RAM: u32 = 1;
-const MEMORY_RESERVED: u32 = 2;
+/// struct boot_params (arch/x86/include/uapi/asm/bootparam.h): where its fields are, and what they say.
+mod parameters {
+    pub const SIZE: usize = 4096;
+    pub const MAP_ENTRIES: usize = 0x1e8;
+    pub const BOOT_FLAG: usize = 0x1fe;
+    pub const HEADER: usize = 0x202;
+    pub const VERSION: usize = 0x206;
+    pub const LOADER: usize = 0x210;
+    pub const COMMAND_LINE: usize = 0x228;
+    pub const COMMAND_LINE_SIZE: usize = 0x238;
+    pub const SETUP_DATA: usize = 0x250;
+    pub const MAP: usize = 0x2d0;
+    pub const MAP_ENTRY: usize = 20;
+
+    pub const MAGIC: &[u8] = b"HdrS";
+    pub const PROTOCOL: u16 = 0x20f;
+    pub const UNDEFINED_LOADER: u8 = 0xff;
+    pub const RAM: u32 = 1;
+    pub const RESERVED: u32 = 2;
+    /// struct setup_data with a seed.
+    pub const RNG_SEED: u32 = 9;
+}
+
+/// Bytes of the seed: what Linux takes for enough, twice.
+const SEED_LENGTH: usize = 64;
+
+/// Page table entries: Intel SDM volume 3, 4.5.
+const PRESENT_WRITABLE: u64 = 3;
+const LARGE_PAGE: u64 = 1 << 7;
+const ENTRIES: u64 = 512;
+const TABLE: u64 = 4096;
+
+/// Flat segments of the GDT, by their selectors, which the protocol fixes: Intel SDM volume 3, 3.4.5.
+pub const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
 /// Why a kernel cannot be booted.
 #[derive(Debug, thiserror::Error)]
@@ -57,9 +86,6 @@ pub enum Error {
     /// Offsets or sizes that contradict each other.
     #[error("guest kernel: damaged: {0}")]
     Damaged(&'static str),
-    /// Built without CONFIG_PVH.
-    #[error("guest kernel: no PVH entry (CONFIG_PVH=y is needed)")]
-    NoPvhEntry,
     /// Does not fit into the guest's memory.
     #[error("guest kernel: needs memory at {start:#x}..{end:#x}, which this VM does not have")]
     NoRoom {
@@ -74,21 +100,28 @@ pub enum Error {
     /// A zero would cut it.
     #[error("guest kernel command line: contains a control character")]
     CommandLineCharacter,
+    /// The host has no random numbers.
+    #[error("seed for the guest's random numbers: {0}")]
+    Seed(io::Error),
     /// Guest memory that must be there is not.
     #[error("guest memory: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
-/// Where the first vCPU starts.
+/// Where the first vCPU starts, in long mode. All addresses are physical ones, and the page tables know no others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
-    /// Physical address of the first instruction, in 32-bit mode.
+    /// The first instruction.
     pub address: u64,
-    /// Physical address of the start information, for EBX.
-    pub start_info: u64,
+    /// The parameters, for RSI.
+    pub parameters: u64,
+    /// The page tables, for CR3.
+    pub page_tables: u64,
+    /// The GDT, which has [`GDT_ENTRIES`].
+    pub gdt: u64,
 }
 
-/// Puts kernel, command line, memory map and MP table into the guest's memory.
+/// Puts kernel, parameters and MP table into the guest's memory.
 ///
 /// # Errors
 /// When the kernel is not one or does not fit.
@@ -102,8 +135,25 @@ pub fn load(
     let address = load_kernel(memory, kernel)?;
     put_command_line(memory, parameters)?;
     memory.write_slice(&mptable::build(vcpus), GuestAddress(BIOS))?;
-    put_start_info(memory, mib)?;
-    Ok(Entry { address, start_info: START_INFO })
+    put_seed(memory)?;
+    put_parameters(memory, parameters.len(), mib)?;
+    enter_at(memory, address)
+}
+
+/// What a vCPU needs to begin at an address below 1 GiB: page tables and segments.
+///
+/// # Errors
+/// When the guest's memory does not even reach so far.
+pub fn enter_at(memory: &GuestMemory, address: u64) -> Result<Entry, Error> {
+    // One table of each level, the last one with 512 pages of 2 MiB.
+    let [top, second, third] = [0, 1, 2].map(|level| PAGE_TABLES + level * TABLE);
+    memory.write_obj(second | PRESENT_WRITABLE, GuestAddress(top))?;
+    memory.write_obj(third | PRESENT_WRITABLE, GuestAddress(second))?;
+    let pages = (0..ENTRIES).flat_map(|page| (page << 21 | LARGE_PAGE | PRESENT_WRITABLE).to_le_bytes());
+    memory.write_slice(&pages.collect::<Vec<_>>(), GuestAddress(third))?;
+    let gdt = GDT_ENTRIES.map(u64::to_le_bytes).concat();
+    memory.write_slice(&gdt, GuestAddress(GDT))?;
+    Ok(Entry { address, parameters: PARAMETERS, page_tables: top, gdt: GDT })
 }
 
 fn at<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
@@ -143,37 +193,26 @@ impl Segment {
     }
 }
 
-/// Loads the segments and answers the PVH entry.
+/// Loads the segments and answers the entry.
 fn load_kernel(memory: &GuestMemory, kernel: &mut File) -> Result<u64, Error> {
-    let read = |what| move |error| Error::Read { what, error };
-    let length = kernel.metadata().map_err(read("size"))?.len();
-    let segments = segments(kernel, length)?;
-    let mut entry = None;
-    for segment in &segments {
+    let length = kernel.metadata().map_err(|error| Error::Read { what: "size", error })?.len();
+    let (entry, segments) = segments(kernel, length)?;
+    let loaded: Vec<_> = segments.iter().filter(|segment| segment.kind == elf::LOAD).collect();
+    for segment in &loaded {
         let end = segment.offset.checked_add(segment.file_size);
         if end.is_none_or(|end| end > length) {
             return Err(Error::Damaged("a segment reaches beyond the end of the file"));
         }
-        match segment.kind {
-            elf::LOAD => load_segment(memory, kernel, segment)?,
-            elf::NOTE if segment.file_size <= LARGEST_NOTES => {
-                let mut notes = vec![0; segment.file_size as usize];
-                kernel.read_exact_at(&mut notes, segment.offset).map_err(read("notes"))?;
-                entry = entry.or(pvh_entry(&notes));
-            }
-            _ => {}
-        }
+        load_segment(memory, kernel, segment)?;
     }
-    let entry = entry.ok_or(Error::NoPvhEntry)?;
-    let inside =
-        |s: &&Segment| s.kind == elf::LOAD && (s.address..s.address + s.memory_size).contains(&entry);
-    if !segments.iter().any(|segment| inside(&segment)) {
+    if !loaded.iter().any(|s| (s.address..s.address + s.memory_size).contains(&entry)) {
         return Err(Error::Damaged("the entry is outside of the kernel"));
     }
     Ok(entry)
 }
 
-fn segments(kernel: &File, length: u64) -> Result<Vec<Segment>, Error> {
+/// The entry and the program headers.
+fn segments(kernel: &File, length: u64) -> Result<(u64, Vec<Segment>), Error> {
     let mut header = [0; elf::HEADER];
     match kernel.read_exact_at(&mut header, 0) {
         Ok(()) => {}
@@ -186,7 +225,8 @@ fn segments(kernel: &File, length: u64) -> Result<Vec<Segment>, Error> {
     if !ours {
         return Err(Error::NotElf);
     }
-    let (offset, size, count) = (qword(&header, 32), word(&header, 54), word(&header, 56));
+    let (entry, offset) = (qword(&header, 24), qword(&header, 32));
+    let (size, count) = (word(&header, 54), word(&header, 56));
     if usize::from(size) != elf::PROGRAM_HEADER || count == 0 {
         return Err(Error::Damaged("no program headers"));
     }
@@ -197,7 +237,7 @@ fn segments(kernel: &File, length: u64) -> Result<Vec<Segment>, Error> {
     kernel
         .read_exact_at(&mut table, offset)
         .map_err(|error| Error::Read { what: "program headers", error })?;
-    Ok(table.chunks_exact(elf::PROGRAM_HEADER).map(Segment::parse).collect())
+    Ok((entry, table.chunks_exact(elf::PROGRAM_HEADER).map(Segment::parse).collect()))
 }
 
 fn load_segment(memory: &GuestMemory, kernel: &mut File, segment: &Segment) -> Result<(), Error> {
@@ -205,7 +245,7 @@ fn load_segment(memory: &GuestMemory, kernel: &mut File, segment: &Segment) -> R
     if file_size > memory_size {
         return Err(Error::Damaged("a segment is larger in the file than in memory"));
     }
-    // Below 1 MiB are the structures for the kernel; above the hole a 32-bit entry cannot reach.
+    // Below 1 MiB are the structures for the kernel, which begins in low memory.
     let end = start.checked_add(memory_size).ok_or(Error::Damaged("a segment ends beyond all memory"))?;
     let fits = start >= ONE_MIB && memory.check_range(GuestAddress(start), memory_size.max(1) as usize);
     if !fits || end > crate::memory::HOLE {
@@ -215,24 +255,6 @@ fn load_segment(memory: &GuestMemory, kernel: &mut File, segment: &Segment) -> R
     kernel.seek(SeekFrom::Start(offset)).map_err(|error| Error::Read { what: "segment", error })?;
     memory.read_exact_volatile_from(GuestAddress(start), kernel, file_size as usize)?;
     Ok(())
-}
-
-/// Looks for the PVH entry among notes: a header of three words, then name and content, padded to four bytes.
-fn pvh_entry(mut notes: &[u8]) -> Option<u64> {
-    loop {
-        let (header, rest) = notes.split_at_checked(12)?;
-        let (name_size, size) = (dword(header, 0) as usize, dword(header, 4) as usize);
-        let (name, rest) = rest.split_at_checked(name_size.checked_next_multiple_of(4)?)?;
-        let content = rest.get(..size)?;
-        if dword(header, 8) == NOTE_PHYS32_ENTRY && name == NOTE_NAME {
-            return match size {
-                4 => Some(u64::from(dword(content, 0))),
-                8 => Some(qword(content, 0)),
-                _ => None,
-            };
-        }
-        notes = rest.get(size.checked_next_multiple_of(4)?..)?;
-    }
 }
 
 fn put_command_line(memory: &GuestMemory, parameters: &str) -> Result<(), Error> {
@@ -250,37 +272,50 @@ fn put_command_line(memory: &GuestMemory, parameters: &str) -> Result<(), Error>
 
 /// What memory there is, and what of it is taken.
 fn memory_map(mib: u64) -> Vec<(u64, u64, u32)> {
-    let mut map = vec![(0, LOW_END, MEMORY_RAM), (BIOS, ONE_MIB - BIOS, MEMORY_RESERVED)];
+    let mut map = vec![(0, LOW_END, parameters::RAM), (BIOS, ONE_MIB - BIOS, parameters::RESERVED)];
     for (start, size) in ranges(mib << 20) {
         let from = start.max(ONE_MIB);
-        map.push((from, start + size - from, MEMORY_RAM));
+        map.push((from, start + size - from, parameters::RAM));
     }
     map
 }
 
-fn put_start_info(memory: &GuestMemory, mib: u64) -> Result<(), Error> {
-    let map = memory_map(mib);
-    let mut bytes = Vec::new();
-    for (start, size, kind) in &map {
-        bytes.extend_from_slice(&start.to_le_bytes());
-        bytes.extend_from_slice(&size.to_le_bytes());
-        bytes.extend_from_slice(&kind.to_le_bytes());
-        bytes.extend_from_slice(&[0; 4]);
+/// Entropy from the host, with which the kernel's generator is seeded from its first use on.
+fn put_seed(memory: &GuestMemory) -> Result<(), Error> {
+    let mut seed = [0; SEED_LENGTH];
+    // SAFETY: the kernel writes no more than the array's length.
+    let got = unsafe { libc::getrandom(seed.as_mut_ptr().cast(), SEED_LENGTH, 0) };
+    if usize::try_from(got) != Ok(SEED_LENGTH) {
+        return Err(Error::Seed(io::Error::last_os_error()));
     }
-    memory.write_slice(&bytes, GuestAddress(MEMORY_MAP))?;
+    // struct setup_data: the next one (there is none), type, length.
+    let mut data = vec![0; 8];
+    data.extend_from_slice(&parameters::RNG_SEED.to_le_bytes());
+    data.extend_from_slice(&(SEED_LENGTH as u32).to_le_bytes());
+    data.extend_from_slice(&seed);
+    memory.write_slice(&data, GuestAddress(SEED))?;
+    Ok(())
+}
 
-    let mut info = Vec::new();
-    info.extend_from_slice(&START_MAGIC.to_le_bytes());
-    info.extend_from_slice(&START_VERSION.to_le_bytes());
-    // No flags, no modules.
-    info.extend_from_slice(&[0; 16]);
-    info.extend_from_slice(&COMMAND_LINE.to_le_bytes());
-    // No ACPI.
-    info.extend_from_slice(&[0; 8]);
-    info.extend_from_slice(&MEMORY_MAP.to_le_bytes());
-    info.extend_from_slice(&(map.len() as u32).to_le_bytes());
-    info.extend_from_slice(&[0; 4]);
-    memory.write_slice(&info, GuestAddress(START_INFO))?;
+fn put_parameters(memory: &GuestMemory, command_line: usize, mib: u64) -> Result<(), Error> {
+    let mut page = [0; parameters::SIZE];
+    let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
+    put(parameters::BOOT_FLAG, &[0x55, 0xaa]);
+    put(parameters::HEADER, parameters::MAGIC);
+    put(parameters::VERSION, &parameters::PROTOCOL.to_le_bytes());
+    put(parameters::LOADER, &[parameters::UNDEFINED_LOADER]);
+    put(parameters::COMMAND_LINE, &(COMMAND_LINE as u32).to_le_bytes());
+    put(parameters::COMMAND_LINE_SIZE, &(command_line as u32).to_le_bytes());
+    put(parameters::SETUP_DATA, &SEED.to_le_bytes());
+    let map = memory_map(mib);
+    put(parameters::MAP_ENTRIES, &[map.len() as u8]);
+    for (number, (start, size, kind)) in map.iter().enumerate() {
+        let at = parameters::MAP + number * parameters::MAP_ENTRY;
+        put(at, &start.to_le_bytes());
+        put(at + 8, &size.to_le_bytes());
+        put(at + 16, &kind.to_le_bytes());
+    }
+    memory.write_slice(&page, GuestAddress(PARAMETERS))?;
     Ok(())
 }
 

@@ -47,6 +47,14 @@ impl Control {
         send(&*self.0, event, &[])
     }
 
+    /// Tells the shim that the vCPUs run, and gives it a hold on the machine in the kernel.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn tell_running(&self, vm: BorrowedFd<'_>) -> Result<(), Error> {
+        send(&*self.0, &Event::Running, &[vm])
+    }
+
     /// Hands the shim a stream that the guest opened.
     ///
     /// # Errors

@@ -3,15 +3,13 @@
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_IRQ_ROUTES, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
-    kvm_irq_routing_msi, kvm_msi,
+    KVM_IRQ_ROUTING_MSI, KVM_MAX_IRQ_ROUTES, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_msi,
+    kvm_msi,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::mptable::IOAPIC_PINS;
 use crate::pci::Line;
 use crate::sync::lock;
 
@@ -66,7 +64,6 @@ impl Line for MessageLine {
 /// takes all routes at once.
 pub struct Irqfds {
     vm: Arc<VmFd>,
-    /// Empty until there is an irqfd: KVM has made the routes by default.
     routes: Mutex<Vec<kvm_irq_routing_entry>>,
 }
 
@@ -79,9 +76,6 @@ impl Irqfds {
     fn make(&self, message: &kvm_msi) -> Result<Irqfd, errno::Error> {
         let event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let mut routes = lock(&self.routes);
-        if routes.is_empty() {
-            *routes = default_routes();
-        }
         let gsi = routes.last().map_or(0, |last| last.gsi + 1);
         if gsi as usize >= KVM_MAX_IRQ_ROUTES {
             return Err(errno::Error::new(libc::ENOSPC));
@@ -115,23 +109,4 @@ fn route(gsi: u32, message: &kvm_msi) -> kvm_irq_routing_entry {
         ..Default::default()
     };
     entry
-}
-
-/// The routes that KVM makes by default: ISA lines to both controllers, the rest to the IO-APIC.
-fn default_routes() -> Vec<kvm_irq_routing_entry> {
-    let route = |gsi: u32, irqchip: u32, pin: u32| {
-        let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
-        entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
-        entry
-    };
-    let mut routes = Vec::new();
-    for gsi in 0..IOAPIC_PINS {
-        match gsi {
-            0..8 => routes.push(route(gsi, KVM_IRQCHIP_PIC_MASTER, gsi)),
-            8..16 => routes.push(route(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8)),
-            _ => {}
-        }
-        routes.push(route(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-    }
-    routes
 }

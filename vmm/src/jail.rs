@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use libc::{c_int, c_ulong};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::Mode;
@@ -32,6 +32,9 @@ const NAMESPACES: c_int = libc::CLONE_NEWUSER
 const IDENTITY: &str = "0 0 4294967295";
 /// Without file handles, the file server holds one descriptor for each file that the guest knows.
 const DESCRIPTORS: u64 = 1 << 20;
+/// Room in the table of descriptors from the start: the kernel lets a process with several threads wait for a grace
+/// period of RCU, milliseconds, whenever it has the table grow (expand_fdtable, fs/file.c). A table of so many is a page.
+const ROOM_FOR_DESCRIPTORS: c_int = 512;
 /// What the file server needs in the jail's user namespace to give files their owners and modes; by number, from
 /// linux/capability.h: CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.
 const CAPABILITIES: &[u32] = &[0, 1, 2, 3, 4, 6, 7, 27, 31];
@@ -63,12 +66,16 @@ pub struct Room {
     pub proc_self_fd: OwnedFd,
 }
 
-/// Makes the jailed process. `announce` gets its pid, as the shim sees it, once it is sure to live. Must be
-/// called while the process has one thread.
+/// Makes the jailed process, in a cgroup if there is one. `announce` gets its pid, as the shim sees it, once it is sure
+/// to live. Must be called while the process has one thread.
 ///
 /// # Errors
 /// Outside and inside, with the step that failed; when it failed outside, nobody is inside.
-pub fn enter<E>(share: &OwnedFd, announce: impl FnOnce(i32) -> Result<(), E>) -> Result<Side, Error>
+pub fn enter<E>(
+    share: &OwnedFd,
+    cgroup: Option<&OwnedFd>,
+    announce: impl FnOnce(i32) -> Result<(), E>,
+) -> Result<Side, Error>
 where
     E: Into<io::Error>,
 {
@@ -77,7 +84,7 @@ where
     // be made from a namespace's own.
     fchdir(share).map_err(step("enter the shared directory"))?;
     let (listen, tell) = pipe2(OFlag::O_CLOEXEC).map_err(step("pipe"))?;
-    match clone()? {
+    match clone(cgroup)? {
         0 => {
             drop(tell);
             // The outer process closes the pipe without a word when it could not do its part.
@@ -96,11 +103,14 @@ where
     }
 }
 
-/// fork into new namespaces; like fork, it answers 0 to the new process.
-fn clone() -> Result<i32, Error> {
+/// fork into new namespaces and a cgroup; like fork, it answers 0 to the new process. A process that is born in its cgroup
+/// need not be moved there, for which the kernel stops all forking on the host for a grace period of RCU.
+fn clone(cgroup: Option<&OwnedFd>) -> Result<i32, Error> {
+    const CLONE_INTO_CGROUP: u64 = 1 << 33;
+    let into = if cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 };
     // With CLONE_PARENT the exit signal is that of the caller, and none may be given (clone(2)).
     let arguments = libc::clone_args {
-        flags: NAMESPACES as u64,
+        flags: NAMESPACES as u64 | into,
         pidfd: 0,
         child_tid: 0,
         parent_tid: 0,
@@ -110,7 +120,7 @@ fn clone() -> Result<i32, Error> {
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-        cgroup: 0,
+        cgroup: cgroup.map_or(0, |cgroup| cgroup.as_raw_fd() as u64),
     };
     // SAFETY: without CLONE_VM this is a fork: the child has a copy of all memory. The process has one thread,
     // so no lock is held by a thread that does not exist in the copy.
@@ -120,6 +130,7 @@ fn clone() -> Result<i32, Error> {
         -1 if Errno::last() == Errno::ENOSPC => {
             Err(step("new namespaces (user.max_*_namespaces)")(Errno::last()))
         }
+        -1 if cgroup.is_some() => Err(step("new namespaces in the pod's cgroup")(Errno::last())),
         -1 => Err(step("new namespaces")(Errno::last())),
         pid => Ok(pid as i32),
     }
@@ -138,12 +149,22 @@ fn set_limits() -> Result<(), Error> {
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("core limit"))
 }
 
+/// The table grows with the number, and stays when that is free again.
+fn make_room_for_descriptors() -> Result<(), Error> {
+    let last = FcntlArg::F_DUPFD_CLOEXEC(ROOM_FOR_DESCRIPTORS - 1);
+    let copy = fcntl(io::stderr(), last).map_err(step("room for descriptors"))?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    drop(unsafe { OwnedFd::from_raw_fd(copy) });
+    Ok(())
+}
+
 /// The inner process's way in, in this order.
 fn lock_up() -> Result<Room, Error> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let proc_self_fd = open("/proc/self/fd", flags, Mode::empty()).map_err(step("open /proc/self/fd"))?;
     setgroups(&[]).map_err(step("drop groups"))?;
     change_root()?;
+    make_room_for_descriptors()?;
     drop_capabilities()?;
     prctl("no new privileges", libc::PR_SET_NO_NEW_PRIVS, 1)?;
     prctl("not dumpable", libc::PR_SET_DUMPABLE, 0)?;

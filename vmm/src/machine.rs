@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
@@ -151,6 +151,7 @@ impl<D> Slot<D> {
 
 /// A machine that is put together but does not run yet.
 pub struct Machine {
+    vm: Arc<VmFd>,
     vcpus: Vec<Vcpu>,
     events: Loop,
     console: ConsoleRing,
@@ -210,7 +211,7 @@ impl Machine {
         };
 
         let end = Arc::new(End::new().map_err(|error| Error::Host { what: "eventfd", error })?);
-        let Devices { pci, addresses, mut events, .. } = devices;
+        let Devices { vm, pci, addresses, mut events, .. } = devices;
         events.add_subscriber(Box::new(EndWatch(end.clone())));
         let ports = ports(pci, &console, &end)?;
         let (ports, addresses) = (Arc::new(ports), Arc::new(addresses));
@@ -222,7 +223,7 @@ impl Machine {
         if let Some(first) = vcpus.first_mut() {
             first.maker = maker;
         }
-        Ok((Self { vcpus, events, console, end }, Slots { vsock, disks, nets, memory }))
+        Ok((Self { vm: vm.fd(), vcpus, events, console, end }, Slots { vsock, disks, nets, memory }))
     }
 
     /// Starts the vCPUs, and confines this thread.
@@ -234,6 +235,12 @@ impl Machine {
             vcpu.start().map_err(|error| Error::Host { what: "thread for a vCPU", error })?;
         }
         Ok(seccomp::install(Kind::Main)?)
+    }
+
+    /// The machine in the kernel.
+    pub fn vm(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open for as long as the machine is there, which is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) }
     }
 
     /// Adds a subscriber to the machine's event loop.

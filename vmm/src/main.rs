@@ -4,7 +4,6 @@
 mod board;
 mod boot;
 mod bus;
-mod chips;
 mod console_ring;
 mod control;
 mod cpu;
@@ -30,7 +29,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
-use katana_protocol::vmm::{Event, Machine as Shape, Request};
+use katana_protocol::vmm::{Event, Machine as Shape, Request, Template};
 
 use control::{Control, ControlService};
 use jail::Side;
@@ -79,11 +78,11 @@ fn main() -> ExitCode {
 /// The life of a VMM, outside and inside of its jail.
 fn run(control: &Control) -> Result<(), Error> {
     close_strangers();
-    let (shape, files, share) = receive_machine(control)?;
+    let (shape, files, share, cgroup) = receive_machine(control)?;
     logger::start(shape.debug);
     let announce = |pid| control.tell(&Event::Jailed { pid }).map_err(io::Error::other);
-    let Side::Inside(room) = jail::enter(&share, announce)? else { return Ok(()) };
-    drop(share);
+    let Side::Inside(room) = jail::enter(&share, cgroup.as_ref(), announce)? else { return Ok(()) };
+    drop((share, cgroup));
 
     let streams = control.clone();
     let incoming = Box::new(move |port, stream: OwnedFd| {
@@ -105,7 +104,7 @@ fn run(control: &Control) -> Result<(), Error> {
     let (mut machine, slots) = Machine::build(&shape, files, room, incoming, plugged, made)?;
     machine.subscribe(ControlService::new(control.clone(), slots, machine.end()));
     machine.start()?;
-    control.tell(&Event::Running)?;
+    control.tell_running(machine.vm())?;
     let (reason, console) = machine.run();
     Ok(control.tell(&Event::Exit { reason, console })?)
 }
@@ -117,12 +116,13 @@ fn close_strangers() {
     unsafe { libc::close_range(first, libc::c_uint::MAX, 0) };
 }
 
-fn receive_machine(control: &Control) -> Result<(Shape, Files, OwnedFd), Error> {
+/// What the first message brings: machine, files, the shared directory, and the cgroup.
+fn receive_machine(control: &Control) -> Result<(Shape, Files, OwnedFd, Option<OwnedFd>), Error> {
     let (request, fds) = control.next()?;
     let Request::Boot(shape) = request else { return Err(Error::FirstMessage) };
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or(Error::FirstMessage);
     let (kvm, kernel, image, share) = (next()?, next()?.into(), next()?.into(), next()?);
-    let template = next().ok().map(Into::into);
-    Ok((shape, Files { kvm, kernel, image, template }, share))
+    let template = (shape.template != Template::None).then(&mut next).transpose()?.map(Into::into);
+    Ok((shape, Files { kvm, kernel, image, template }, share, next().ok()))
 }

@@ -12,14 +12,12 @@ use vm_memory::{GuestAddress, GuestMemory as _};
 /// for; nothing is tracked with it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<vhost_user_backend::bitmap::BitmapMmapRegion>;
 
-/// Where low memory ends at the latest: the last GiB below 4 GiB belongs to devices and interrupt controllers.
+/// Where low memory ends at the latest: the last GiB below 4 GiB belongs to devices and local APICs.
 pub const HOLE: u64 = 0xc000_0000;
 /// Where memory goes on behind the hole.
 pub const HIGH: u64 = 1 << 32;
 /// The virtio devices' BARs.
 pub const BARS: u64 = 0xe000_0000;
-/// The I/O APIC.
-pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APICs.
 pub const LOCAL_APIC: u32 = 0xfee0_0000;
 /// The end of conventional memory; what follows belongs to the PC's BIOS.

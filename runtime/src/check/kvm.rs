@@ -49,11 +49,10 @@ pub(crate) fn step<T>(step: &'static str, result: Result<T, kvm_ioctls::Error>) 
 const NEEDED: &[(Cap, &str, &str)] = &[
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
     (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM", "the guest image"),
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP", "interrupts"),
+    (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP", "interrupts"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING", "interrupts of devices"),
     (Cap::Irqfd, "KVM_CAP_IRQFD", "interrupts of devices"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD", "doorbells of devices"),
-    (Cap::Pit2, "KVM_CAP_PIT2", "the timer"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID", "virtual CPUs"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR", "virtual CPUs on Intel"),
     (Cap::SetIdentityMapAddr, "KVM_CAP_SET_IDENTITY_MAP_ADDR", "virtual CPUs on Intel"),

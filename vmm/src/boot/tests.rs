@@ -5,13 +5,14 @@ use vmm_sys_util::tempfile::TempFile;
 const MIB: u64 = 32;
 const KERNEL: u64 = 0x100_0000;
 
-/// A kernel of one segment with one note, as a list of edits away from a good one.
+/// A kernel of one segment, as a list of edits away from a good one.
 struct Image {
     bytes: Vec<u8>,
 }
 
-const NOTES: usize = elf::HEADER + 2 * elf::PROGRAM_HEADER;
 const CODE: usize = 0x1000;
+/// A kind of segment that is not loaded.
+const NOTE: u32 = 4;
 
 impl Image {
     fn new() -> Self {
@@ -19,18 +20,12 @@ impl Image {
         bytes[..6].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1]);
         let mut image = Self { bytes };
         image.put(18, &62u16.to_le_bytes());
+        image.put(24, &(KERNEL + 8).to_le_bytes());
         image.put(32, &(elf::HEADER as u64).to_le_bytes());
         image.put(54, &(elf::PROGRAM_HEADER as u16).to_le_bytes());
         image.put(56, &2u16.to_le_bytes());
         image.segment(0, elf::LOAD, [CODE as u64, KERNEL, 16, 0x2000]);
-        image.segment(1, elf::NOTE, [NOTES as u64, 0, 36, 36]);
-        // Another note first.
-        image.put(NOTES, &[4, 0, 0, 0, 1, 0, 0, 0, 6, 0, 0, 0]);
-        image.put(NOTES + 12, b"Xen\0\x01\0\0\0");
-        image.put(NOTES + 20, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
-        image.put(NOTES + 32, b"Xen\0");
-        image.put(NOTES + 36, &(KERNEL as u32 + 8).to_le_bytes());
-        image.segment(1, elf::NOTE, [NOTES as u64, 0, 40, 40]);
+        image.segment(1, NOTE, [0, 0, 36, 36]);
         image.bytes[CODE..].fill(0x90);
         image
     }
@@ -64,30 +59,57 @@ impl Image {
 #[test]
 fn a_kernel_and_what_it_expects_are_in_memory() {
     let (entry, memory) = Image::new().load("quiet");
-    assert_eq!(entry.unwrap(), Entry { address: KERNEL + 8, start_info: START_INFO });
+    let entry = entry.unwrap();
+    assert_eq!(entry.address, KERNEL + 8);
     let mut code = [0; 18];
     memory.read_slice(&mut code, GuestAddress(KERNEL)).unwrap();
     assert_eq!(code, *b"\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\0\0");
-    let mut info = [0; 56];
-    memory.read_slice(&mut info, GuestAddress(START_INFO)).unwrap();
-    assert_eq!((dword(&info, 0), dword(&info, 4), dword(&info, 12)), (START_MAGIC, START_VERSION, 0));
+    let mut page = [0; parameters::SIZE];
+    memory.read_slice(&mut page, GuestAddress(entry.parameters)).unwrap();
+    assert_eq!((word(&page, 0x1fe), &page[0x202..0x206]), (0xaa55, &b"HdrS"[..]));
     let mut line = [0; 6];
-    memory.read_slice(&mut line, GuestAddress(qword(&info, 24))).unwrap();
-    assert_eq!(&line, b"quiet\0");
-    let mut map = vec![0; 24 * dword(&info, 48) as usize];
-    memory.read_slice(&mut map, GuestAddress(qword(&info, 40))).unwrap();
-    let last = &map[map.len() - 24..];
-    assert_eq!((qword(last, 0), qword(last, 8), dword(last, 16)), (ONE_MIB, (MIB - 1) << 20, MEMORY_RAM));
+    memory.read_slice(&mut line, GuestAddress(u64::from(dword(&page, 0x228)))).unwrap();
+    assert_eq!((&line, dword(&page, 0x238)), (b"quiet\0", 5));
+    let last = &page[0x2d0 + 20 * (usize::from(page[0x1e8]) - 1)..];
+    assert_eq!(
+        (qword(last, 0), qword(last, 8), dword(last, 16)),
+        (ONE_MIB, (MIB - 1) << 20, parameters::RAM)
+    );
     let mut signature = [0; 4];
     memory.read_slice(&mut signature, GuestAddress(BIOS)).unwrap();
     assert_eq!(&signature, b"_MP_");
 }
 
 #[test]
+fn each_kernel_gets_a_seed_of_its_own() {
+    let seed = || {
+        let (entry, memory) = Image::new().load("");
+        let mut data = [0; 0x50];
+        let at: u64 = memory.read_obj(GuestAddress(entry.unwrap().parameters + 0x250)).unwrap();
+        memory.read_slice(&mut data, GuestAddress(at)).unwrap();
+        assert_eq!((qword(&data, 0), dword(&data, 8), dword(&data, 12)), (0, 9, 64), "struct setup_data");
+        data
+    };
+    assert_ne!(seed(), seed());
+}
+
+#[test]
+fn addresses_are_physical_ones_at_first() {
+    let memory = crate::memory::create(MIB, None).unwrap();
+    let entry = enter_at(&memory, KERNEL).unwrap();
+    let next = |table: u64, index: u64| memory.read_obj::<u64>(GuestAddress(table + 8 * index)).unwrap();
+    let (top, last) =
+        (next(entry.page_tables, 0), |page| next(next(next(entry.page_tables, 0) & !3, 0) & !3, page));
+    assert_eq!(top & 3, 3);
+    assert_eq!((last(0), last(8), last(511)), (0x83, 16 << 20 | 0x83, 1022 << 20 | 0x83));
+    assert_eq!(next(entry.gdt, 2) >> 40 & 0xff, 0x9b, "code");
+}
+
+#[test]
 fn memory_above_the_hole_is_in_the_map() {
     let map = memory_map(4096);
-    assert!(map.contains(&(ONE_MIB, crate::memory::HOLE - ONE_MIB, MEMORY_RAM)));
-    assert!(map.contains(&(crate::memory::HIGH, 1 << 30, MEMORY_RAM)));
+    assert!(map.contains(&(ONE_MIB, crate::memory::HOLE - ONE_MIB, parameters::RAM)));
+    assert!(map.contains(&(crate::memory::HIGH, 1 << 30, parameters::RAM)));
 }
 
 #[test]
@@ -97,7 +119,6 @@ fn other_files_are_named_for_what_they_are_not() {
     assert!(Image { bytes: b"MZ".repeat(4096) }.error().contains(text));
     assert!(Image::new().put(4, &[1]).error().contains(text), "32 bit");
     assert!(Image::new().put(18, &183u16.to_le_bytes()).error().contains(text), "Arm");
-    assert!(Image::new().put(NOTES + 28, &[17]).error().contains("CONFIG_PVH"));
 }
 
 #[test]
@@ -132,21 +153,6 @@ fn hostile_segments_are_refused() {
     ] {
         let error = Image::new().segment(0, elf::LOAD, segment).error();
         assert!(error.contains(text), "{error}");
-    }
-}
-
-#[test]
-fn hostile_notes_hold_no_entry() {
-    let max = u32::MAX.to_le_bytes();
-    for notes in [
-        vec![],
-        vec![0; 11],
-        [max, max, max].concat(),
-        [4u32.to_le_bytes(), max, 18u32.to_le_bytes(), *b"Xen\0"].concat(),
-        [max, 4u32.to_le_bytes(), 18u32.to_le_bytes(), *b"Xen\0"].concat(),
-        [4u32.to_le_bytes(), 3u32.to_le_bytes(), 18u32.to_le_bytes(), *b"Xen\0", [0; 4]].concat(),
-    ] {
-        assert_eq!(pvh_entry(&notes), None, "{notes:x?}");
     }
 }
 

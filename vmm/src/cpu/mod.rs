@@ -3,11 +3,11 @@
 mod cpuid;
 mod state;
 
-use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{CpuId, Msrs, kvm_dtable, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno;
 
-use crate::boot::Entry;
+use crate::boot::{Entry, GDT_ENTRIES};
 
 pub use cpuid::Topology;
 pub use state::CpuState;
@@ -24,8 +24,12 @@ const MISC_ENABLE_FAST_STRING: u64 = 1;
 /// Memory is write-back unless the page tables say otherwise. Linux turns PAT off when it finds MTRRs disabled.
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 
-/// Protected mode.
+/// Protected mode, paging, with physical addresses of more than 32 bits, in long mode.
 const CR0_PE: u64 = 1;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
 /// The one bit of EFLAGS that is always set.
 const EFLAGS_RESERVED: u64 = 2;
 
@@ -74,18 +78,14 @@ pub fn set_up(fd: &VcpuFd, vcpu: u8, entry: Option<&Entry>) -> Result<(), Error>
     set_msrs(fd, vcpu)?;
     fd.set_fpu(&kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }).map_err(call("KVM_SET_FPU"))?;
 
-    let mut lapic = fd.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
-    connect_local_interrupts(&mut lapic);
-    fd.set_lapic(&lapic).map_err(call("KVM_SET_LAPIC"))?;
-
     if let Some(entry) = entry {
         let mut sregs = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
-        flat_protected_mode(&mut sregs);
+        long_mode(&mut sregs, entry);
         fd.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))?;
         let regs = kvm_regs {
             rflags: EFLAGS_RESERVED,
             rip: entry.address,
-            rbx: entry.start_info,
+            rsi: entry.parameters,
             ..Default::default()
         };
         fd.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
@@ -108,42 +108,27 @@ fn set_msrs(fd: &VcpuFd, vcpu: u8) -> Result<(), Error> {
     }
 }
 
-/// The local interrupt pins as a PC's BIOS leaves them, and as the MP table says: the 8259s on LINT0, NMI on
-/// LINT1.
-fn connect_local_interrupts(lapic: &mut kvm_lapic_state) {
-    const LVT_LINT0: usize = 0x350;
-    const LVT_LINT1: usize = 0x360;
-    const DELIVERY_MODE: u32 = 7 << 8;
-    for (offset, mode) in [(LVT_LINT0, 7 << 8), (LVT_LINT1, 4 << 8)] {
-        let register = &mut lapic.regs[offset..offset + 4];
-        let old = register.iter().rev().fold(0u32, |value, byte| value << 8 | u32::from(*byte as u8));
-        let new = old & !DELIVERY_MODE | mode;
-        for (byte, value) in register.iter_mut().zip(new.to_le_bytes()) {
-            *byte = value as std::os::raw::c_char;
-        }
-    }
-}
-
-/// The state that a PVH kernel is entered in: xen/include/public/arch-x86/hvm/start_info.h.
-fn flat_protected_mode(sregs: &mut kvm_sregs) {
-    let segment = |selector, type_, s, base, limit, db, g| kvm_segment {
-        base,
-        limit,
+/// The state that a kernel is entered in (Documentation/arch/x86/boot.rst, 64-bit boot protocol): the segments are those
+/// of [`GDT_ENTRIES`].
+fn long_mode(sregs: &mut kvm_sregs, entry: &Entry) {
+    let segment = |selector, type_, db, l| kvm_segment {
+        limit: 0xffff_ffff,
         selector,
         type_,
         present: 1,
-        dpl: 0,
         db,
-        s,
-        l: 0,
-        g,
+        s: 1,
+        l,
+        g: 1,
         ..Default::default()
     };
-    let data = segment(0x10, 3, 1, 0, 0xffff_ffff, 1, 1);
-    sregs.cs = segment(0x08, 11, 1, 0, 0xffff_ffff, 1, 1);
+    let data = segment(0x18, 3, 1, 0);
+    sregs.cs = segment(0x10, 11, 0, 1);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = segment(0x18, 11, 0, 0, 0x67, 0, 0);
-    sregs.cr0 = CR0_PE;
-    sregs.cr4 = 0;
-    sregs.efer = 0;
+    sregs.gdt =
+        kvm_dtable { base: entry.gdt, limit: (size_of_val(&GDT_ENTRIES) - 1) as u16, ..Default::default() };
+    sregs.cr0 = CR0_PE | CR0_PG;
+    sregs.cr3 = entry.page_tables;
+    sregs.cr4 = CR4_PAE;
+    sregs.efer = EFER_LME | EFER_LMA;
 }

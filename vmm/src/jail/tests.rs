@@ -66,7 +66,7 @@ fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
     let (done, say_done) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let announced = tell.try_clone().unwrap();
     let announce = move |pid: i32| write!(&announced, "{pid}:");
-    match enter(&directory, announce).unwrap() {
+    match enter(&directory, None, announce).unwrap() {
         Side::Outside => {
             mount(none, &later, Some("tmpfs"), MsFlags::empty(), none).unwrap();
             fs::write(later.join("hello"), "from outside").unwrap();
@@ -134,6 +134,18 @@ fn files_can_be_opened_anew_without_a_proc() {
         let mut text = String::new();
         File::from(opened.map_err(|error| error.to_string())?).read_to_string(&mut text).unwrap();
         same("content", text, "here".to_owned())
+    });
+    assert_eq!(findings.unwrap_or_default(), "");
+}
+
+#[test]
+fn descriptors_have_room_before_there_are_threads() {
+    let findings = in_jail(|room| {
+        let status = nix::fcntl::openat(&room.proc_self_fd, "../status", OFlag::O_RDONLY, Mode::empty());
+        let mut text = String::new();
+        File::from(status.map_err(|error| error.to_string())?).read_to_string(&mut text).unwrap();
+        let size = text.lines().find_map(|line| line.strip_prefix("FDSize:")).map(str::trim);
+        same("size of the table", size, Some("512"))
     });
     assert_eq!(findings.unwrap_or_default(), "");
 }

@@ -58,7 +58,7 @@ const ROUTE: u64 = 0x4008_ae6a;
 const VCPU_IOCTLS: &[u64] = &[0xae80, 0x8090_ae81, INTERRUPT, ROUTE, 0x4008_af30];
 
 /// The state of a vCPU: KVM_GET_REGS, SREGS, MSRS, LAPIC, XSAVE, MP_STATE, VCPU_EVENTS, DEBUGREGS, XCRS, TSC_KHZ, and
-/// KVM_SET_MSRS; of the VM: KVM_GET_IRQCHIP, PIT2, CLOCK.
+/// KVM_SET_MSRS; of the VM: KVM_GET_CLOCK.
 const TEMPLATE_IOCTLS: &[u64] = &[
     0x8090_ae81,
     0x8138_ae83,
@@ -71,8 +71,6 @@ const TEMPLATE_IOCTLS: &[u64] = &[
     0x8188_aea6,
     0xaea3,
     0x4008_ae89,
-    0xc208_ae62,
-    0x8070_ae9f,
     0x8030_ae7c,
 ];
 /// What is written to the template's file, which pages there are, how it is told, and the filter that follows.

@@ -12,7 +12,6 @@ use sha2::{Digest, Sha256};
 use vm_memory::{Bytes, GuestMemory as _};
 
 use super::{Error, MAGIC, PAGE, State, failed, locate, program};
-use crate::chips::Chips;
 use crate::cpu::CpuState;
 use crate::memory::{GuestMemory, ranges};
 use crate::pci::VirtioPci;
@@ -65,7 +64,7 @@ impl Maker {
             shape: self.shape.clone(),
             extents: Vec::new(),
             cpu: CpuState::take(vcpu, &self.msr_indices)?,
-            chips: Chips::take(&self.vm)?,
+            clock: crate::kvm::clock(&self.vm)?,
             functions: self.functions.iter().map(|function| function.save()).collect(),
         };
         state.extents = self.write_memory().map_err(failed("write memory"))?;

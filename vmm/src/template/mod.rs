@@ -17,7 +17,6 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use vm_memory::{GuestAddress, GuestMemory as _};
 
-use crate::chips::Chips;
 use crate::cpu::CpuState;
 use crate::memory::{GuestMemory, ranges};
 use crate::pci::FunctionState;
@@ -55,7 +54,7 @@ pub enum Error {
     /// The state of a vCPU.
     #[error(transparent)]
     Cpu(#[from] crate::cpu::Error),
-    /// The state of what is in the kernel.
+    /// The clock.
     #[error(transparent)]
     Kvm(#[from] crate::kvm::Error),
     /// It cannot be written down.
@@ -74,8 +73,8 @@ pub struct State {
     shape: Shape,
     /// Start and length of what the file has of the memory, in whole pages.
     extents: Vec<(u64, u64)>,
-    /// What is in the kernel.
-    pub chips: Chips,
+    /// Nanoseconds of kvm-clock.
+    pub clock: u64,
     /// The first vCPU; the others have not run.
     pub cpu: CpuState,
     /// The devices in their order on the bus.

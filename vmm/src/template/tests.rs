@@ -1,7 +1,7 @@
 //! A machine without devices on the real KVM: a template of it, and those that go on from there.
 
 use super::*;
-use crate::boot::Entry;
+use crate::boot;
 use crate::bus::Bus;
 use crate::console_ring::ConsoleRing;
 use crate::cpu::{self, Topology};
@@ -77,10 +77,11 @@ fn make() -> Option<(File, String)> {
     // mov eax,0x80000040; mov dx,0xcf8; out dx,eax; mov dx,0xcfc; mov al,1; out dx,al;
     // inc byte [COUNTER]; mov al,[COUNTER]; mov dx,0x3f8; out dx,al; mov al,0xfe; out 0x64,al; hlt
     let code = b"\xb8\x40\x00\x00\x80\x66\xba\xf8\x0c\xef\x66\xba\xfc\x0c\xb0\x01\xee\
-        \xfe\x05\x00\x00\x20\x00\xa0\x00\x00\x20\x00\x66\xba\xf8\x03\xee\xb0\xfe\xe6\x64\xf4";
+        \xfe\x04\x25\x00\x00\x20\x00\x8a\x04\x25\x00\x00\x20\x00\x66\xba\xf8\x03\xee\xb0\xfe\xe6\x64\xf4";
     bench.memory.write_slice(code, GuestAddress(CODE)).unwrap();
     bench.memory.write_slice(b"A", GuestAddress(COUNTER)).unwrap();
-    cpu::set_up(&bench.vcpu.fd, 0, Some(&Entry { address: CODE, start_info: 0 })).unwrap();
+    let entry = boot::enter_at(&bench.memory, CODE).unwrap();
+    cpu::set_up(&bench.vcpu.fd, 0, Some(&entry)).unwrap();
     let file = TempFile::new().unwrap().into_file();
     let (sender, made) = mpsc::channel();
     bench.vcpu.maker = Some(Maker {
@@ -108,7 +109,7 @@ fn go_on(file: &File) -> String {
     let mut bench = bench().unwrap();
     let state = State::read(file, &shape()).unwrap();
     state.map_memory(file, &bench.memory).unwrap();
-    state.chips.give(&bench.vm.fd()).unwrap();
+    bench.vm.set_clock(state.clock).unwrap();
     state.cpu.give(&bench.vcpu.fd).unwrap();
     assert_eq!(bench.vcpu.run(), None);
     assert_eq!(bench.end.reached(), Some(Ended::Reset));
@@ -122,9 +123,9 @@ fn machines_go_on_from_a_template_and_know_nothing_of_each_other() {
     for _ in 0..2 {
         assert_eq!(go_on(&file), "B");
     }
-    // Three pages: code, counter, and what KVM wrote into none of them.
+    // GDT and page tables, code, counter, and what KVM wrote into none of them.
     let state = State::read(&file, &shape()).unwrap();
-    assert_eq!(state.extents, [(CODE, PAGE), (COUNTER, PAGE)]);
+    assert_eq!(state.extents, [(0x6000, 6 * PAGE), (CODE, PAGE), (COUNTER, PAGE)]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A few instructions on the real KVM, entered as a kernel is.
 
 use super::*;
-use crate::boot::Entry;
+use crate::boot;
 use crate::bus::BusDevice;
 use crate::console_ring::ConsoleRing;
 use crate::cpu::{self, Topology};
@@ -16,8 +16,8 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 const CODE: u64 = 0x10_0000;
-const NOBODY: u64 = 0xe100_0000;
-const DOORBELL: u64 = 0xe200_0000;
+const NOBODY: u64 = 0x3100_0000;
+const DOORBELL: u64 = 0x3200_0000;
 
 struct Bench {
     vcpu: Vcpu,
@@ -62,7 +62,7 @@ fn bench(code: &[u8]) -> Option<Bench> {
     crate::kvm::add_doorbells(&vm.fd(), &[Doorbell { address: DOORBELL, event: doorbell.clone() }]).unwrap();
 
     let fd = vm.create_vcpu(0).unwrap();
-    let entry = Entry { address: CODE, start_info: 0x6000 };
+    let entry = boot::enter_at(&memory, CODE).unwrap();
     let topology = Topology { vcpus: 1, tsc_deadline: vm.tsc_deadline };
     cpu::identify(&fd, 0, &vm.cpuid, &topology).unwrap();
     cpu::set_up(&fd, 0, Some(&entry)).unwrap();
@@ -91,28 +91,30 @@ fn a_guest_prints_and_resets() {
 
 #[test]
 fn a_triple_fault_is_told_as_one() {
-    // lidt [0 limit at 0x600]; ud2
-    let code = b"\x0f\x01\x1d\x00\x06\x00\x00\x0f\x0b";
+    // lidt [0 limit at 0x500]; ud2
+    let code = b"\x0f\x01\x1c\x25\x00\x05\x00\x00\x0f\x0b";
     let Some(mut bench) = bench(code) else { return };
     assert_eq!(bench.vcpu.run(), Some(Ended::TripleFault));
 }
 
 #[test]
 fn the_entry_is_a_kernels() {
-    // mov [NOBODY],ebx; mov eax,cr0; mov [NOBODY],eax; reset
-    let code = b"\x89\x1d\x00\x00\x00\xe1\x0f\x20\xc0\xa3\x00\x00\x00\xe1\xb0\xfe\xe6\x64";
+    // mov [NOBODY],esi; mov rax,cr0; mov [NOBODY],eax; mov eax,cs; mov [NOBODY],eax; reset
+    let code = b"\x89\x34\x25\x00\x00\x00\x31\x0f\x20\xc0\x89\x04\x25\x00\x00\x00\x31\
+        \x8c\xc8\x89\x04\x25\x00\x00\x00\x31\xb0\xfe\xe6\x64";
     let Some(mut bench) = bench(code) else { return };
     assert_eq!(bench.vcpu.run(), None);
     let written = lock(&bench.register.0).clone();
-    assert_eq!(written[..4], 0x6000u32.to_le_bytes());
-    assert_eq!(written[4] & 1, 1, "protected mode");
-    assert_eq!(written[7] & 0x80, 0, "no paging");
+    assert_eq!(written[..4], 0x7000u32.to_le_bytes());
+    assert_eq!((written[4] & 1, written[7] & 0x80), (1, 0x80), "protected mode with paging");
+    assert_eq!(written[8], 0x10);
 }
 
 #[test]
 fn a_read_of_an_address_is_answered_and_a_doorbell_rings() {
     // mov eax,[NOBODY]; mov dx,0x3f8; out dx,al; mov [DOORBELL],ax; reset
-    let code = b"\xa1\x00\x00\x00\xe1\x66\xba\xf8\x03\xee\x66\xa3\x00\x00\x00\xe2\xb0\xfe\xe6\x64";
+    let code = b"\x8b\x04\x25\x00\x00\x00\x31\x66\xba\xf8\x03\xee\
+        \x66\x89\x04\x25\x00\x00\x00\x32\xb0\xfe\xe6\x64";
     let Some(mut bench) = bench(code) else { return };
     assert_eq!(bench.vcpu.run(), None);
     assert_eq!(bench.console.tail(), "A");
