@@ -4,14 +4,17 @@ use std::convert::Infallible;
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use katana_protocol::bridge;
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+use crate::rehearsal::rehearse;
 use crate::{cgroup, console};
 
 /// Why the guest cannot serve. One line for the console.
@@ -134,9 +137,16 @@ fn raise_loopback() -> io::Result<()> {
 /// here. What runs after this may run in any of them, at a later time.
 pub fn ready() {
     const HOST_BRIDGE: &str = "/sys/bus/pci/devices/0000:00:00.0/config";
-    const READY: u64 = 0x40;
-    let bridge = fs::OpenOptions::new().write(true).open(HOST_BRIDGE);
-    let told = bridge.and_then(|bridge| std::os::unix::fs::FileExt::write_at(&bridge, &[1], READY));
+    let told = fs::OpenOptions::new().read(true).write(true).open(HOST_BRIDGE).and_then(|host_bridge| {
+        let mut wanted = [0];
+        host_bridge.read_exact_at(&mut wanted, bridge::REGISTER)?;
+        if wanted == [bridge::WANTED]
+            && let Err(error) = rehearse(&host_bridge)
+        {
+            log::warn!("rehearsal: {error}");
+        }
+        host_bridge.write_all_at(&[bridge::READY], bridge::REGISTER)
+    });
     if let Err(error) = told {
         log::warn!("{HOST_BRIDGE}: {error}: no template can be made of this guest");
     }

@@ -130,8 +130,13 @@ const KIND: u8 = 2;
 const WANTED: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
-const SCRATCH: u8 = 6;
+/// What of the asked access a rule has refused before another allowed it.
+const REFUSED: u8 = 6;
+const DIFFERENCE: u8 = 7;
+const SCRATCH: u8 = 8;
 
+/// All rules from the last to the first, without a single jump: the kernel follows each way through a program before it
+/// takes it, and with a jump for each condition, that was a good part of a container's start.
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
     // struct bpf_cgroup_dev_ctx: access << 16 | type, major, minor.
     let mut program = vec![
@@ -141,46 +146,56 @@ fn compile(rules: &[Rule]) -> Vec<Instruction> {
         op(SHIFT_RIGHT, WANTED, 0, 0, 16),
         op(LOAD_WORD, MAJOR, CONTEXT, 4, 0),
         op(LOAD_WORD, MINOR, CONTEXT, 8, 0),
+        op(MOVE, REFUSED, 0, 0, 0),
     ];
     for rule in rules.iter().rev() {
-        compile_rule(rule, &mut program);
-        // The kernel refuses instructions that nothing reaches.
-        if rule.kind.is_none() {
-            return program;
-        }
+        let Some(kind) = rule.kind else {
+            // It speaks of everything: those before it have nothing left to say.
+            if rule.allow {
+                program.push(op(MOVE, WANTED, 0, 0, 0));
+            }
+            break;
+        };
+        compile_rule(rule, kind, &mut program);
     }
-    program.extend(answer(false));
+    // Allowed if nothing is wanted any more, and nothing was refused.
+    program.push(op(OR_REGISTER, WANTED, REFUSED, 0, 0));
+    program.push(op(MOVE_REGISTER, ANSWER, WANTED, 0, 0));
+    is_not_zero(ANSWER, &mut program);
+    program.push(op(XOR, ANSWER, 0, 0, 1));
+    program.push(op(EXIT, 0, 0, 0, 0));
     program
 }
 
-fn answer(allow: bool) -> [Instruction; 2] {
-    [op(MOVE, ANSWER, 0, 0, i32::from(allow)), op(EXIT, 0, 0, 0, 0)]
+fn compile_rule(rule: &Rule, kind: Kind, program: &mut Vec<Instruction>) {
+    program.push(op(MOVE_REGISTER, DIFFERENCE, KIND, 0, 0));
+    program.push(op(XOR, DIFFERENCE, 0, 0, kind as i32));
+    for (register, value) in [(MAJOR, rule.major), (MINOR, rule.minor)] {
+        let Some(value) = value else { continue };
+        program.push(op(MOVE_REGISTER, SCRATCH, register, 0, 0));
+        program.push(op(XOR, SCRATCH, 0, 0, value));
+        program.push(op(OR_REGISTER, DIFFERENCE, SCRATCH, 0, 0));
+    }
+    is_not_zero(DIFFERENCE, program);
+    // One if the rule speaks of this device, then the access that it speaks of. (With all ones and AND, newer kernels
+    // follow both cases.)
+    program.push(op(XOR, DIFFERENCE, 0, 0, 1));
+    program.push(op(MULTIPLY, DIFFERENCE, 0, 0, rule.access.cast_signed()));
+    if rule.allow {
+        program.push(op(XOR, DIFFERENCE, 0, 0, -1));
+        program.push(op(AND_REGISTER, WANTED, DIFFERENCE, 0, 0));
+    } else {
+        program.push(op(AND_REGISTER, DIFFERENCE, WANTED, 0, 0));
+        program.push(op(OR_REGISTER, REFUSED, DIFFERENCE, 0, 0));
+    }
 }
 
-fn compile_rule(rule: &Rule, program: &mut Vec<Instruction>) {
-    if rule.kind.is_none() {
-        program.extend(answer(rule.allow));
-        return;
-    }
-    let mut body = Vec::new();
-    let access = rule.access.cast_signed();
-    if rule.allow {
-        body.push(op(AND, WANTED, 0, 0, !access));
-        body.push(op(JUMP_NOT_EQUAL, WANTED, 0, 2, 0));
-    } else {
-        body.push(op(MOVE_REGISTER, SCRATCH, WANTED, 0, 0));
-        body.push(op(AND, SCRATCH, 0, 0, access));
-        body.push(op(JUMP_EQUAL, SCRATCH, 0, 2, 0));
-    }
-    body.extend(answer(rule.allow));
-    let conditions = [(KIND, rule.kind.map(|kind| kind as i32)), (MAJOR, rule.major), (MINOR, rule.minor)];
-    let conditions: Vec<(u8, i32)> =
-        conditions.into_iter().filter_map(|(r, value)| Some((r, value?))).collect();
-    for (index, (register, value)) in conditions.iter().enumerate() {
-        let rest = conditions.len() - index - 1 + body.len();
-        program.push(op(JUMP_NOT_EQUAL, *register, 0, i16::try_from(rest).unwrap_or(i16::MAX), *value));
-    }
-    program.append(&mut body);
+/// Makes any number but zero a one: of a number and its opposite, one has the highest bit.
+fn is_not_zero(register: u8, program: &mut Vec<Instruction>) {
+    program.push(op(MOVE_REGISTER, SCRATCH, register, 0, 0));
+    program.push(op(NEGATE, SCRATCH, 0, 0, 0));
+    program.push(op(OR_REGISTER, register, SCRATCH, 0, 0));
+    program.push(op(SHIFT_RIGHT, register, 0, 0, 63));
 }
 
 const BPF_PROG_ATTACH: libc::c_long = 8;
@@ -225,34 +240,20 @@ mod tests {
             let (destination, source) = (usize::from(names & 15), usize::from(names >> 4));
             let value = i64::from(immediate).cast_unsigned();
             at += 1;
-            let jump = match code {
-                LOAD_WORD => {
-                    registers[destination] = context[offset as usize / 4];
-                    false
-                }
-                AND => {
-                    registers[destination] &= value;
-                    false
-                }
-                SHIFT_RIGHT => {
-                    registers[destination] >>= value;
-                    false
-                }
-                MOVE => {
-                    registers[destination] = value;
-                    false
-                }
-                MOVE_REGISTER => {
-                    registers[destination] = registers[source];
-                    false
-                }
-                JUMP_EQUAL => registers[destination] == value,
-                JUMP_NOT_EQUAL => registers[destination] != value,
+            let to = &mut registers[destination];
+            match code {
+                LOAD_WORD => *to = context[offset as usize / 4],
+                MULTIPLY => *to = to.wrapping_mul(value),
+                AND => *to &= value,
+                XOR => *to ^= value,
+                SHIFT_RIGHT => *to >>= value,
+                MOVE => *to = value,
+                NEGATE => *to = to.wrapping_neg(),
+                MOVE_REGISTER => registers[destination] = registers[source],
+                AND_REGISTER => registers[destination] &= registers[source],
+                OR_REGISTER => registers[destination] |= registers[source],
                 EXIT => return registers[0] == 1,
                 other => panic!("unknown instruction {other:#x}"),
-            };
-            if jump {
-                at += offset as usize;
             }
         }
     }

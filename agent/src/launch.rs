@@ -16,6 +16,7 @@ use oci_spec::runtime::LinuxIdMapping;
 use tokio::sync::oneshot;
 
 use crate::init::control::{Failure, Order, Report, Task};
+use crate::read_ahead::SmallPieces;
 use crate::reaper::{ExitStatus, Launch};
 use crate::streams::Stream;
 use crate::syscalls::open_process;
@@ -72,7 +73,10 @@ pub struct Launched {
 
 /// A container's first process waits here for its start.
 #[derive(Debug)]
-pub struct Gate(Stream);
+pub struct Gate {
+    socket: Stream,
+    small: bool,
+}
 
 /// Processes that were started ahead, before anybody waits for them: this program, waiting for its task. Those of a template
 /// are there in every guest that comes from it.
@@ -138,7 +142,8 @@ pub async fn launch(
     let Spare { socket: ours, pid, pidfd } = spares.take()?;
     hand_over(&ours, task, container, stdio)?;
     let socket = Stream::new(ours).map_err(agent("watch the socket"))?;
-    let mut process = Starting { pid, pidfd, ended: launch.watch(pid), parent_ended: None, terminal: None };
+    let mut process =
+        Starting { pid, pidfd, ended: launch.watch(pid), parent_ended: None, terminal: None, small: false };
     let at_gate = loop {
         match receive(&socket).await? {
             Some((Report::Failed(failure), _)) => {
@@ -156,8 +161,8 @@ pub async fn launch(
         }
     };
     process.collect_parent().await;
-    let Starting { pid, pidfd, ended, terminal, .. } = process;
-    let gate = if at_gate { Some(Gate(socket)) } else { None };
+    let Starting { pid, pidfd, ended, terminal, small, .. } = process;
+    let gate = at_gate.then_some(Gate { socket, small });
     Ok(Launched { pid, pidfd, ended, terminal, gate })
 }
 
@@ -168,6 +173,8 @@ struct Starting {
     /// Of the process that forked this one.
     parent_ended: Option<oneshot::Receiver<ExitStatus>>,
     terminal: Option<OwnedFd>,
+    /// Whether its program is a small one.
+    small: bool,
 }
 
 impl Starting {
@@ -193,7 +200,10 @@ impl Starting {
                 self.parent_ended = Some(std::mem::replace(&mut self.ended, launch.watch(self.pid)));
             }
             Report::Terminal => self.terminal = fds.next(),
-            Report::Ready => return Ok(true),
+            Report::Ready { small } => {
+                self.small = small;
+                return Ok(true);
+            }
         }
         Ok(false)
     }
@@ -255,13 +265,14 @@ async fn receive(socket: &Stream) -> Result<Option<(Report, Vec<OwnedFd>)>, Erro
 impl Gate {
     /// Starts the container's program. Ends when it runs.
     pub async fn open(self) -> Result<(), Error> {
-        match vmm::send(&self.0, &Order::Run, &[]) {
+        let _until_it_runs = self.small.then(SmallPieces::new);
+        match vmm::send(&self.socket, &Order::Run, &[]) {
             Err(vmm::Error::Socket(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
                 return Err(Error::Died);
             }
             other => other?,
         }
-        match receive(&self.0).await? {
+        match receive(&self.socket).await? {
             None => Ok(()),
             Some((Report::Failed(failure), _)) => Err(failure.into()),
             Some(_) => Err(Error::Died),

@@ -27,7 +27,12 @@ pub mod code {
     pub const STORE_WORD: u8 = 0x62;
     pub const LOAD_IMMEDIATE: u8 = 0x18;
     pub const ADD: u8 = 0x07;
+    pub const MULTIPLY: u8 = 0x27;
     pub const AND: u8 = 0x57;
+    pub const AND_REGISTER: u8 = 0x5f;
+    pub const OR_REGISTER: u8 = 0x4f;
+    pub const XOR: u8 = 0xa7;
+    pub const NEGATE: u8 = 0x87;
     pub const SHIFT_RIGHT: u8 = 0x77;
     pub const MOVE: u8 = 0xb7;
     pub const MOVE_REGISTER: u8 = 0xbf;

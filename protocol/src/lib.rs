@@ -21,6 +21,21 @@ pub mod bpf;
 pub mod netlink;
 pub mod vmm;
 
+/// By which guest and VMM agree on a template: a byte of the host bridge's configuration space.
+pub mod bridge {
+    /// Where it is: the first byte that is the device's own.
+    pub const REGISTER: u64 = 0x40;
+    /// Read: a template is to be made of this guest.
+    pub const WANTED: u8 = 1;
+    /// Written: other guests may go on from here.
+    pub const READY: u8 = 1;
+    /// Written: the guest's clocks may go on by [`SKIPPED`] at once.
+    pub const LATER: u8 = 2;
+    /// Seconds. Longer than what the guest's kernel puts off for a while, the report of its free pages above all
+    /// (PAGE_REPORTING_DELAY).
+    pub const SKIPPED: u64 = 3;
+}
+
 /// The vsock port on the host to which the agent connects as soon as it can serve [`agent::Agent`].
 pub const AGENT_PORT: u32 = 1024;
 /// The vsock port in the guest on which an agent with the debug console listens for a shell session.

@@ -23,7 +23,7 @@ pub const MOST_NET_PAIRS: usize = 8;
 pub struct Machine {
     /// vCPUs on line after boot, at least 1.
     pub vcpus: u8,
-    /// vCPUs that there are; the guest can bring the others on line.
+    /// vCPUs that there can be; see [`Request::AddVcpus`].
     pub max_vcpus: u8,
     /// Guest memory in MiB.
     pub memory_mib: u64,
@@ -80,6 +80,11 @@ pub enum Request {
     PlugMemory {
         /// In MiB.
         mib: u64,
+    },
+    /// Makes vCPUs until there are so many, which the guest can then bring on line. Answered by [`Event::Done`].
+    AddVcpus {
+        /// At most as many as the machine can have.
+        count: u8,
     },
     /// Gives a disk to a slot, in which the guest then finds it if it looks. Descriptor: the disk or image file. Answered by
     /// [`Event::Done`].
@@ -143,7 +148,7 @@ pub enum Event {
         /// Its id in the VMM's pid namespace.
         thread: i32,
     },
-    /// The answer to a request to attach or detach, or about a thread: an error text if it failed.
+    /// The answer to a request to attach or detach, or about a thread or vCPUs: an error text if it failed.
     Done(Option<String>),
     /// The template has been made; or why it has not, or is of no use to go on from. The VM runs in any case.
     TemplateMade(Option<String>),

@@ -5,14 +5,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::ForwardRequest;
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
     TaskStart,
 };
 use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::topics;
-use protobuf::MessageFull;
+use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::{Notify, watch};
@@ -26,14 +28,38 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Longest pause between two attempts to reach containerd.
 const PAUSE: Duration = Duration::from_secs(2);
 
+/// A message that is packed with the name of its type.
+///
+/// The message's own descriptor would tell that name as well, but makes the descriptors of every file that its own
+/// imports first: half a MiB for the rest of the shim's life.
+pub trait Named: Message {
+    /// The full name.
+    const TYPE: &'static str;
+}
+
+impl Named for Metrics {
+    const TYPE: &'static str = "io.containerd.cgroups.v2.Metrics";
+}
+
+impl Named for ProcessDetails {
+    const TYPE: &'static str = "containerd.runc.v1.ProcessDetails";
+}
+
 /// An event's topic.
-pub trait Topic: MessageFull {
+pub trait Topic: Named {
     /// As containerd's own shims publish it.
     const TOPIC: &'static str;
 }
 
 macro_rules! topics {
-    ($($event:ty => $topic:ident),*) => { $(impl Topic for $event { const TOPIC: &'static str = topics::$topic; })* };
+    ($($event:ident => $topic:ident),*) => { $(
+        impl Named for $event {
+            const TYPE: &'static str = concat!("containerd.events.", stringify!($event));
+        }
+        impl Topic for $event {
+            const TOPIC: &'static str = topics::$topic;
+        }
+    )* };
 }
 
 topics! {
@@ -166,9 +192,9 @@ fn connect(address: &str) -> std::io::Result<EventsClient> {
 }
 
 /// As containerd's typeurl packs it: the bare name of the message's type.
-pub fn any<M: MessageFull>(message: &M) -> Any {
+pub fn any<M: Named>(message: &M) -> Any {
     Any {
-        type_url: M::descriptor().full_name().to_owned(),
+        type_url: M::TYPE.to_owned(),
         value: message.write_to_bytes().unwrap_or_default(),
         ..Default::default()
     }

@@ -225,6 +225,7 @@ impl Sandbox {
         log::debug!("timeline: agent connected");
         if let Some(vcpus) = vcpus {
             // Before the cards are found: their driver uses as many pairs of queues as there are CPUs then.
+            self.vmm.add_vcpus(vcpus).await?;
             agent.set_cpus(vcpus).await?;
         }
         agent.create_sandbox(hostname, shm_bytes, network.clone()).await?;
@@ -316,6 +317,9 @@ impl Sandbox {
         let wanted = self.bounds.size(limits);
         let mut size = self.size.lock().await;
         if size.vcpus != wanted.vcpus {
+            if size.vcpus < wanted.vcpus {
+                self.vmm.add_vcpus(wanted.vcpus).await?;
+            }
             self.agent().await?.set_cpus(wanted.vcpus).await?;
             size.vcpus = wanted.vcpus;
         }

@@ -34,7 +34,7 @@ const TAIL: usize = 10;
 pub struct Vmm {
     control: Arc<AsyncFd<OwnedFd>>,
     /// The answers to requests to attach and to park; whoever has asked takes the next one.
-    answers: tokio::sync::Mutex<mpsc::UnboundedReceiver<Answer>>,
+    answers: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Answer>>>,
     processes: watch::Receiver<Vec<ProcessId>>,
     running: watch::Receiver<bool>,
     plugged: watch::Receiver<u64>,
@@ -167,7 +167,16 @@ impl Vmm {
             ports.close();
             end.send_replace(Some(Arc::new(told)));
         });
-        Ok(Self { control, answers: answers.into(), processes, running, plugged, template, killed, ended })
+        Ok(Self {
+            control,
+            answers: Arc::new(answers.into()),
+            processes,
+            running,
+            plugged,
+            template,
+            killed,
+            ended,
+        })
     }
 
     /// Tells the VMM to boot a machine.
@@ -192,9 +201,8 @@ impl Vmm {
         self.template.clone()
     }
 
-    /// Gives a tap's queues, and each a /dev/vhost-net to serve it or none, to a network slot. The VMM serves requests in their order, so it
-    /// need not run yet.
-    /// Must be awaited to the end: the next one would take this one's answer for its own.
+    /// Gives a tap's queues, and each a /dev/vhost-net to serve it or none, to a network slot. The VMM serves requests in
+    /// their order, so it need not run yet.
     pub async fn attach_net(
         &self,
         slot: u8,
@@ -204,24 +212,29 @@ impl Vmm {
     ) -> Result<()> {
         // A tap is gone when nobody holds it any more, which is to be the VMM's doing alone.
         let pairs = u8::try_from(taps.len()).unwrap_or(u8::MAX);
-        self.ask(&Request::AttachNet { slot, mac, pairs }, taps.into_iter().chain(vhosts).collect())
+        self.ask(Request::AttachNet { slot, mac, pairs }, taps.into_iter().chain(vhosts).collect())
             .await
             .map(drop)
     }
 
-    /// Gives a disk to a slot. Likewise to be awaited to the end.
+    /// Gives a disk to a slot.
     pub async fn attach_disk(&self, slot: u8, read_only: bool, disk: OwnedFd) -> Result<()> {
-        self.ask(&Request::AttachDisk { slot, read_only }, vec![disk]).await.map(drop)
+        self.ask(Request::AttachDisk { slot, read_only }, vec![disk]).await.map(drop)
     }
 
-    /// Takes the disk out of a slot. Likewise to be awaited to the end.
+    /// Takes the disk out of a slot.
     pub async fn detach_disk(&self, slot: u8) -> Result<()> {
-        self.ask(&Request::DetachDisk { slot }, Vec::new()).await.map(drop)
+        self.ask(Request::DetachDisk { slot }, Vec::new()).await.map(drop)
     }
 
-    /// Has the VMM make a thread that does nothing. Likewise to be awaited to the end.
+    /// Has the VMM make vCPUs until there are so many.
+    pub async fn add_vcpus(&self, count: u8) -> Result<()> {
+        self.ask(Request::AddVcpus { count }, Vec::new()).await.map(drop)
+    }
+
+    /// Has the VMM make a thread that does nothing.
     pub async fn park(&self) -> Result<Thread> {
-        let inner = self.ask(&Request::Park, Vec::new()).await?;
+        let inner = self.ask(Request::Park, Vec::new()).await?;
         let vmm = self.pid();
         // The VMM knows itself by other ids, and none of a process but its own is believed.
         let found =
@@ -229,30 +242,36 @@ impl Vmm {
         match found.await {
             Ok(pid) => Ok(Thread { pid, inner }),
             Err(e) => {
-                self.ask(&Request::Unpark { thread: inner }, Vec::new()).await?;
+                self.ask(Request::Unpark { thread: inner }, Vec::new()).await?;
                 Err(e)
             }
         }
     }
 
-    /// Ends such a thread. Likewise to be awaited to the end.
+    /// Ends such a thread.
     pub async fn unpark(&self, thread: Thread) -> Result<()> {
-        self.ask(&Request::Unpark { thread: thread.inner }, Vec::new()).await.map(drop)
+        self.ask(Request::Unpark { thread: thread.inner }, Vec::new()).await.map(drop)
     }
 
-    /// Passes descriptors on, which are closed here before the answer comes.
-    async fn ask(&self, request: &Request, fds: Vec<OwnedFd>) -> Result<i32> {
-        let mut answers = self.answers.lock().await;
-        let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        vmm::send(self.control.get_ref(), request, &borrowed)
-            .map_err(|e| Error::Unavailable(format!("kata-vmm: {e}")))?;
-        drop(borrowed);
-        drop(fds);
-        match answers.recv().await {
-            Some(Ok(thread)) => Ok(thread),
-            Some(Err(why)) => Err(Error::Host(format!("kata-vmm: {}", one_line(&why)))),
-            None => Err(Error::Unavailable(wait_end(&mut self.ended()).await.to_string())),
-        }
+    /// Passes descriptors on, which are closed here before the answer comes. On a task of its own: the answer is taken even
+    /// if nobody waits for it any more, so that the next one who asks does not take it for his.
+    async fn ask(&self, request: Request, fds: Vec<OwnedFd>) -> Result<i32> {
+        let (control, answers, mut ended) =
+            (Arc::clone(&self.control), Arc::clone(&self.answers), self.ended());
+        let asked = tokio::spawn(async move {
+            let mut answers = answers.lock().await;
+            let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            vmm::send(control.get_ref(), &request, &borrowed)
+                .map_err(|e| Error::Unavailable(format!("kata-vmm: {e}")))?;
+            drop(borrowed);
+            drop(fds);
+            match answers.recv().await {
+                Some(Ok(thread)) => Ok(thread),
+                Some(Err(why)) => Err(Error::Host(format!("kata-vmm: {}", one_line(&why)))),
+                None => Err(Error::Unavailable(wait_end(&mut ended).await.to_string())),
+            }
+        });
+        asked.await.map_err(|e| Error::Host(format!("kata-vmm: {e}")))?
     }
 
     /// The VMM's process on the host, the jailed one once it is known.

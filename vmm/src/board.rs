@@ -8,18 +8,21 @@ use kvm_ioctls::VcpuFd;
 
 use crate::boot;
 use crate::cpu::{self, Topology};
-use crate::kvm::Vm;
+use crate::kvm::{self, Vm};
 use crate::machine::{Error, Files};
 use crate::memory::{self, GuestMemory, Range};
 use crate::template::{self, State};
+use crate::vcpus::Maker;
 
 /// What every guest kernel is told: the image is its root (which appears a moment after its driver), the console is
 /// virtio's once it is there, a reset ends the VM, and the hardware need not be searched for what this machine does
-/// not have. Waiting for a grace period of RCU is what most of the time of making and removing mounts and cgroups goes to,
-/// so those who wait have it expedited, which costs an interrupt of the other vCPUs that are at work.
+/// not have. Those who wait for a grace period of RCU, which is most of the time that mounts and cgroups take, have it
+/// expedited: that costs an interrupt of the other vCPUs at work. Each entry of the large hash tables lies on a page of
+/// its own at first, so the tables have few pages.
 const KERNEL_PARAMETERS: &str = "console=hvc0 earlyprintk=ttyS0 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always \
-    rootwait=5 ro init=/sbin/init reboot=k panic=-1 pci=conf1 tsc=reliable cryptomgr.notests \
-    dummy.numdummies=0 rcupdate.rcu_expedited=1 memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+    rootwait=5 ro init=/sbin/init reboot=k panic=-1 pci=conf1 tsc=reliable cryptomgr.notests dummy.numdummies=0 \
+    rcupdate.rcu_expedited=1 dhash_entries=16384 ihash_entries=8192 \
+    memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
 /// Memory and vCPUs.
 pub struct Board {
@@ -31,8 +34,10 @@ pub struct Board {
     pub pluggable: Option<Range>,
     /// Address and size of the guest's image.
     pub image: Range,
-    /// The vCPUs by their numbers.
+    /// The first vCPUs, by their numbers.
     pub vcpus: Vec<VcpuFd>,
+    /// What makes the others.
+    pub maker: Maker,
 }
 
 impl Board {
@@ -52,13 +57,9 @@ impl Board {
         vm.add_read_only(image_address, &image)?;
 
         let topology = Topology { vcpus: shape.max_vcpus, tsc_deadline: vm.tsc_deadline };
-        let vcpu = |number| {
-            let fd = vm.create_vcpu(number)?;
-            cpu::identify(&fd, number, &vm.cpuid, &topology)?;
-            Ok(fd)
-        };
-        let vcpus = (0..shape.max_vcpus).map(vcpu).collect::<Result<_, Error>>()?;
-        Ok(Self { vm, memory, pluggable, image: (image_address, image.size()), vcpus })
+        let maker = Maker { vm: vm.fd(), cpuid: vm.cpuid.clone(), topology };
+        let vcpus = (0..shape.vcpus).map(|number| maker.make(number)).collect::<Result<_, _>>()?;
+        Ok(Self { vm, memory, pluggable, image: (image_address, image.size()), vcpus, maker })
     }
 
     /// Puts a kernel into it and the first vCPU before its entry.
@@ -81,7 +82,7 @@ impl Board {
     pub fn restore(&self, shape: &Shape, file: &File) -> Result<State, template::Error> {
         let state = State::read(file, shape)?;
         state.map_memory(file, &self.memory)?;
-        self.vm.set_clock(state.clock)?;
+        kvm::set_clock(&self.vm.fd(), state.clock)?;
         for (number, fd) in (0..).zip(&self.vcpus) {
             // The others follow the clock of the first one, which therefore comes first.
             if number == 0 { state.cpu.give(fd)? } else { cpu::set_up(fd, number, None)? }

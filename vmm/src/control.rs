@@ -14,6 +14,7 @@ use crate::end::{End, Ended};
 use crate::machine::{self, Slots};
 use crate::parked::{self, Parked};
 use crate::sync::lock;
+use crate::vcpus;
 use crate::virtio::{blk, net};
 
 /// How long a shim may leave its messages unread before they are lost: the guest's devices wait meanwhile.
@@ -99,6 +100,8 @@ enum Refused {
     Parked(#[from] parked::Error),
     #[error("thread {0}: does not stand for a container")]
     NoThread(i32),
+    #[error("there can be no more vCPUs")]
+    NoVcpus,
 }
 
 /// Serves requests on the event loop.
@@ -136,6 +139,20 @@ impl ControlService {
             },
             Request::Unpark { thread } => {
                 self.parked.remove(&thread).map(Parked::end).ok_or(Refused::NoThread(thread))
+            }
+            Request::AddVcpus { count } => {
+                let control = self.control.clone();
+                // The answer comes from the thread that makes them.
+                let tell = move |made: Result<(), vcpus::Error>| {
+                    if let Err(error) = control.tell(&Event::Done(made.err().map(|error| error.to_string())))
+                    {
+                        log::warn!("control socket: {error}");
+                    }
+                };
+                match self.slots.vcpus.send((count, Box::new(tell))) {
+                    Ok(()) => return Ok(()),
+                    Err(_) => Err(Refused::NoVcpus),
+                }
             }
             Request::PlugMemory { mib } => {
                 // The answer comes from the device, once the guest has followed.

@@ -123,14 +123,6 @@ impl Vm {
         Ok(list.as_slice().to_vec())
     }
 
-    /// Makes a vCPU; the first one has number 0.
-    ///
-    /// # Errors
-    /// When the host cannot.
-    pub fn create_vcpu(&self, number: u8) -> Result<VcpuFd, Error> {
-        self.fd.create_vcpu(u64::from(number)).map_err(call("KVM_CREATE_VCPU"))
-    }
-
     /// Puts the guest's memory into the machine.
     ///
     /// # Errors
@@ -170,19 +162,18 @@ impl Vm {
         Ok(())
     }
 
-    /// Has kvm-clock go on from `nanoseconds`.
-    ///
-    /// # Errors
-    /// When KVM does not take it.
-    pub fn set_clock(&self, nanoseconds: u64) -> Result<(), Error> {
-        let clock = kvm_clock_data { clock: nanoseconds, ..Default::default() };
-        self.fd.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))
-    }
-
     /// A new interrupt line for messages.
     pub fn message_line(&self) -> Box<dyn Line> {
         Box::new(MessageLine::new(self.fd.clone(), self.irqfds.clone()))
     }
+}
+
+/// Makes a vCPU; the first one has number 0.
+///
+/// # Errors
+/// When the host cannot.
+pub fn create_vcpu(vm: &VmFd, number: u8) -> Result<VcpuFd, Error> {
+    vm.create_vcpu(u64::from(number)).map_err(call("KVM_CREATE_VCPU"))
 }
 
 /// Nanoseconds of kvm-clock.
@@ -191,6 +182,15 @@ impl Vm {
 /// When KVM does not tell.
 pub fn clock(vm: &VmFd) -> Result<u64, Error> {
     Ok(vm.get_clock().map_err(call("KVM_GET_CLOCK"))?.clock)
+}
+
+/// Has kvm-clock go on from `nanoseconds`.
+///
+/// # Errors
+/// When KVM does not take it.
+pub fn set_clock(vm: &VmFd, nanoseconds: u64) -> Result<(), Error> {
+    let clock = kvm_clock_data { clock: nanoseconds, ..Default::default() };
+    vm.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))
 }
 
 /// Wires doorbells: from then on the kernel makes their events readable when the guest writes there.

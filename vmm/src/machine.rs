@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -22,12 +22,13 @@ use crate::jail::Room;
 use crate::kvm::{self, Vm};
 use crate::memory::{self, BARS, GuestMemory, Pluggable};
 use crate::mptable::MAX_VCPUS;
-use crate::pci::{self, BAR_SIZE, PciBus, RestoreError, VirtioPci};
+use crate::pci::{self, BAR_SIZE, PciBus, RestoreError, TemplateRegister, VirtioPci};
 use crate::seccomp::{self, Kind};
 use crate::serial::{self, Serial};
 use crate::sync::lock;
 use crate::template::{self, Maker, State};
 use crate::vcpu::Vcpu;
+use crate::vcpus::{self, Starter, Wanted};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
@@ -72,6 +73,9 @@ pub enum Error {
     /// vCPU.
     #[error(transparent)]
     Cpu(#[from] cpu::Error),
+    /// vCPUs.
+    #[error(transparent)]
+    MakeVcpus(#[from] vcpus::Error),
     /// Two devices at one address.
     #[error(transparent)]
     Bus(#[from] Overlap),
@@ -117,6 +121,8 @@ pub struct Slots {
     pub nets: Vec<Slot<Net>>,
     /// Memory that can be plugged, if there is any.
     pub memory: Option<Arc<Mutex<Mem>>>,
+    /// Takes requests for more vCPUs, if there can be more.
+    pub vcpus: Sender<Wanted>,
 }
 
 /// A place for a disk or a network card, which the guest sees once something is attached. An empty one costs no driver's
@@ -153,6 +159,7 @@ impl<D> Slot<D> {
 pub struct Machine {
     vm: Arc<VmFd>,
     vcpus: Vec<Vcpu>,
+    starter: Option<(Starter, Receiver<Wanted>)>,
     events: Loop,
     console: ConsoleRing,
     end: Arc<End>,
@@ -176,7 +183,7 @@ impl Machine {
             return Err(Error::Vcpus(shape.vcpus, shape.max_vcpus));
         }
         let (board, saved) = board(shape, &mut files)?;
-        let Board { vm, memory, pluggable, image, vcpus } = board;
+        let Board { vm, memory, pluggable, image, vcpus, maker: vcpu_maker } = board;
 
         let console = ConsoleRing::new(shape.debug);
         let pluggable = pluggable.map(|range| Pluggable::new(memory.clone(), range)).transpose();
@@ -215,15 +222,14 @@ impl Machine {
         events.add_subscriber(Box::new(EndWatch(end.clone())));
         let ports = ports(pci, &console, &end)?;
         let (ports, addresses) = (Arc::new(ports), Arc::new(addresses));
-        let vcpu = |(number, fd)| {
-            let (ports, addresses, end) = (ports.clone(), addresses.clone(), end.clone());
-            Vcpu { fd, number, ports, addresses, end, maker: None }
-        };
-        let mut vcpus: Vec<Vcpu> = (0..).zip(vcpus).map(vcpu).collect();
+        let starter = Starter { maker: vcpu_maker, ports, addresses, end: end.clone(), started: shape.vcpus };
+        let mut vcpus: Vec<Vcpu> = (0..).zip(vcpus).map(|(number, fd)| starter.vcpu(number, fd)).collect();
         if let Some(first) = vcpus.first_mut() {
             first.maker = maker;
         }
-        Ok((Self { vm: vm.fd(), vcpus, events, console, end }, Slots { vsock, disks, nets, memory }))
+        let (sender, wanted) = channel();
+        let machine = Self { vm: vm.fd(), vcpus, starter: Some((starter, wanted)), events, console, end };
+        Ok((machine, Slots { vsock, disks, nets, memory, vcpus: sender }))
     }
 
     /// Starts the vCPUs, and confines this thread.
@@ -231,9 +237,9 @@ impl Machine {
     /// # Errors
     /// When there are no threads left or no seccomp.
     pub fn start(&mut self) -> Result<(), Error> {
-        for vcpu in self.vcpus.drain(..) {
-            vcpu.start().map_err(|error| Error::Host { what: "thread for a vCPU", error })?;
-        }
+        let failed = |error| Error::Host { what: "thread for a vCPU", error };
+        self.vcpus.drain(..).try_for_each(Vcpu::start).map_err(failed)?;
+        self.starter.take().map_or(Ok(()), |(starter, wanted)| starter.start(wanted)).map_err(failed)?;
         Ok(seccomp::install(Kind::Main)?)
     }
 
@@ -308,7 +314,7 @@ struct Devices {
     addresses: Bus,
     events: Loop,
     functions: Vec<Arc<VirtioPci>>,
-    ready: Arc<AtomicBool>,
+    register: Arc<TemplateRegister>,
 }
 
 /// A device, its function on the bus, and the address of its BAR.
@@ -317,9 +323,9 @@ type Placed<D> = (Arc<Mutex<D>>, Arc<VirtioPci>, u32);
 impl Devices {
     fn new(vm: Vm, memory: GuestMemory) -> Result<Self, Error> {
         let events = EventManager::new().map_err(Error::Events)?;
-        let ready = Arc::new(AtomicBool::new(false));
-        let (pci, addresses) = (PciBus::new(ready.clone()), Bus::default());
-        Ok(Self { vm, memory, pci, addresses, events, functions: Vec::new(), ready })
+        let register = Arc::new(TemplateRegister::default());
+        let (pci, addresses) = (PciBus::new(register.clone()), Bus::default());
+        Ok(Self { vm, memory, pci, addresses, events, functions: Vec::new(), register })
     }
 
     /// Has all devices go on where those of a template stopped.
@@ -333,8 +339,9 @@ impl Devices {
     /// What makes a template out of this machine.
     fn maker(&self, shape: &Shape, file: Option<File>, made: Made) -> Result<Option<Maker>, Error> {
         let Some(file) = file else { return Ok(None) };
+        self.register.want();
         Ok(Some(Maker {
-            ready: self.ready.clone(),
+            register: self.register.clone(),
             vm: self.vm.fd(),
             msr_indices: self.vm.msr_indices()?,
             memory: self.memory.clone(),

@@ -23,6 +23,7 @@ mod serial;
 mod sync;
 mod template;
 mod vcpu;
+mod vcpus;
 mod virtio;
 
 use std::io;
@@ -54,6 +55,9 @@ fn main() -> ExitCode {
         println!("kata-vmm {}", env!("CARGO_PKG_VERSION"));
         return ExitCode::SUCCESS;
     }
+    // One heap for all threads: each of its own would be pages and page tables of every pod.
+    // SAFETY: mallopt takes two integers, and no other thread exists yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     let control = match Control::inherited() {
         Ok(control) => control,
         Err(error) => {

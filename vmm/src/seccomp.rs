@@ -16,6 +16,8 @@ pub enum Kind {
     Fs,
     /// Does nothing: stands for a container.
     Parked,
+    /// Makes and starts vCPUs while the guest runs. They inherit its filter, and add their own.
+    Starter,
 }
 
 /// Why a filter is not in force.
@@ -32,6 +34,7 @@ impl Kind {
             Self::Main => include_bytes!(concat!(env!("OUT_DIR"), "/main.bpf")),
             Self::Fs => include_bytes!(concat!(env!("OUT_DIR"), "/fs.bpf")),
             Self::Parked => include_bytes!(concat!(env!("OUT_DIR"), "/parked.bpf")),
+            Self::Starter => include_bytes!(concat!(env!("OUT_DIR"), "/starter.bpf")),
         }
     }
 
@@ -80,7 +83,7 @@ mod tests {
 
     #[test]
     fn what_no_thread_needs_kills_the_process() {
-        for kind in [Kind::Vcpu, Kind::Main, Kind::Fs] {
+        for kind in [Kind::Vcpu, Kind::Main, Kind::Fs, Kind::Starter] {
             let allowed = fate(kind, [libc::SYS_sched_yield, 0, 0, 0]);
             assert!(matches!(allowed, WaitStatus::Exited(_, 0)), "{kind:?}: {allowed:?}");
             for call in [
@@ -124,6 +127,19 @@ mod tests {
             ([libc::SYS_clone, c_long::from(libc::CLONE_NEWUSER), 0, 0], false),
         ] {
             let fate = fate(Kind::Main, call);
+            assert_eq!(matches!(fate, WaitStatus::Exited(_, 0)), allowed, "{call:?}: {fate:?}");
+        }
+    }
+
+    #[test]
+    fn the_starter_makes_threads_of_the_c_library() {
+        for (call, allowed) in [
+            ([libc::SYS_clone3, 0, 0, 0], true),
+            ([libc::SYS_clone, c_long::from(libc::SIGCHLD), 0, 0], false),
+            ([libc::SYS_prctl, c_long::from(libc::PR_CAPBSET_READ), 0, 0], false),
+            ([libc::SYS_openat, c_long::from(-1_i8), 0, 0], false),
+        ] {
+            let fate = fate(Kind::Starter, call);
             assert_eq!(matches!(fate, WaitStatus::Exited(_, 0)), allowed, "{call:?}: {fate:?}");
         }
     }

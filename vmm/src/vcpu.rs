@@ -12,7 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use crate::bus::Bus;
 use crate::end::{End, Ended};
 use crate::seccomp::{self, Kind};
-use crate::template::Maker;
+use crate::template::{Asked, Maker};
 
 /// A vCPU that does not run yet.
 pub struct Vcpu {
@@ -58,8 +58,8 @@ impl Vcpu {
                 Ok(VcpuExit::IoIn(port, data)) => self.ports.read(u64::from(port), data),
                 Ok(VcpuExit::IoOut(port, data)) => {
                     self.ports.write(u64::from(port), data);
-                    if let Some(maker) = self.maker.take_if(|maker| maker.is_due())
-                        && let Err(error) = self.make_template(maker)
+                    if let Some(asked) = self.maker.as_ref().and_then(Maker::asked)
+                        && let Err(error) = self.answer(asked)
                     {
                         return Some(Ended::Internal(format!("vCPU {}: {error}", self.number)));
                     }
@@ -87,6 +87,21 @@ impl Vcpu {
                     return Some(Ended::Internal(format!("KVM_RUN of vCPU {}: {error}{at}", self.number)));
                 }
             }
+        }
+    }
+
+    /// Does what a guest that becomes a template asks for.
+    fn answer(&mut self, asked: Asked) -> Result<(), seccomp::Error> {
+        match (asked, self.maker.take()) {
+            (Asked::Template, Some(maker)) => self.make_template(maker),
+            (Asked::Later, Some(maker)) => {
+                if let Err(error) = maker.let_time_pass(&self.fd) {
+                    log::warn!("the guest's clocks cannot go on at once: {error}");
+                }
+                self.maker = Some(maker);
+                Ok(())
+            }
+            (_, None) => Ok(()),
         }
     }
 

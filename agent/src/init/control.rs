@@ -82,7 +82,10 @@ pub enum Report {
     /// Descriptor: the master of the terminal.
     Terminal,
     /// All is set but for the start.
-    Ready,
+    Ready {
+        /// Whether the program is a small one.
+        small: bool,
+    },
     /// It will not start.
     Failed(Failure),
 }

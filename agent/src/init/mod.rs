@@ -96,7 +96,7 @@ fn pause(
     program::close_descriptors_on_exec()?;
     identity::no_new_privileges(process)?;
     identity::user_and_capabilities(process)?;
-    control.report(&Report::Ready, &[]);
+    control.report(&Report::Ready { small: false }, &[]);
     control.expect(Order::Run)?;
     program.execute("pause")
 }
@@ -147,7 +147,7 @@ impl Container<'_> {
         }
         attach_stdio(descriptors.stdio, terminal, process)?;
         let program = become_user(process, self.seccomp)?;
-        self.control.report(&Report::Ready, &[]);
+        self.control.report(&Report::Ready { small: program.is_small() }, &[]);
         self.control.expect(Order::Run)?;
         hooks::run(Stage::StartContainer, self.id, spec, pid).map_err(Failure::internal)?;
         program.execute(self.seccomp.filter(|_| late_seccomp(process)))

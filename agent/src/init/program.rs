@@ -59,6 +59,9 @@ pub fn close_descriptors_on_exec() -> Result<()> {
     Errno::result(result).map(drop).map_err(Failure::during("close descriptors"))
 }
 
+/// Bytes of a program that is small.
+const SMALL: u64 = 4 << 20;
+
 /// A program that was found, ready to run.
 #[derive(Debug)]
 pub struct Program {
@@ -87,6 +90,11 @@ impl Program {
             arguments: arguments.iter().map(|text| c_string(text.as_ref())).collect::<Result<_>>()?,
             environment: environment.iter().map(|text| c_string(text.as_ref())).collect::<Result<_>>()?,
         })
+    }
+
+    /// Whether it is one that need not be read in large pieces to start quickly.
+    pub fn is_small(&self) -> bool {
+        fs::metadata(OsStr::from_bytes(self.path.as_bytes())).is_ok_and(|file| file.len() <= SMALL)
     }
 
     /// Becomes the program.

@@ -73,3 +73,21 @@ async fn the_queue_is_bounded_and_flush_ends() {
     let first = publisher.queue().front().cloned().unwrap();
     assert_eq!(TaskStart::parse_from_bytes(&first.event.value).unwrap().pid, 10);
 }
+
+#[test]
+fn types_have_the_names_of_their_descriptors() {
+    fn check<M: Named + protobuf::MessageFull>() {
+        assert_eq!(M::TYPE, M::descriptor().full_name());
+    }
+    check::<TaskCreate>();
+    check::<TaskStart>();
+    check::<TaskExit>();
+    check::<TaskDelete>();
+    check::<TaskExecAdded>();
+    check::<TaskExecStarted>();
+    check::<TaskPaused>();
+    check::<TaskResumed>();
+    check::<TaskOOM>();
+    check::<Metrics>();
+    check::<ProcessDetails>();
+}

@@ -107,7 +107,8 @@ fn host_network() -> Error {
 /// Runs what changes its thread's namespace on a thread that ends with it.
 fn on_own_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("network".into()).spawn_scoped(scope, work)?;
+        let thread = std::thread::Builder::new().name("network".into()).stack_size(512 * 1024);
+        let thread = thread.spawn_scoped(scope, work)?;
         thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
     })
 }

@@ -10,7 +10,7 @@ use vmm_sys_util::errno;
 use crate::boot::{Entry, GDT_ENTRIES};
 
 pub use cpuid::Topology;
-pub use state::CpuState;
+pub use state::{CpuState, skip};
 
 /// Model specific registers: Intel SDM volume 4.
 mod msr {
@@ -77,6 +77,11 @@ pub fn set_up(fd: &VcpuFd, vcpu: u8, entry: Option<&Entry>) -> Result<(), Error>
     let call = |call| move |error| Error::Call { call, vcpu, error };
     set_msrs(fd, vcpu)?;
     fd.set_fpu(&kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }).map_err(call("KVM_SET_FPU"))?;
+
+    // KVM finds the addressee of an interrupt in a table, which it makes anew when a local APIC changes, and not for one
+    // that has just been made.
+    let lapic = fd.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
+    fd.set_lapic(&lapic).map_err(call("KVM_SET_LAPIC"))?;
 
     if let Some(entry) = entry {
         let mut sregs = fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;

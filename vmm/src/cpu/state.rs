@@ -84,7 +84,7 @@ impl CpuState {
         unsafe { fd.set_xsave(&self.xsave) }.map_err(call("KVM_SET_XSAVE"))?;
         fd.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
         fd.set_debug_regs(&self.debug).map_err(call("KVM_SET_DEBUGREGS"))?;
-        self.give_clock(fd)?;
+        move_clock(fd, self.tsc)?;
         fd.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
         set(fd, &self.msrs)?;
         if self.tsc_deadline != 0 {
@@ -92,24 +92,39 @@ impl CpuState {
         }
         fd.set_vcpu_events(&self.events).map_err(call("KVM_SET_VCPU_EVENTS"))
     }
+}
 
-    /// The guest's clock goes on where it stopped. A value that is written to the register may be taken for an attempt
-    /// to keep vCPUs in step, and not be taken at its word; an offset always is.
-    fn give_clock(&self, fd: &VcpuFd) -> Result<(), Error> {
-        // SAFETY: every x86-64 CPU has the instruction, and no kernel forbids it where KVM is used.
-        let now = unsafe { std::arch::x86_64::_rdtsc() };
-        let offset = self.tsc.wrapping_sub(now);
-        let attribute = kvm_device_attr {
-            group: KVM_VCPU_TSC_CTRL,
-            attr: u64::from(KVM_VCPU_TSC_OFFSET),
-            addr: &raw const offset as u64,
-            flags: 0,
-        };
-        // SAFETY: the kernel reads the attribute and the offset that it points to, which live through the call.
-        let set = unsafe { libc::ioctl(fd.as_raw_fd(), SET_DEVICE_ATTR, &raw const attribute) };
-        // Linux before 5.16, or a scaled clock, whose offset counts in its own time.
-        if set != 0 { set_clock(fd, self.tsc) } else { Ok(()) }
+/// Has the guest's clock go on by so many seconds at once. A timer that was to ring in them rings.
+///
+/// # Errors
+/// When KVM does not take it.
+pub fn skip(fd: &VcpuFd, seconds: u64) -> Result<(), Error> {
+    let frequency = u64::from(fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?) * 1000;
+    let now = get(fd, msr::IA32_TSC).ok_or(Error::Msr { vcpu: 0, msr: msr::IA32_TSC })?;
+    move_clock(fd, now.wrapping_add(seconds * frequency))?;
+    // KVM has set its own timer by the clock as it was.
+    match get(fd, TSC_DEADLINE) {
+        None | Some(0) => Ok(()),
+        Some(deadline) => set(fd, &[entry(TSC_DEADLINE, deadline)]),
     }
+}
+
+/// Has the guest's clock go on from `tsc`. A value that is written to the register may be taken for an attempt to keep
+/// vCPUs in step, and not be taken at its word; an offset always is.
+fn move_clock(fd: &VcpuFd, tsc: u64) -> Result<(), Error> {
+    // SAFETY: every x86-64 CPU has the instruction, and no kernel forbids it where KVM is used.
+    let now = unsafe { std::arch::x86_64::_rdtsc() };
+    let offset = tsc.wrapping_sub(now);
+    let attribute = kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: &raw const offset as u64,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads the attribute and the offset that it points to, which live through the call.
+    let set = unsafe { libc::ioctl(fd.as_raw_fd(), SET_DEVICE_ATTR, &raw const attribute) };
+    // Linux before 5.16, or a scaled clock, whose offset counts in its own time.
+    if set != 0 { set_clock(fd, tsc) } else { Ok(()) }
 }
 
 fn set_clock(fd: &VcpuFd, tsc: u64) -> Result<(), Error> {

@@ -7,8 +7,10 @@ mod msix;
 mod transport;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
+
+use katana_protocol::bridge;
 
 pub use msix::Line;
 pub use transport::{BAR_SIZE, Doorbell, FunctionState, RestoreError, VirtioPci, vectors};
@@ -34,23 +36,45 @@ pub trait PciDevice: Send + Sync {
     fn write_config(&self, offset: usize, data: &[u8]);
 }
 
-/// The bridge between CPU and bus. Linux looks for one before it believes that there is a bus (pci_sanity_check). The
-/// agent writes to its register [`READY`] when the guest is up and waits for its pod: user space can do that.
-struct HostBridge {
-    space: ConfigSpace,
-    ready: Arc<AtomicBool>,
+/// What guest and VMM tell each other about a template ([`bridge`]).
+#[derive(Default)]
+pub struct TemplateRegister {
+    wanted: AtomicBool,
+    told: AtomicU8,
 }
 
-/// The first byte of the configuration space that is the device's own.
-const READY: usize = 0x40;
+impl TemplateRegister {
+    /// A template is to be made of the guest.
+    pub fn want(&self) {
+        self.wanted.store(true, Ordering::Release);
+    }
+
+    /// What the guest has written last, once; otherwise 0.
+    pub fn take(&self) -> u8 {
+        self.told.swap(0, Ordering::AcqRel)
+    }
+}
+
+/// The bridge between CPU and bus. Linux looks for one before it believes that there is a bus (pci_sanity_check). It also
+/// has a register that the agent reaches, which user space can.
+struct HostBridge {
+    space: ConfigSpace,
+    template: Arc<TemplateRegister>,
+}
 
 impl PciDevice for HostBridge {
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         self.space.read(offset, data);
+        if offset as u64 == bridge::REGISTER
+            && self.template.wanted.load(Ordering::Acquire)
+            && let Some(byte) = data.first_mut()
+        {
+            *byte = bridge::WANTED;
+        }
     }
-    fn write_config(&self, offset: usize, _data: &[u8]) {
-        if offset == READY {
-            self.ready.store(true, Ordering::Release);
+    fn write_config(&self, offset: usize, data: &[u8]) {
+        if let (bridge::REGISTER, [told]) = (offset as u64, data) {
+            self.template.told.store(*told, Ordering::Release);
         }
     }
 }
@@ -62,12 +86,13 @@ pub struct PciBus {
 }
 
 impl PciBus {
-    /// A bus with its host bridge; `ready` is set when the guest says so.
-    pub fn new(ready: Arc<AtomicBool>) -> Self {
+    /// A bus with its host bridge.
+    pub fn new(template: Arc<TemplateRegister>) -> Self {
         // The vendor of QEMU's generic host bridge; any known one does.
         let identity =
             Identity { vendor: 0x1b36, device: 0x0008, class: 0x06_0000, revision: 0, subsystem: 0 };
-        let bridge: Arc<dyn PciDevice> = Arc::new(HostBridge { space: ConfigSpace::new(&identity), ready });
+        let bridge: Arc<dyn PciDevice> =
+            Arc::new(HostBridge { space: ConfigSpace::new(&identity), template });
         Self { address: Mutex::new(0), devices: vec![bridge] }
     }
 
@@ -134,6 +159,21 @@ mod tests {
         assert_eq!(read(&bus, ENABLE, CONFIG_ADDRESS, 4), ENABLE.to_le_bytes());
         assert_eq!(read(&bus, ENABLE | 8, CONFIG_DATA + 2, 2), [0x00, 0x06]);
         assert_eq!(read(&bus, ENABLE, CONFIG_DATA, 4), [0x36, 0x1b, 0x08, 0x00]);
+    }
+
+    #[test]
+    fn guest_and_maker_hear_each_other() {
+        let register = Arc::new(TemplateRegister::default());
+        let bus = PciBus::new(register.clone());
+        assert_eq!(read(&bus, ENABLE | 0x40, CONFIG_DATA, 1), [0]);
+        register.want();
+        assert_eq!(read(&bus, ENABLE | 0x40, CONFIG_DATA, 1), [bridge::WANTED]);
+        assert_eq!(read(&bus, ENABLE | 0x44, CONFIG_DATA, 1), [0]);
+        bus.write(CONFIG_DATA, &[bridge::LATER]);
+        assert_eq!(register.take(), 0, "another register");
+        read(&bus, ENABLE | 0x40, CONFIG_DATA, 1);
+        bus.write(CONFIG_DATA, &[bridge::LATER]);
+        assert_eq!((register.take(), register.take()), (bridge::LATER, 0));
     }
 
     #[test]

@@ -10,11 +10,12 @@ use libc::c_long;
 type Ioctls = &'static [&'static [u64]];
 
 /// The kinds of threads, with the names of their compiled filters.
-pub const KINDS: [(&str, &[c_long], Ioctls); 5] = [
+pub const KINDS: [(&str, &[c_long], Ioctls); 6] = [
     ("vcpu", &[], &[VCPU_IOCTLS]),
     ("template_vcpu", TEMPLATE, &[VCPU_IOCTLS, TEMPLATE_IOCTLS]),
     ("main", MAIN, &[MAIN_IOCTLS]),
     ("fs", FS, &[&[INTERRUPT]]),
+    ("starter", &[libc::SYS_sched_getaffinity, libc::SYS_sendmsg], &[VCPU_IOCTLS, STARTER_IOCTLS]),
     (PARKED, WAIT_AND_END, &[]),
 ];
 
@@ -58,7 +59,7 @@ const ROUTE: u64 = 0x4008_ae6a;
 const VCPU_IOCTLS: &[u64] = &[0xae80, 0x8090_ae81, INTERRUPT, ROUTE, 0x4008_af30];
 
 /// The state of a vCPU: KVM_GET_REGS, SREGS, MSRS, LAPIC, XSAVE, MP_STATE, VCPU_EVENTS, DEBUGREGS, XCRS, TSC_KHZ, and
-/// KVM_SET_MSRS; of the VM: KVM_GET_CLOCK.
+/// KVM_SET_MSRS and KVM_SET_DEVICE_ATTR; of the VM: KVM_GET_CLOCK and KVM_SET_CLOCK.
 const TEMPLATE_IOCTLS: &[u64] = &[
     0x8090_ae81,
     0x8138_ae83,
@@ -71,8 +72,12 @@ const TEMPLATE_IOCTLS: &[u64] = &[
     0x8188_aea6,
     0xaea3,
     0x4008_ae89,
+    0x4018_aee1,
     0x8030_ae7c,
+    0x4030_ae7b,
 ];
+/// KVM_CREATE_VCPU of the VM; of the vCPU: KVM_SET_CPUID2, MSRS, FPU, KVM_GET_LAPIC, KVM_SET_LAPIC.
+const STARTER_IOCTLS: &[u64] = &[0xae41, 0x4008_ae90, 0x4008_ae89, 0x41a0_ae8d, 0x8400_ae8e, 0x4400_ae8f];
 /// What is written to the template's file, which pages there are, how it is told, and the filter that follows.
 const TEMPLATE: &[c_long] =
     &[libc::SYS_pwrite64, libc::SYS_mincore, libc::SYS_sendmsg, libc::SYS_prctl, libc::SYS_seccomp];
@@ -108,6 +113,16 @@ const THREAD: libc::c_int = libc::CLONE_VM
     | libc::CLONE_FILES
     | libc::CLONE_SIGHAND
     | libc::CLONE_THREAD
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID;
+/// The flags of a thread of the C library.
+const C_THREAD: libc::c_int = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SETTLS
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_CLEARTID;
 /// Only a pair of sockets, whose other end goes to the shim: never one that could reach further.
@@ -204,6 +219,8 @@ enum Rule {
     OneOf(u32, Vec<u32>),
     /// An argument has none of these bits.
     Without(u32, u32),
+    /// There is no such call, which the C library is prepared for.
+    Missing,
 }
 
 const LOAD: u16 = 0x20;
@@ -214,6 +231,7 @@ const RETURN: u16 = 0x06;
 
 const ALLOW: Instruction = step(RETURN, libc::SECCOMP_RET_ALLOW);
 const KILL: Instruction = step(RETURN, libc::SECCOMP_RET_KILL_PROCESS);
+const NO_SUCH_CALL: Instruction = step(RETURN, libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32);
 /// linux/audit.h.
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 /// Offsets in `struct seccomp_data`: the number of the call, the architecture, and six arguments of eight bytes.
@@ -282,6 +300,16 @@ fn usual_rules(
         add(libc::SYS_clone, Rule::OneOf(0, vec![THREAD as u32]))?;
         add(libc::SYS_seccomp, Rule::Without(1, u32::MAX))?;
     }
+    if name == "starter" {
+        // A thread, its name, and the filter that follows for it. clone3(2) has its flags where no filter can look.
+        add(libc::SYS_clone3, Rule::Missing)?;
+        add(libc::SYS_clone, Rule::OneOf(0, vec![C_THREAD as u32]))?;
+        add(
+            libc::SYS_prctl,
+            Rule::OneOf(0, vec![libc::PR_SET_NAME as u32, libc::PR_SET_NO_NEW_PRIVS as u32]),
+        )?;
+        add(libc::SYS_seccomp, Rule::Without(1, u32::MAX))?;
+    }
     // A debug build looks whether a descriptor that it closes is open.
     rules.entry(libc::SYS_fcntl as u32).or_insert(Rule::OneOf(1, vec![libc::F_GETFD as u32]));
     Ok(rules)
@@ -303,6 +331,7 @@ fn check(rule: &Rule) -> Result<Vec<Instruction>, TryFromIntError> {
     let argument = |number: u32| step(LOAD, ARGUMENTS + 8 * number);
     Ok(match rule {
         Rule::Any => vec![ALLOW],
+        Rule::Missing => vec![NO_SUCH_CALL],
         Rule::Without(number, bits) => vec![argument(*number), jump(IF_ANY_BIT, *bits, 1, 0)?, ALLOW],
         Rule::OneOf(number, values) => {
             let mut steps = vec![argument(*number)];

@@ -4,17 +4,18 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use katana_protocol::bridge;
 use katana_protocol::vmm::Machine as Shape;
 use kvm_ioctls::{VcpuFd, VmFd};
 use sha2::{Digest, Sha256};
 use vm_memory::{Bytes, GuestMemory as _};
 
 use super::{Error, MAGIC, PAGE, State, failed, locate, program};
-use crate::cpu::CpuState;
+use crate::cpu::{self, CpuState};
+use crate::kvm;
 use crate::memory::{GuestMemory, ranges};
-use crate::pci::VirtioPci;
+use crate::pci::{TemplateRegister, VirtioPci};
 use crate::sync::lock;
 
 /// Pages that are looked at at once.
@@ -23,10 +24,19 @@ const CHUNK: u64 = 512;
 /// costs more than what a hole in the file would.
 const GAP: u64 = 16;
 
+/// What a guest asks the maker for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// Others may go on from here.
+    Template,
+    /// Time may pass.
+    Later,
+}
+
 /// What it takes to make a template.
 pub struct Maker {
-    /// Set when the guest is where others shall go on.
-    pub ready: Arc<AtomicBool>,
+    /// Where the guest says how far it is.
+    pub register: Arc<TemplateRegister>,
     /// The kernel's machine.
     pub vm: Arc<VmFd>,
     /// The registers of its vCPUs.
@@ -44,9 +54,23 @@ pub struct Maker {
 }
 
 impl Maker {
-    /// Whether it is time.
-    pub fn is_due(&self) -> bool {
-        self.ready.load(Ordering::Acquire)
+    /// What the guest has asked for since the last call.
+    pub fn asked(&self) -> Option<Asked> {
+        match self.register.take() {
+            bridge::READY => Some(Asked::Template),
+            bridge::LATER => Some(Asked::Later),
+            _ => None,
+        }
+    }
+
+    /// Has the guest's clocks go on by a few seconds at once, so that what its kernel has put off is done before others go
+    /// on from it.
+    ///
+    /// # Errors
+    /// When KVM does not take it. The guest goes on all the same.
+    pub fn let_time_pass(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        kvm::set_clock(&self.vm, kvm::clock(&self.vm)? + bridge::SKIPPED * 1_000_000_000)?;
+        Ok(cpu::skip(vcpu, bridge::SKIPPED)?)
     }
 
     /// Makes the template and tells. The vCPU is the only one that has run, has completed its last exit, and goes on
@@ -64,7 +88,7 @@ impl Maker {
             shape: self.shape.clone(),
             extents: Vec::new(),
             cpu: CpuState::take(vcpu, &self.msr_indices)?,
-            clock: crate::kvm::clock(&self.vm)?,
+            clock: kvm::clock(&self.vm)?,
             functions: self.functions.iter().map(|function| function.save()).collect(),
         };
         state.extents = self.write_memory().map_err(failed("write memory"))?;

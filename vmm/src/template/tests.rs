@@ -8,14 +8,14 @@ use crate::cpu::{self, Topology};
 use crate::end::{End, Ended};
 use crate::i8042::{self, I8042};
 use crate::kvm::Vm;
-use crate::pci::{self, PciBus};
+use crate::pci::{self, PciBus, TemplateRegister};
 use crate::serial::{self, Serial};
 use crate::vcpu::Vcpu;
+use katana_protocol::bridge;
 use katana_protocol::vmm::Template;
 use nix::sys::stat::futimens;
 use nix::sys::time::TimeSpec;
 use std::fs::OpenOptions;
-use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, mpsc};
 use vm_memory::Bytes;
 use vmm_sys_util::tempfile::TempFile;
@@ -45,7 +45,7 @@ struct Bench {
     vcpu: Vcpu,
     console: ConsoleRing,
     end: Arc<End>,
-    ready: Arc<AtomicBool>,
+    register: Arc<TemplateRegister>,
 }
 
 /// A machine whose vCPU has yet to be told where it begins; nothing where there is no KVM.
@@ -58,17 +58,33 @@ fn bench() -> Option<Bench> {
     let memory = crate::memory::create(32, None).unwrap();
     vm.add_memory(&memory).unwrap();
     let (console, end) = (ConsoleRing::new(false), Arc::new(End::new().unwrap()));
-    let ready = Arc::new(AtomicBool::new(false));
+    let register = Arc::new(TemplateRegister::default());
     let mut ports = Bus::default();
     ports.insert(serial::PORTS, Arc::new(Serial::new(console.clone()))).unwrap();
     ports.insert(i8042::PORTS, Arc::new(I8042::new(end.clone()))).unwrap();
-    ports.insert(pci::PORTS, Arc::new(PciBus::new(ready.clone()))).unwrap();
-    let fd = vm.create_vcpu(0).unwrap();
+    ports.insert(pci::PORTS, Arc::new(PciBus::new(register.clone()))).unwrap();
+    let fd = crate::kvm::create_vcpu(&vm.fd(), 0).unwrap();
     let topology = Topology { vcpus: 1, tsc_deadline: vm.tsc_deadline };
     cpu::identify(&fd, 0, &vm.cpuid, &topology).unwrap();
     let (ports, addresses) = (ports.into(), Bus::default().into());
     let vcpu = Vcpu { fd, number: 0, ports, addresses, end: end.clone(), maker: None };
-    Some(Bench { vm, memory, vcpu, console, end, ready })
+    Some(Bench { vm, memory, vcpu, console, end, register })
+}
+
+/// Has a template be made in the file when the guest asks for it; where that is told.
+fn employ_maker(bench: &mut Bench, file: &File) -> mpsc::Receiver<Result<(), Error>> {
+    let (sender, made) = mpsc::channel();
+    bench.vcpu.maker = Some(Maker {
+        register: bench.register.clone(),
+        vm: bench.vm.fd(),
+        msr_indices: bench.vm.msr_indices().unwrap(),
+        memory: bench.memory.clone(),
+        functions: Vec::new(),
+        shape: shape(),
+        file: file.try_clone().unwrap(),
+        made: Box::new(move |made| sender.send(made).unwrap()),
+    });
+    made
 }
 
 /// Runs a guest that tells it is ready, counts and prints the count, up to its end; the template and what it printed.
@@ -83,17 +99,7 @@ fn make() -> Option<(File, String)> {
     let entry = boot::enter_at(&bench.memory, CODE).unwrap();
     cpu::set_up(&bench.vcpu.fd, 0, Some(&entry)).unwrap();
     let file = TempFile::new().unwrap().into_file();
-    let (sender, made) = mpsc::channel();
-    bench.vcpu.maker = Some(Maker {
-        ready: bench.ready.clone(),
-        vm: bench.vm.fd(),
-        msr_indices: bench.vm.msr_indices().unwrap(),
-        memory: bench.memory.clone(),
-        functions: Vec::new(),
-        shape: shape(),
-        file: file.try_clone().unwrap(),
-        made: Box::new(move |made| sender.send(made).unwrap()),
-    });
+    let made = employ_maker(&mut bench, &file);
     // The thread is confined afterwards.
     let (mut vcpu, end) = (bench.vcpu, bench.end);
     assert_eq!(std::thread::spawn(move || vcpu.run()).join().unwrap(), None);
@@ -109,7 +115,7 @@ fn go_on(file: &File) -> String {
     let mut bench = bench().unwrap();
     let state = State::read(file, &shape()).unwrap();
     state.map_memory(file, &bench.memory).unwrap();
-    bench.vm.set_clock(state.clock).unwrap();
+    crate::kvm::set_clock(&bench.vm.fd(), state.clock).unwrap();
     state.cpu.give(&bench.vcpu.fd).unwrap();
     assert_eq!(bench.vcpu.run(), None);
     assert_eq!(bench.end.reached(), Some(Ended::Reset));
@@ -126,6 +132,21 @@ fn machines_go_on_from_a_template_and_know_nothing_of_each_other() {
     // GDT and page tables, code, counter, and what KVM wrote into none of them.
     let state = State::read(&file, &shape()).unwrap();
     assert_eq!(state.extents, [(0x6000, 6 * PAGE), (CODE, PAGE), (COUNTER, PAGE)]);
+}
+
+#[test]
+fn time_passes_when_the_guest_asks_for_it() {
+    let Some(mut bench) = bench() else { return };
+    // mov eax,0x80000040; mov dx,0xcf8; out dx,eax; mov dx,0xcfc; mov al,2; out dx,al; mov al,0xfe; out 0x64,al; hlt
+    let code = b"\xb8\x40\x00\x00\x80\x66\xba\xf8\x0c\xef\x66\xba\xfc\x0c\xb0\x02\xee\xb0\xfe\xe6\x64\xf4";
+    bench.memory.write_slice(code, GuestAddress(CODE)).unwrap();
+    let entry = boot::enter_at(&bench.memory, CODE).unwrap();
+    cpu::set_up(&bench.vcpu.fd, 0, Some(&entry)).unwrap();
+    let _made = employ_maker(&mut bench, &TempFile::new().unwrap().into_file());
+    let clock = || crate::kvm::clock(&bench.vm.fd()).unwrap();
+    let before = clock();
+    assert_eq!(bench.vcpu.run(), None);
+    assert!(clock() >= before + bridge::SKIPPED * 1_000_000_000);
 }
 
 #[test]

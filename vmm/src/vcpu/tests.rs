@@ -61,7 +61,7 @@ fn bench(code: &[u8]) -> Option<Bench> {
     let doorbell = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
     crate::kvm::add_doorbells(&vm.fd(), &[Doorbell { address: DOORBELL, event: doorbell.clone() }]).unwrap();
 
-    let fd = vm.create_vcpu(0).unwrap();
+    let fd = crate::kvm::create_vcpu(&vm.fd(), 0).unwrap();
     let entry = boot::enter_at(&memory, CODE).unwrap();
     let topology = Topology { vcpus: 1, tsc_deadline: vm.tsc_deadline };
     cpu::identify(&fd, 0, &vm.cpuid, &topology).unwrap();
