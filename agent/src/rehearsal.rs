@@ -19,6 +19,8 @@ const CGROUP: &str = "rehearsal";
 /// The kernel reports no more free memory at a time than this, in blocks of 4 MiB (page_reporting_cycle), and then puts
 /// the rest off by two seconds.
 const REPORTED_AT_ONCE: u64 = 32 * (4 << 20);
+/// Somebody waits for the first start: the rest of a large memory is left to those that come from the template.
+const MOST_ROUNDS: u64 = 16;
 /// What it may take for that. A template made too early is a little larger, that is all.
 const MOMENT: Duration = Duration::from_millis(20);
 
@@ -32,7 +34,7 @@ pub fn rehearse(host_bridge: &File) -> io::Result<()> {
     fs::create_dir(&cgroup)?;
     DeviceFilter::attach(&[], &cgroup, None).map_err(io::Error::other)?;
     let memory = sysinfo().map_err(io::Error::from)?.ram_total();
-    for _ in 0..memory.div_ceil(REPORTED_AT_ONCE) + 1 {
+    for _ in 0..(memory.div_ceil(REPORTED_AT_ONCE) + 1).min(MOST_ROUNDS) {
         host_bridge.write_at(&[bridge::LATER], bridge::REGISTER)?;
         std::thread::sleep(MOMENT);
     }

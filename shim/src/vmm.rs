@@ -388,7 +388,7 @@ impl Listener {
                 }
                 Ok((Event::Running, fds)) => {
                     log::debug!("timeline: guest runs");
-                    self.machine = fds.into_iter().next();
+                    self.machine = self.machine.take().or(fds.into_iter().next());
                     self.runs.send_replace(true);
                 }
                 Ok((Event::MemoryPlugged { mib }, _)) => {

@@ -65,6 +65,8 @@ const PRESENT_WRITABLE: u64 = 3;
 const LARGE_PAGE: u64 = 1 << 7;
 const ENTRIES: u64 = 512;
 const TABLE: u64 = 4096;
+/// What the first page tables reach.
+const MAPPED: u64 = ENTRIES << 21;
 
 /// Flat segments of the GDT, by their selectors, which the protocol fixes: Intel SDM volume 3, 3.4.5.
 pub const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
@@ -140,7 +142,7 @@ pub fn load(
     enter_at(memory, address)
 }
 
-/// What a vCPU needs to begin at an address below 1 GiB: page tables and segments.
+/// What a vCPU needs to begin at an address below [`MAPPED`]: page tables and segments.
 ///
 /// # Errors
 /// When the guest's memory does not even reach so far.
@@ -245,11 +247,14 @@ fn load_segment(memory: &GuestMemory, kernel: &mut File, segment: &Segment) -> R
     if file_size > memory_size {
         return Err(Error::Damaged("a segment is larger in the file than in memory"));
     }
-    // Below 1 MiB are the structures for the kernel, which begins in low memory.
+    // Below 1 MiB are the structures for the kernel.
     let end = start.checked_add(memory_size).ok_or(Error::Damaged("a segment ends beyond all memory"))?;
     let fits = start >= ONE_MIB && memory.check_range(GuestAddress(start), memory_size.max(1) as usize);
-    if !fits || end > crate::memory::HOLE {
+    if !fits {
         return Err(Error::NoRoom { start, end });
+    }
+    if end > MAPPED {
+        return Err(Error::Damaged("a segment lies above 1 GiB, where the kernel could not begin"));
     }
     // What the file does not fill stays zero: the memory is fresh.
     kernel.seek(SeekFrom::Start(offset)).map_err(|error| Error::Read { what: "segment", error })?;

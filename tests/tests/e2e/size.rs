@@ -59,6 +59,24 @@ fn limits_add_processors_and_memory() {
 }
 
 #[test]
+fn processors_that_are_not_used_are_not_there() {
+    let _turn = shared();
+    if !is_vm_or_say("this is about virtual machines") {
+        return;
+    }
+    let threads = |options: &str| {
+        let container = Run::new(BUSYBOX).options(options).command(&["sleep", "10000"]).start();
+        let tasks = format!("/proc/{}/task", Process::vmm_of(container.id()).pid);
+        let tasks = std::fs::read_dir(tasks).expect("the VMM's threads").flatten();
+        let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+        names.filter(|name| name.trim() == "vcpu").count()
+    };
+    assert_eq!(threads(""), 1);
+    let two = std::thread::available_parallelism().map_or(1, usize::from).min(2);
+    assert_eq!(threads("--cpus 2"), two);
+}
+
+#[test]
 fn freed_memory_goes_back_to_the_host() {
     let _turn = shared();
     if !is_vm_or_say("this is about virtual machines") {

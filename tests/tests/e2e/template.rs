@@ -9,7 +9,7 @@ use std::time::SystemTime;
 use katana_tests::environment::{self, is_vm_or_say};
 use katana_tests::network::{Bridge, Namespace};
 use katana_tests::turn::{alone, shared};
-use katana_tests::{BUSYBOX, Configuration, Containerd, DEBIAN, Run, Scratch};
+use katana_tests::{BUSYBOX, Configuration, Containerd, DEBIAN, Output, Run, Scratch};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -77,7 +77,7 @@ fn machines_from_one_template_have_nothing_in_common() {
     for _ in 0..count {
         let before = SystemTime::now();
         let output = Run::new(DEBIAN).sh(IDENTITIES).output().ok();
-        let after = SystemTime::now();
+        check_clock(&output, before);
         for label in ["urandom", "getrandom", "uuid", "boot_id", "stack"] {
             let value = output.value(label).unwrap_or_default();
             assert!(
@@ -85,11 +85,35 @@ fn machines_from_one_template_have_nothing_in_common() {
                 "{label} has been seen before\n{output}"
             );
         }
-        let since =
-            |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).expect("a time").as_secs_f64();
-        let guest: f64 = output.value("seconds").and_then(|text| text.parse().ok()).unwrap_or_default();
-        let (first, last) = (since(before) - 0.05, since(after) + 0.05);
-        assert!((first..last).contains(&guest), "{guest} is not between {first} and {last}\n{output}");
+    }
+}
+
+/// The guest's time, in seconds, is one between then and now, give or take 50 ms.
+fn check_clock(output: &Output, then: SystemTime) {
+    let since = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).expect("a time").as_secs_f64();
+    let guest: f64 = output.value("seconds").and_then(|text| text.parse().ok()).unwrap_or_default();
+    let (first, last) = (since(then) - 0.05, since(SystemTime::now()) + 0.05);
+    assert!((first..last).contains(&guest), "{guest} is not between {first} and {last}\n{output}");
+}
+
+/// In a machine that becomes a template, time passes at once, so that its kernel does what it has put off.
+#[test]
+fn clocks_are_right_where_time_has_passed_at_once() {
+    let _turn = shared();
+    if !is_vm() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (directory, configuration) = own_templates(&scratch);
+    // The one that becomes the template, and one that comes from it.
+    for _ in 0..2 {
+        let before = SystemTime::now();
+        let ask = "echo seconds=$(date +%s.%N); echo uptime=$(cut -d ' ' -f 1 /proc/uptime)";
+        let output = Run::new(DEBIAN).configuration(&configuration).sh(ask).output().ok();
+        template(&directory);
+        check_clock(&output, before);
+        let uptime: f64 = output.value("uptime").and_then(|text| text.parse().ok()).unwrap_or_default();
+        assert!(uptime >= 3.0, "{output}");
     }
 }
 

@@ -133,6 +133,12 @@ fn damaged_headers_are_refused() {
         let error = Image::new().put(at, &bytes).error();
         assert!(error.contains("damaged"), "{error}");
     }
+    let memory = crate::memory::create(2048, None).unwrap();
+    let mut high = TempFile::new().unwrap().into_file();
+    let image = Image::new().segment(0, elf::LOAD, [CODE as u64, MAPPED, 16, 16]).bytes.clone();
+    high.write_all(&image).unwrap();
+    let error = load(&memory, &mut high, "", 2048, 1).unwrap_err().to_string();
+    assert!(error.contains("above 1 GiB"), "{error}");
     let mut cut = Image::new();
     cut.bytes.truncate(CODE + 4);
     assert!(cut.error().contains("beyond the end of the file"));
