@@ -62,17 +62,17 @@ impl Board {
         Ok(Self { vm, memory, pluggable, image: (image_address, image.size()), vcpus, maker })
     }
 
-    /// Puts a kernel into it and the first vCPU before its entry.
+    /// Puts a kernel into it and the first vCPU before its entry; answers where the kernel's code is.
     ///
     /// # Errors
     /// When the kernel is none, or KVM refuses.
-    pub fn boot(&self, shape: &Shape, kernel: &mut File) -> Result<(), Error> {
+    pub fn boot(&self, shape: &Shape, kernel: &mut File) -> Result<Range, Error> {
         let parameters = kernel_parameters(shape);
-        let entry = boot::load(&self.memory, kernel, &parameters, shape.memory_mib, shape.max_vcpus)?;
+        let (entry, code) = boot::load(&self.memory, kernel, &parameters, shape.memory_mib, shape.max_vcpus)?;
         for (number, fd) in (0..).zip(&self.vcpus) {
             cpu::set_up(fd, number, Some(&entry).filter(|_| number == 0))?;
         }
-        Ok(())
+        Ok(code)
     }
 
     /// Goes on from a template; answers what the devices need of it.

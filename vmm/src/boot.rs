@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 
-use crate::memory::{BIOS, GuestMemory, LOW_END, ONE_MIB, ranges};
+use crate::memory::{BIOS, GuestMemory, LOW_END, ONE_MIB, Range, ranges};
 use crate::mptable;
 
 /// Where what the kernel finds is put: low memory that nobody else uses.
@@ -32,6 +32,8 @@ mod elf {
     pub const HEADER: usize = 64;
     pub const PROGRAM_HEADER: usize = 56;
     pub const LOAD: u32 = 1;
+    pub const EXECUTABLE: u32 = 1;
+    pub const WRITABLE: u32 = 2;
 }
 
 /// struct boot_params (arch/x86/include/uapi/asm/bootparam.h): where its fields are, and what they say.
@@ -123,7 +125,7 @@ pub struct Entry {
     pub gdt: u64,
 }
 
-/// Puts kernel, parameters and MP table into the guest's memory.
+/// Puts kernel, parameters and MP table into the guest's memory; answers also where the kernel's code is, bytes.
 ///
 /// # Errors
 /// When the kernel is not one or does not fit.
@@ -133,13 +135,13 @@ pub fn load(
     parameters: &str,
     mib: u64,
     vcpus: u8,
-) -> Result<Entry, Error> {
-    let address = load_kernel(memory, kernel)?;
+) -> Result<(Entry, Range), Error> {
+    let (address, code) = load_kernel(memory, kernel)?;
     put_command_line(memory, parameters)?;
     memory.write_slice(&mptable::build(vcpus), GuestAddress(BIOS))?;
     put_seed(memory)?;
     put_parameters(memory, parameters.len(), mib)?;
-    enter_at(memory, address)
+    Ok((enter_at(memory, address)?, code))
 }
 
 /// What a vCPU needs to begin at an address below [`MAPPED`]: page tables and segments.
@@ -177,6 +179,7 @@ fn qword(bytes: &[u8], offset: usize) -> u64 {
 /// A program header.
 struct Segment {
     kind: u32,
+    flags: u32,
     offset: u64,
     address: u64,
     file_size: u64,
@@ -187,6 +190,7 @@ impl Segment {
     fn parse(bytes: &[u8]) -> Self {
         Self {
             kind: dword(bytes, 0),
+            flags: dword(bytes, 4),
             offset: qword(bytes, 8),
             address: qword(bytes, 24),
             file_size: qword(bytes, 32),
@@ -195,8 +199,8 @@ impl Segment {
     }
 }
 
-/// Loads the segments and answers the entry.
-fn load_kernel(memory: &GuestMemory, kernel: &mut File) -> Result<u64, Error> {
+/// Loads the segments; answers the entry, and what is code and never written to, with the constants beside it.
+fn load_kernel(memory: &GuestMemory, kernel: &mut File) -> Result<(u64, Range), Error> {
     let length = kernel.metadata().map_err(|error| Error::Read { what: "size", error })?.len();
     let (entry, segments) = segments(kernel, length)?;
     let loaded: Vec<_> = segments.iter().filter(|segment| segment.kind == elf::LOAD).collect();
@@ -210,7 +214,9 @@ fn load_kernel(memory: &GuestMemory, kernel: &mut File) -> Result<u64, Error> {
     if !loaded.iter().any(|s| (s.address..s.address + s.memory_size).contains(&entry)) {
         return Err(Error::Damaged("the entry is outside of the kernel"));
     }
-    Ok(entry)
+    let is_code = |segment: &&&Segment| segment.flags & (elf::EXECUTABLE | elf::WRITABLE) == elf::EXECUTABLE;
+    let code = loaded.iter().find(is_code).map_or((0, 0), |segment| (segment.address, segment.memory_size));
+    Ok((entry, code))
 }
 
 /// The entry and the program headers.

@@ -182,7 +182,7 @@ impl Machine {
         if !(1..=shape.max_vcpus).contains(&shape.vcpus) || shape.max_vcpus > MAX_VCPUS {
             return Err(Error::Vcpus(shape.vcpus, shape.max_vcpus));
         }
-        let (board, saved) = board(shape, &mut files)?;
+        let (board, beginning) = board(shape, &mut files)?;
         let Board { vm, memory, pluggable, image, vcpus, maker: vcpu_maker } = board;
 
         let console = ConsoleRing::new(shape.debug);
@@ -202,18 +202,19 @@ impl Machine {
         let disks = (0..shape.disk_slots).map(disk).collect::<Result<_, _>>()?;
         let card = |_| devices.add_slot("virtio-net", Net::new());
         let nets = (0..shape.net_slots).map(card).collect::<Result<_, _>>()?;
-        let maker = match saved {
-            Some(Ok(saved)) => {
-                devices.restore(&saved)?;
-                lock(&vsock).moved_from(saved.guest_cid());
+        let maker = match beginning {
+            Beginning::Template(state) => {
+                devices.restore(&state)?;
+                lock(&vsock).moved_from(state.guest_cid());
                 None
             }
-            Some(Err(error)) => {
+            Beginning::Boot { refused: Some(error), .. } => {
                 made(Err(error));
                 None
             }
-            None => {
-                devices.maker(shape, files.template.filter(|_| shape.template == Template::Make), made)?
+            Beginning::Boot { code, refused: None } => {
+                let file = files.template.filter(|_| shape.template == Template::Make);
+                file.map(|file| devices.maker(shape, code, file, made)).transpose()?
             }
         };
 
@@ -290,20 +291,32 @@ impl Machine {
     }
 }
 
-/// The board, and what the devices need of the template if it comes from one, or why there is no use for it.
-fn board(shape: &Shape, files: &mut Files) -> Result<(Board, Option<Result<State, template::Error>>), Error> {
+/// Where a machine begins.
+enum Beginning {
+    /// Where a template stopped; what the devices need of it.
+    Template(Box<State>),
+    /// At its boot.
+    Boot {
+        /// Where the guest's code is.
+        code: memory::Range,
+        /// Why there is no use for the template that there is.
+        refused: Option<template::Error>,
+    },
+}
+
+fn board(shape: &Shape, files: &mut Files) -> Result<(Board, Beginning), Error> {
     let mut refused = None;
     if shape.template == Template::Use {
         let restored = files.template.as_ref().ok_or(template::Error::NoFile);
         let board = Board::new(shape, files)?;
         match restored.and_then(|file| board.restore(shape, file)) {
-            Ok(state) => return Ok((board, Some(Ok(state)))),
-            Err(error) => refused = Some(Err(error)),
+            Ok(state) => return Ok((board, Beginning::Template(Box::new(state)))),
+            Err(error) => refused = Some(error),
         }
     }
     let board = Board::new(shape, files)?;
-    board.boot(shape, &mut files.kernel)?;
-    Ok((board, refused))
+    let code = board.boot(shape, &mut files.kernel)?;
+    Ok((board, Beginning::Boot { code, refused }))
 }
 
 /// The devices as they come: each takes the next slot of the bus, and the addresses that belong to it.
@@ -337,19 +350,19 @@ impl Devices {
     }
 
     /// What makes a template out of this machine.
-    fn maker(&self, shape: &Shape, file: Option<File>, made: Made) -> Result<Option<Maker>, Error> {
-        let Some(file) = file else { return Ok(None) };
+    fn maker(&self, shape: &Shape, code: memory::Range, file: File, made: Made) -> Result<Maker, Error> {
         self.register.want();
-        Ok(Some(Maker {
+        Ok(Maker {
             register: self.register.clone(),
             vm: self.vm.fd(),
             msr_indices: self.vm.msr_indices()?,
             memory: self.memory.clone(),
             functions: self.functions.clone(),
             shape: shape.clone(),
+            code,
             file,
             made,
-        }))
+        })
     }
 
     fn add<D>(&mut self, name: &'static str, device: io::Result<D>) -> Result<Arc<Mutex<D>>, Error>

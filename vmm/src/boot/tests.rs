@@ -25,6 +25,7 @@ impl Image {
         image.put(54, &(elf::PROGRAM_HEADER as u16).to_le_bytes());
         image.put(56, &2u16.to_le_bytes());
         image.segment(0, elf::LOAD, [CODE as u64, KERNEL, 16, 0x2000]);
+        image.put(elf::HEADER + 4, &5u32.to_le_bytes());
         image.segment(1, NOTE, [0, 0, 36, 36]);
         image.bytes[CODE..].fill(0x90);
         image
@@ -44,7 +45,7 @@ impl Image {
         self.put(at + 40, &memory.to_le_bytes())
     }
 
-    fn load(&self, parameters: &str) -> (Result<Entry, Error>, GuestMemory) {
+    fn load(&self, parameters: &str) -> (Result<(Entry, Range), Error>, GuestMemory) {
         let memory = crate::memory::create(MIB, None).unwrap();
         let mut file = TempFile::new().unwrap().into_file();
         file.write_all(&self.bytes).unwrap();
@@ -59,8 +60,8 @@ impl Image {
 #[test]
 fn a_kernel_and_what_it_expects_are_in_memory() {
     let (entry, memory) = Image::new().load("quiet");
-    let entry = entry.unwrap();
-    assert_eq!(entry.address, KERNEL + 8);
+    let (entry, code) = entry.unwrap();
+    assert_eq!((entry.address, code), (KERNEL + 8, (KERNEL, 0x2000)));
     let mut code = [0; 18];
     memory.read_slice(&mut code, GuestAddress(KERNEL)).unwrap();
     assert_eq!(code, *b"\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\x90\0\0");
@@ -85,7 +86,7 @@ fn each_kernel_gets_a_seed_of_its_own() {
     let seed = || {
         let (entry, memory) = Image::new().load("");
         let mut data = [0; 0x50];
-        let at: u64 = memory.read_obj(GuestAddress(entry.unwrap().parameters + 0x250)).unwrap();
+        let at: u64 = memory.read_obj(GuestAddress(entry.unwrap().0.parameters + 0x250)).unwrap();
         memory.read_slice(&mut data, GuestAddress(at)).unwrap();
         assert_eq!((qword(&data, 0), dword(&data, 8), dword(&data, 12)), (0, 9, 64), "struct setup_data");
         data

@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::ptr;
 use std::sync::Arc;
 
 use katana_protocol::bridge;
@@ -14,10 +16,11 @@ use vm_memory::{Bytes, GuestMemory as _};
 use super::{Error, MAGIC, PAGE, State, failed, locate, program};
 use crate::cpu::{self, CpuState};
 use crate::kvm;
-use crate::memory::{GuestMemory, ranges};
+use crate::memory::{GuestMemory, Range, ranges};
 use crate::pci::{TemplateRegister, VirtioPci};
 use crate::sync::lock;
 
+const HUGE_PAGE: u64 = 2 << 20;
 /// Pages that are looked at at once.
 const CHUNK: u64 = 512;
 /// So many pages that the guest has not touched are mapped along when others on both sides are: a mapping more
@@ -47,6 +50,8 @@ pub struct Maker {
     pub functions: Vec<Arc<VirtioPci>>,
     /// The machine.
     pub shape: Shape,
+    /// Where the guest's code is.
+    pub code: Range,
     /// Empty, to become the template.
     pub file: File,
     /// Is told how it went.
@@ -93,6 +98,7 @@ impl Maker {
         };
         state.extents = self.write_memory().map_err(failed("write memory"))?;
         drop(held);
+        self.gather_code();
         let mut bytes = postcard::to_allocvec(&state).map_err(Error::Encoding)?;
         let hash = Sha256::digest(&bytes);
         let length = (bytes.len() as u64).to_le_bytes();
@@ -129,6 +135,36 @@ impl Maker {
             }
         }
         Ok(extents)
+    }
+
+    /// Has the file's pages with the guest's code lie in huge pages, so that whoever maps them there takes a few faults for
+    /// all of it, and the guest's CPU finds it quickly. Not every file system can.
+    fn gather_code(&self) {
+        const MADV_COLLAPSE: libc::c_int = 25;
+        let start = self.code.0.next_multiple_of(HUGE_PAGE);
+        let length = ((self.code.0 + self.code.1) / HUGE_PAGE * HUGE_PAGE).saturating_sub(start) as usize;
+        // Room to move the mapping to a boundary of huge pages.
+        let room = length + HUGE_PAGE as usize;
+        let (reserved, shared) =
+            (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::MAP_SHARED | libc::MAP_FIXED);
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
+        let all = unsafe { libc::mmap(ptr::null_mut(), room, libc::PROT_NONE, reserved, -1, 0) };
+        if length == 0 || all == libc::MAP_FAILED {
+            return;
+        }
+        let at = all.wrapping_byte_add(all.align_offset(HUGE_PAGE as usize));
+        // SAFETY: the range lies inside of the mapping just made, which nobody else knows. Huge pages change no content.
+        // Below the hole, the file has memory at the addresses where the guest has it.
+        let gathered = unsafe {
+            libc::mmap(at, length, access, shared, self.file.as_raw_fd(), start as i64) == at
+                && libc::madvise(at, length, MADV_COLLAPSE) == 0
+        };
+        if !gathered {
+            log::debug!("the guest's code in huge pages: {}", io::Error::last_os_error());
+        }
+        // SAFETY: nobody uses it.
+        unsafe { libc::munmap(all, room) };
     }
 
     /// Which of these pages the host has memory for.

@@ -81,6 +81,7 @@ fn employ_maker(bench: &mut Bench, file: &File) -> mpsc::Receiver<Result<(), Err
         memory: bench.memory.clone(),
         functions: Vec::new(),
         shape: shape(),
+        code: (0, 4 << 20),
         file: file.try_clone().unwrap(),
         made: Box::new(move |made| sender.send(made).unwrap()),
     });
