@@ -8,6 +8,7 @@ use std::time::SystemTime;
 
 use katana_tests::environment::{self, is_vm_or_say};
 use katana_tests::network::{Bridge, Namespace};
+use katana_tests::process::Process;
 use katana_tests::turn::{alone, shared};
 use katana_tests::{BUSYBOX, Configuration, Containerd, DEBIAN, Output, Run, Scratch};
 use nix::fcntl::{Flock, FlockArg};
@@ -115,6 +116,29 @@ fn clocks_are_right_where_time_has_passed_at_once() {
         let uptime: f64 = output.value("uptime").and_then(|text| text.parse().ok()).unwrap_or_default();
         assert!(uptime >= 3.0, "{output}");
     }
+}
+
+/// Those that come from a template share the guest's code, in pages that are quickly mapped.
+#[test]
+fn code_of_the_guest_is_in_huge_pages() {
+    let _turn = shared();
+    if !is_vm() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (directory, configuration) = own_templates(&scratch);
+    fs::create_dir(&directory).expect("mkdir");
+    mount(Some("templates"), &directory, Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("mount");
+    start(&configuration);
+    template(&directory);
+    let container = Run::new(BUSYBOX).configuration(&configuration).command(&["sleep", "10000"]).start();
+    let rollup = format!("/proc/{}/smaps_rollup", Process::vmm_of(container.id()).pid);
+    let rollup = fs::read_to_string(rollup).expect("the VMM's memory");
+    umount2(&directory, MntFlags::MNT_DETACH).expect("unmount");
+    let huge = rollup.lines().find_map(|line| line.strip_prefix("ShmemPmdMapped:")).unwrap_or_default();
+    let kib: u64 = huge.trim().trim_end_matches(" kB").parse().unwrap_or_default();
+    // What Linux 6.1 and newer can, with transparent huge pages, on a tmpfs.
+    assert!(kib >= 4096, "{rollup}");
 }
 
 /// The machine that a template is made of has cards, CPUs, memory and a disk of its own afterwards.
