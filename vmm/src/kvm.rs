@@ -23,6 +23,8 @@ const API_VERSION: i32 = 12;
 const REQUIRED: &[(Cap, &str)] = &[
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+    // The guest has no other timer, and nothing to find out the frequency of one by.
+    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
     (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
@@ -79,8 +81,6 @@ pub struct Vm {
     kvm: Kvm,
     /// CPUID as this KVM can offer it.
     pub cpuid: CpuId,
-    /// Whether the local APIC's timer has the TSC deadline mode.
-    pub tsc_deadline: bool,
 }
 
 impl Vm {
@@ -96,7 +96,6 @@ impl Vm {
         }
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
-        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let fd = create_vm(&kvm).map_err(call("KVM_CREATE_VM"))?;
         fd.set_identity_map_address(IDENTITY_MAP).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(TSS).map_err(call("KVM_SET_TSS_ADDR"))?;
@@ -106,7 +105,7 @@ impl Vm {
         fd.enable_cap(&local).map_err(call("KVM_CAP_SPLIT_IRQCHIP"))?;
         let fd = Arc::new(fd);
         let irqfds = Arc::new(Irqfds::new(fd.clone()));
-        Ok(Self { fd, irqfds, slots: 0, kvm, cpuid, tsc_deadline })
+        Ok(Self { fd, irqfds, slots: 0, kvm, cpuid })
     }
 
     /// The kernel's machine itself.

@@ -50,6 +50,7 @@ const NEEDED: &[(Cap, &str, &str)] = &[
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory"),
     (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM", "the guest image"),
     (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP", "interrupts"),
+    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER", "timers"),
     (Cap::IrqRouting, "KVM_CAP_IRQ_ROUTING", "interrupts of devices"),
     (Cap::Irqfd, "KVM_CAP_IRQFD", "interrupts of devices"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD", "doorbells of devices"),

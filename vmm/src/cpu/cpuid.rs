@@ -25,8 +25,6 @@ const LEVEL_CORE: u32 = 2;
 pub struct Topology {
     /// Number of vCPUs.
     pub vcpus: u8,
-    /// Whether the local APIC's timer has the TSC deadline mode.
-    pub tsc_deadline: bool,
 }
 
 impl Topology {
@@ -52,8 +50,7 @@ impl Topology {
             0 => leaf.eax = leaf.eax.max(0xb),
             1 => {
                 leaf.ebx = leaf.ebx & 0xffff | vcpus << 16 | vcpu << 24;
-                leaf.ecx = leaf.ecx & !(leaf1::ECX_VMX | leaf1::ECX_TSC_DEADLINE) | leaf1::ECX_HYPERVISOR;
-                leaf.ecx |= if self.tsc_deadline { leaf1::ECX_TSC_DEADLINE } else { 0 };
+                leaf.ecx = leaf.ecx & !leaf1::ECX_VMX | leaf1::ECX_HYPERVISOR | leaf1::ECX_TSC_DEADLINE;
                 leaf.edx = leaf.edx & !leaf1::EDX_HTT | if vcpus > 1 { leaf1::EDX_HTT } else { 0 };
             }
             // Deterministic caches: the last level is shared by all cores, the others by none.
@@ -126,7 +123,7 @@ mod tests {
             leaf(0x8000_0008, 0, [0x3030, 1, 0x7007, 0]),
             leaf(0x8000_001e, 0, [9, 0x109, 1, 0]),
         ];
-        let topology = Topology { vcpus: 3, tsc_deadline: true };
+        let topology = Topology { vcpus: 3 };
         for vcpu in 0..3 {
             let leaves = topology.apply(&host, vcpu);
             let id = u32::from(vcpu);
@@ -144,8 +141,8 @@ mod tests {
     fn one_vcpu_is_no_hyperthread_and_nothing_is_nested() {
         let host =
             [leaf(1, 0, [0, 0, 1 << 5, 1 << 28]), leaf(0x8000_0001, 0, [0, 0, 1 << 2 | 1 << 22 | 2, 0])];
-        let leaves = Topology { vcpus: 1, tsc_deadline: false }.apply(&host, 0);
-        assert_eq!(find(&leaves, 1, 0), [0, 1 << 16, leaf1::ECX_HYPERVISOR, 0]);
+        let leaves = Topology { vcpus: 1 }.apply(&host, 0);
+        assert_eq!(find(&leaves, 1, 0), [0, 1 << 16, leaf1::ECX_HYPERVISOR | leaf1::ECX_TSC_DEADLINE, 0]);
         assert_eq!(find(&leaves, 0x8000_0001, 0)[2], 1 << 22);
         assert_eq!(find(&leaves, 0xb, 1)[..2], [0, 1]);
     }
@@ -153,7 +150,7 @@ mod tests {
     #[test]
     fn caches_are_shared_as_the_topology_says() {
         let host = [leaf(4, 0, [0xfc00_4121, 0, 0, 0]), leaf(4, 3, [0xfc1f_c163, 0, 0, 0])];
-        let leaves = Topology { vcpus: 4, tsc_deadline: false }.apply(&host, 0);
+        let leaves = Topology { vcpus: 4 }.apply(&host, 0);
         assert_eq!(find(&leaves, 4, 0)[0], 3 << 26 | 0x121);
         assert_eq!(find(&leaves, 4, 3)[0], 3 << 26 | 3 << 14 | 0x163);
     }
