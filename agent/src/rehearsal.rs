@@ -21,7 +21,8 @@ const CGROUP: &str = "rehearsal";
 const REPORTED_AT_ONCE: u64 = 32 * (4 << 20);
 /// Somebody waits for the first start: the rest of a large memory is left to those that come from the template.
 const MOST_ROUNDS: u64 = 16;
-/// What it may take for that. A template made too early is a little larger, that is all.
+/// What it may take for that: user space is told nothing of it, and so has nothing to wait for. A template made too early is a
+/// little larger, that is all.
 const MOMENT: Duration = Duration::from_millis(20);
 
 /// Does all of it. Time is let pass since the kernel reports its free pages two seconds after it has booted, and takes

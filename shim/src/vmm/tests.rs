@@ -117,3 +117,25 @@ async fn a_thread_of_the_vmm_is_known_by_the_hosts_id() {
     vmm.kill();
     let _ = child.wait();
 }
+
+#[tokio::test]
+async fn an_answer_that_nobody_waits_for_is_nobody_elses() {
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+    let id = child.id();
+    let vmm = Vmm::listen(ours, PidFd::open(id as i32).unwrap(), id, Ports::new(), None).unwrap();
+    // containerd drops its call.
+    tokio::time::timeout(Duration::from_millis(50), vmm.detach_disk(0)).await.unwrap_err();
+    assert_eq!(vmm::receive::<Request>(&theirs).unwrap().0, Request::DetachDisk { slot: 0 });
+    let asked = std::thread::spawn(move || {
+        vmm::send(&theirs, &Event::Done(Some("no such slot".into())), &[]).unwrap();
+        let (request, _) = vmm::receive::<Request>(&theirs).unwrap();
+        vmm::send(&theirs, &Event::Done(None), &[]).unwrap();
+        request
+    });
+    vmm.add_vcpus(2).await.unwrap();
+    assert_eq!(asked.join().unwrap(), Request::AddVcpus { count: 2 });
+    vmm.kill();
+    let _ = child.wait();
+}

@@ -114,7 +114,8 @@ fn clocks_are_right_where_time_has_passed_at_once() {
         template(&directory);
         check_clock(&output, before);
         let uptime: f64 = output.value("uptime").and_then(|text| text.parse().ok()).unwrap_or_default();
-        assert!(uptime >= 3.0, "{output}");
+        // Several times three seconds, far more than a boot takes.
+        assert!(uptime >= 12.0, "{output}");
     }
 }
 

@@ -143,21 +143,24 @@ impl Maker {
         const MADV_COLLAPSE: libc::c_int = 25;
         let start = self.code.0.next_multiple_of(HUGE_PAGE);
         let length = ((self.code.0 + self.code.1) / HUGE_PAGE * HUGE_PAGE).saturating_sub(start) as usize;
+        if length == 0 {
+            return;
+        }
         // Room to move the mapping to a boundary of huge pages.
         let room = length + HUGE_PAGE as usize;
         let (reserved, shared) =
             (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, libc::MAP_SHARED | libc::MAP_FIXED);
-        let access = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
         let all = unsafe { libc::mmap(ptr::null_mut(), room, libc::PROT_NONE, reserved, -1, 0) };
-        if length == 0 || all == libc::MAP_FAILED {
+        if all == libc::MAP_FAILED {
+            log::debug!("the guest's code in huge pages: {}", io::Error::last_os_error());
             return;
         }
         let at = all.wrapping_byte_add(all.align_offset(HUGE_PAGE as usize));
         // SAFETY: the range lies inside of the mapping just made, which nobody else knows. Huge pages change no content.
         // Below the hole, the file has memory at the addresses where the guest has it.
         let gathered = unsafe {
-            libc::mmap(at, length, access, shared, self.file.as_raw_fd(), start as i64) == at
+            libc::mmap(at, length, libc::PROT_READ, shared, self.file.as_raw_fd(), start as i64) == at
                 && libc::madvise(at, length, MADV_COLLAPSE) == 0
         };
         if !gathered {

@@ -29,9 +29,6 @@ const TRAILER: u64 = 8 + 8 + 32;
 /// Far more than a state takes.
 const LONGEST_STATE: u64 = 16 << 20;
 const PAGE: u64 = 4096;
-/// So much of the memory, from the start, is never in huge pages: Linux hands out what lies low first, and of a pod that
-/// needs little, the first huge page would be more than all else.
-const SMALL_PAGES: u64 = 64 << 20;
 
 /// Why a template cannot be made or used.
 #[derive(Debug, thiserror::Error)]
@@ -135,10 +132,6 @@ impl State {
     /// # Errors
     /// When the host refuses.
     pub fn map_memory(&self, file: &File, memory: &GuestMemory) -> Result<(), Error> {
-        let low = SMALL_PAGES.min(self.shape.memory_mib << 20) as usize;
-        let slice = memory.get_slice(GuestAddress(0), low).map_err(|_| Error::Damaged)?;
-        // SAFETY: the range is guest memory, and what is in it stays. A kernel without huge pages refuses, rightly.
-        unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), low, libc::MADV_NOHUGEPAGE) };
         for (offset, length) in &self.extents {
             let at = locate(self.shape.memory_mib, *offset).ok_or(Error::Damaged)?;
             let slice = memory.get_slice(at, *length as usize).map_err(|_| Error::Damaged)?;
