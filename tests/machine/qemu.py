@@ -22,8 +22,8 @@ import time
 
 QEMU = "qemu-system-x86_64"
 MEMORY_MIB = 8192
-# The first runs no guests: see `init`.
-CPUS = 3
+# Of several, the first runs no guests: see `init`.
+CPUS = int(os.environ.get("KATANA_TEST_CPUS") or 3)
 # A restored machine sees the same devices as the one that was saved, so the transfer disks are of one size always.
 TRANSFER_DISK_BYTES = 4 << 30
 
@@ -85,7 +85,7 @@ def snapshot_directory(machine_directory, counted=False):
     """Where the snapshot for this QEMU on this kind of host belongs."""
     version = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
     with open(__file__) as this_file:
-        text = version + kernel_arguments(counted) + this_file.read()
+        text = version + " ".join([*processor(counted), kernel_arguments(counted)]) + this_file.read()
     return os.path.join(machine_directory, "snapshot-" + hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
