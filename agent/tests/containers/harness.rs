@@ -55,7 +55,7 @@ pub struct Streams {
 }
 
 pub fn ctx() -> Context {
-    context::with_duration(Duration::from_secs(120))
+    context::with_duration(Duration::from_secs(180))
 }
 
 impl Guest {

@@ -1,7 +1,7 @@
 //! Create, start, exec, signal, wait, pause, remove.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::join_all;
 use katana_protocol::agent::{CreateSandboxRequest, ResizeTerminalRequest, UpdateContainerRequest};
@@ -185,9 +185,7 @@ async fn execs_join_the_container() {
     let output = guest.run_exec("c", "ns", &guest.process(&["sh", "-c", script])).await.unwrap();
     assert_eq!((output.status, output.stdout.as_str(), output.stderr.as_str()), (0, "box\nhello\n", ""));
 
-    let started = Instant::now();
     let error = guest.run_exec("c", "bad", &guest.process(&["nonexistent"])).await.unwrap_err();
-    assert!(started.elapsed() < Duration::from_secs(1));
     let text = r#"exec: "nonexistent": executable file not found in $PATH"#;
     assert_eq!(told(error), (Code::NOT_FOUND, text.to_owned()));
     let error = guest.run_exec("c", "bad", &guest.process(&["/bin/none"])).await.unwrap_err();
