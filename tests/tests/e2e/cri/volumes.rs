@@ -22,6 +22,8 @@ cases! {
     mounts_of_the_host_appear_if_asked,
     /// emptyDir with medium Memory and a sizeLimit
     memory_volumes_keep_their_size,
+    /// hostPath of type Socket, in two containers of a pod
+    sockets_of_the_host_are_connected,
     /// emptyDir with medium HugePages, as many as the limit says
     huge_pages_are_there_up_to_the_limit,
     /// terminationMessagePath
@@ -184,6 +186,30 @@ fn a_config_map_is_updated_at_once(handler: &str) {
     publish("..two");
     fs::remove_dir_all(scratch.path().join("..one")).unwrap();
     assert!(eventually(|| container.sh("cat /volume/key").stdout == "..two"), "the old value stays");
+}
+
+fn sockets_of_the_host_are_connected(handler: &str) {
+    let scratch = Scratch::new();
+    let server = crate::sockets::Server::start(scratch.path().join("socket"), 0, 0o666);
+    let pod = shared_pod(handler);
+    let start = || {
+        pod.start(json!({"mounts": [
+            {"host_path": server.path, "container_path": "/sockets/open"},
+            {"host_path": std::env::current_exe().unwrap(), "container_path": "/check", "readonly": true},
+        ]}))
+    };
+    let check = "KATANA_CHECK_DIRECTORY=/sockets /check --ignored guest::sockets::the_server_sees";
+    let connects = |container: &katana_tests::cri::Container| {
+        let output = container.sh(check);
+        assert!(output.ok().contains("1 passed"), "{output:?}");
+    };
+    let (one, two) = (start(), start());
+    connects(&one);
+    connects(&two);
+    one.stop(0).unwrap();
+    one.remove().unwrap();
+    connects(&two);
+    two.remove().unwrap();
 }
 
 /// As kubelet does it: a mount of its own, of what a descriptor stands for, so that no link leads elsewhere meanwhile.
