@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use katana_protocol::agent::Disk;
+use katana_protocol::agent::{Disk, HostSocket};
 use nix::sched::CloneFlags;
 use nix::unistd::Pid;
 use oci_spec::runtime::{
@@ -27,6 +27,7 @@ use crate::launch::{Gate, IdMaps, Spares};
 use crate::process::{self, Process, Surroundings};
 use crate::reaper::Reaper;
 use crate::seccomp::{self, Filter};
+use crate::sockets::{self, Sockets};
 use crate::streams::Ports;
 use crate::submounts::{self, Submounts};
 use crate::transport::Transport;
@@ -55,6 +56,9 @@ pub enum Error {
     /// There are no huge pages for it.
     #[error(transparent)]
     HugePages(#[from] huge_pages::Error),
+    /// One of the host's sockets has no stand-in.
+    #[error(transparent)]
+    Sockets(#[from] sockets::Error),
     /// One of its processes fails.
     #[error(transparent)]
     Process(#[from] process::Error),
@@ -99,6 +103,8 @@ pub struct Request<'a> {
     pub pause: bool,
     /// Disks that it uses.
     pub disks: Vec<Disk>,
+    /// Sockets of the host that it mounts.
+    pub sockets: Vec<HostSocket>,
 }
 
 /// What a container's first process is doing.
@@ -134,6 +140,8 @@ pub struct Container {
     disks: Mutex<Disks>,
     /// Likewise.
     huge_pages: Mutex<HugePages>,
+    /// Likewise.
+    sockets: Mutex<Sockets>,
     /// They go with the container's entry in the table, once its processes are gone.
     _submounts: Submounts,
 }
@@ -141,7 +149,7 @@ pub struct Container {
 impl Container {
     /// Makes a container up to where its process waits for the start.
     pub async fn create(pod: &Pod, request: Request<'_>) -> Result<Self> {
-        let Request { id, spec, ports, pause, disks } = request;
+        let Request { id, spec, ports, pause, disks, sockets } = request;
         let mut spec: Spec = serde_json::from_slice(spec)?;
         let process = spec.process_mut().take().ok_or(Error::Invalid("process is missing"))?;
         let disks = take_disks(id, disks).await?;
@@ -154,12 +162,14 @@ impl Container {
             return Err(Error::Invalid("linux.memoryPolicy is not supported"));
         }
 
+        let sockets = Sockets::serve(&sockets, &pod.transport)?;
         let cgroup = Arc::new(Cgroup::create(linux.cgroups_path().as_deref(), id)?);
         let work = Work::Container { id: id.to_owned(), spec: Box::new(spec), pause };
         let built = Self::build(pod, work, process, seccomp, &cgroup, ports).await;
         let built = built.map(|container| Self {
             disks: Mutex::new(disks),
             huge_pages: Mutex::new(huge_pages),
+            sockets: Mutex::new(sockets),
             ..container
         });
         if built.is_err()
@@ -215,6 +225,7 @@ impl Container {
             oom_watch: tokio::spawn(oom.watch(cgroup.clone())),
             disks: Mutex::default(),
             huge_pages: Mutex::default(),
+            sockets: Mutex::default(),
             _submounts: submounts,
         })
     }
@@ -366,6 +377,7 @@ impl Container {
         self.cgroup.remove().await?;
         drop(std::mem::take(&mut *self.disks()));
         drop(std::mem::take(&mut *self.huge_pages.lock().unwrap_or_else(PoisonError::into_inner)));
+        drop(std::mem::take(&mut *self.sockets.lock().unwrap_or_else(PoisonError::into_inner)));
         self.oom_watch.abort();
         self.run_hooks(Stage::Poststop).await;
         Ok(())

@@ -27,6 +27,7 @@ mod replay;
 mod sandbox;
 mod seccomp;
 mod service;
+mod sockets;
 mod streams;
 mod submounts;
 mod syscalls;

@@ -158,7 +158,7 @@ fn status(error: &sandbox::Error) -> ttrpc::Error {
             C::Cgroup(cgroup::Error::InUse(_)) | C::ProcessExists(_) => Code::ALREADY_EXISTS,
             C::HugePages(huge_pages::Error::Size(_)) => Code::INVALID_ARGUMENT,
             C::HugePages(huge_pages::Error::Memory { .. }) => Code::RESOURCE_EXHAUSTED,
-            C::Cgroup(_) | C::Devices(_) | C::Disks(_) | C::HugePages(_) => Code::INTERNAL,
+            C::Cgroup(_) | C::Devices(_) | C::Disks(_) | C::HugePages(_) | C::Sockets(_) => Code::INTERNAL,
             C::NoProcess(_) | C::Process(P::Finished) => Code::NOT_FOUND,
             C::State(_) | C::Process(P::NoTerminal) => Code::FAILED_PRECONDITION,
             C::Process(P::Signal(..)) => Code::INVALID_ARGUMENT,
@@ -228,6 +228,7 @@ impl Agent for Service {
                 ports: ports(request.stdio.as_ref()),
                 pause: request.pause,
                 disks: request.disks,
+                sockets: request.sockets,
             };
             sandbox.create(wanted).await.map_err(|e| status(&e))
         };

@@ -134,6 +134,7 @@ impl Agent {
         stdio: api::Stdio,
         pause: bool,
         disks: Vec<api::Disk>,
+        sockets: Vec<api::HostSocket>,
     ) -> Result<u32> {
         let request = api::CreateContainerRequest {
             container_id: id.into(),
@@ -141,6 +142,7 @@ impl Agent {
             stdio: Some(stdio).into(),
             pause,
             disks,
+            sockets,
             ..Default::default()
         };
         let client = self.client.clone();

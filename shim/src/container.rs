@@ -21,6 +21,7 @@ use crate::process::{Exit, KILLED, Phase, Process};
 use crate::rootfs::Layer;
 use crate::sandbox::Sandbox;
 use crate::size::Limits;
+use crate::sockets::{self, Sockets};
 use crate::spec::{Hook, Pod, Spec};
 use crate::stdio::{Paths, Streams};
 
@@ -45,6 +46,8 @@ pub struct Container {
     events: Arc<Publisher>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     paused: AtomicBool,
+    /// Until it is deleted.
+    sockets: Mutex<Sockets>,
     /// Held by what changes the container's state: Start, Pause, Resume, Delete. True once it is deleted.
     changing: tokio::sync::Mutex<bool>,
 }
@@ -96,6 +99,11 @@ impl Container {
         let (spec, bundle, layers, pod) = found;
         let (disks, on_disks) = sandbox.attach_disks(&id, wanted).await?;
         let streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
+        let (stand_ins, sockets) = if pause {
+            Default::default()
+        } else {
+            sockets::open(&spec, &mut sources, &sandbox.ports).await?
+        };
         let (spec, id, bundle, guest_spec, watched) = if pause {
             // Neither its root nor its mounts are of use to anybody.
             let guest_spec = spec.for_pause().for_guest(&id, paths.terminal, &[], &pod, &on_disks)?;
@@ -119,6 +127,7 @@ impl Container {
             init: Process::new(name, paths, Map::new()),
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
+            sockets: Mutex::new(sockets),
             changing: tokio::sync::Mutex::default(),
             id,
             bundle,
@@ -137,7 +146,7 @@ impl Container {
         }
         let pid = container
             .agent
-            .create_container(&container.id, guest_spec, streams.ports(), pause, disks)
+            .create_container(&container.id, guest_spec, streams.ports(), pause, disks, stand_ins)
             .await?;
         log::debug!("timeline: container created");
         container.init.exists(pid, streams);
@@ -359,6 +368,7 @@ impl Container {
         {
             log::error!("remove container {}: {e}", self.id);
         }
+        drop(std::mem::take(&mut *self.sockets.lock().unwrap_or_else(PoisonError::into_inner)));
         self.sandbox.release_disks(&self.id).await;
         self.sandbox.remove_from_share(self.id.clone()).await;
         if let Err(e) = self.run_hooks("stopped", |hooks| hooks.poststop.clone()).await {

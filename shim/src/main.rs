@@ -35,6 +35,7 @@ mod server;
 mod service;
 mod share;
 mod size;
+mod sockets;
 mod spec;
 mod stats;
 mod stdio;

@@ -78,6 +78,11 @@ impl Guest {
         }
     }
 
+    /// The agent's own /run.
+    pub fn run_directory(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root/run", self.agent.id()))
+    }
+
     /// How often the agent has woken up so far.
     pub fn wakeups(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.agent.id())).unwrap();

@@ -17,6 +17,7 @@ mod leaks;
 mod network;
 mod run;
 mod size;
+mod sockets;
 mod task;
 mod template;
 mod tool;

@@ -10,6 +10,7 @@ mod many;
 mod names;
 mod permissions;
 mod seccomp;
+mod sockets;
 mod special_bits;
 mod watch;
 
