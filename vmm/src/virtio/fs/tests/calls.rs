@@ -201,6 +201,13 @@ fn flags_of_inodes_are_the_hosts() {
     let flags = u32::from_le_bytes(before.try_into().unwrap()) | no_dump;
     assert_eq!(guest.ioctl(node, fh, set, &flags.to_le_bytes(), 0), (0, Vec::new()));
     assert_eq!(guest.ioctl(node, fh, get, &[], 4), (0, flags.to_le_bytes().to_vec()));
+    // FS_IOC_GETVERSION, which some have and some have not.
+    let (mut version, version_of) = (0_i64, 0x8008_7601);
+    // SAFETY: the kernel writes an int, of a long that is there.
+    let direct = unsafe { libc::ioctl(File::open(&path).unwrap().as_raw_fd(), version_of, &raw mut version) };
+    let expected =
+        if direct == 0 { (0, version.to_le_bytes()[..4].to_vec()) } else { (libc::ENOTTY, Vec::new()) };
+    assert_eq!(guest.ioctl(node, fh, 0x8008_7601, &[], 8), expected);
     // All others, too little room, and a handle that is not there.
     for (fh, request, input, room) in
         [(fh, 0x5401, &[][..], 64), (fh, get, &[], 3), (fh, set, &[0; 3], 0), (12345, get, &[], 4)]
