@@ -121,6 +121,17 @@ fn a_file_system_without_acls_has_its_modes() {
     ]);
 }
 
+/// What memory volumes are.
+#[test]
+fn a_tmpfs_has_acls_too() {
+    let _turn = shared();
+    let scratch = Scratch::new();
+    let memory = Mounted::new("tmpfs", scratch.directory("memory"), "size=8m");
+    let run = guest::mounted(Run::new(DEBIAN)).bind(&memory.0, "/volume", "rw");
+    let words = guest::command("guest::acls guest::unnamed", "/volume");
+    guest::expect_passed(run.command(&words).patiently().output());
+}
+
 /// A write that fills the disk says how much it wrote, and only the next one fails.
 #[test]
 fn writes_to_a_full_disk_lose_no_count() {
