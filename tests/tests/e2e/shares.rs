@@ -132,6 +132,35 @@ fn a_tmpfs_has_acls_too() {
     guest::expect_passed(run.command(&words).patiently().output());
 }
 
+/// Whoever opens a file or makes it gets one or the other, however often it comes and goes on the host meanwhile.
+#[test]
+fn a_file_that_comes_and_goes_can_always_be_opened() {
+    let _turn = shared();
+    let scratch = Scratch::new();
+    let lock = scratch.path().join("lock");
+    let script = "
+import os
+for round in range(500):
+    os.close(os.open('/volume/lock', os.O_RDWR | os.O_CREAT, 0o600))
+print('done')
+";
+    let run = Run::new(DEBIAN).bind(scratch.path(), "/volume", "rw").command(&["python3", "-c", script]);
+    let running = run.spawn();
+    let ended = std::sync::atomic::AtomicBool::new(false);
+    let output = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+                let _ = fs::write(&lock, "");
+                let _ = fs::remove_file(&lock);
+            }
+        });
+        let output = running.finish();
+        ended.store(true, std::sync::atomic::Ordering::Relaxed);
+        output
+    });
+    output.ok().expect_text("done");
+}
+
 /// A write that fills the disk says how much it wrote, and only the next one fails.
 #[test]
 fn writes_to_a_full_disk_lose_no_count() {

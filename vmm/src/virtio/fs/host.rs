@@ -7,7 +7,9 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
 
-use virtiofsd::filesystem::{Context, Entry, Extensions, FileSystem, GetxattrReply, SetattrValid};
+use virtiofsd::filesystem::{
+    Context, Entry, Extensions, FileSystem, GetxattrReply, OpenOptions, SetattrValid,
+};
 use virtiofsd::fuse::{Attr, SetattrIn};
 use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::Id;
@@ -172,6 +174,42 @@ impl Host {
         }
         extensions.sup_gids.extend(groups);
         make(extensions)
+    }
+
+    /// Opens what was not there when the guest looked, but is now that it creates it.
+    ///
+    /// To the guest's kernel this is a file of its user's making, for which it asks about no rights. So it has to be the user's. If it
+    /// is not, the guest looks again (`do_filp_open` in fs/namei.c) and decides.
+    fn open_made_meanwhile(
+        &self,
+        ctx: Context,
+        parent: Inode,
+        name: &CStr,
+        kill_priv: bool,
+        flags: u32,
+    ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
+        let found = self.inner.lookup(ctx, parent, name)?;
+        let flags = flags.cast_signed() & !libc::O_CREAT;
+        let access = match flags & libc::O_ACCMODE {
+            libc::O_RDONLY => libc::S_IRUSR,
+            libc::O_WRONLY => libc::S_IWUSR,
+            _ => libc::S_IRUSR | libc::S_IWUSR,
+        };
+        let access = if flags & libc::O_TRUNC == 0 { access } else { access | libc::S_IWUSR };
+        let Attr { mode, uid, .. } = found.attr;
+        let own = mode & libc::S_IFMT == libc::S_IFREG && uid == ctx.uid && mode & access == access;
+        let opened = if own {
+            self.inner.open(ctx, found.inode, kill_priv, flags.cast_unsigned())
+        } else {
+            error(libc::ESTALE)
+        };
+        match opened {
+            Ok((handle, options)) => Ok((found, handle, options)),
+            Err(error) => {
+                self.inner.forget(ctx, found.inode, 1);
+                Err(error)
+            }
+        }
     }
 
     fn get_acl(&self, ctx: Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {

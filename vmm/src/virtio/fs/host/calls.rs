@@ -18,6 +18,9 @@ use super::super::unnamed::{self, checked};
 use super::super::{CACHE_TIME, acl};
 use super::{Handle, Host, Inode, error, is};
 
+/// How often it is tried to make or open a file that comes and goes.
+const CREATE_ATTEMPTS: usize = 10;
+
 impl FileSystem for Host {
     type Inode = Inode;
     type Handle = Handle;
@@ -181,15 +184,20 @@ impl FileSystem for Host {
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
         let exclusive = libc::O_EXCL.cast_unsigned();
-        let made = self.make_in(ctx, parent, extensions, |extensions| {
-            self.inner.create(ctx, parent, name, mode, kill_priv, flags | exclusive, umask, extensions)
-        });
-        match made {
-            // The host has made it since the guest looked. To the guest's kernel this is a file of its user's making, which it asks
-            // nobody about; looking again (`do_filp_open` in fs/namei.c) it sees whose it is.
-            Err(e) if flags & exclusive == 0 && is(&e, libc::EEXIST) => error(libc::ESTALE),
-            made => made,
+        let mut result = error(libc::ESTALE);
+        for _ in 0..CREATE_ATTEMPTS {
+            result = self.make_in(ctx, parent, extensions.clone(), |extensions| {
+                self.inner.create(ctx, parent, name, mode, kill_priv, flags | exclusive, umask, extensions)
+            });
+            if flags & exclusive == 0 && result.as_ref().is_err_and(|error| is(error, libc::EEXIST)) {
+                result = self.open_made_meanwhile(ctx, parent, name, kill_priv, flags);
+            }
+            // Gone again, before the library could look it up: whoever uses a file as a lock does that all the time.
+            if !result.as_ref().is_err_and(|error| is(error, libc::ENOENT)) {
+                break;
+            }
         }
+        result
     }
 
     fn read<W: ZeroCopyWriter>(

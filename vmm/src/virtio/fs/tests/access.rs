@@ -169,6 +169,20 @@ fn what_the_host_has_made_meanwhile_is_not_opened_as_ones_own() {
     let error = guest.create(ROOT, 1234, b"secret\0", libc::O_RDWR).0;
     assert_eq!(error, libc::ESTALE, "the guest looks again");
     assert_eq!(guest.create(ROOT, 1234, b"secret\0", libc::O_RDWR | libc::O_EXCL).0, libc::EEXIST);
+    let own = guest.path().join("own");
+    std::fs::write(&own, "x").unwrap();
+    std::os::unix::fs::chown(&own, Some(1234), None).unwrap();
+    for (mode, flags, expected) in [
+        (0o400, libc::O_RDONLY, 0),
+        (0o466, libc::O_RDWR, libc::ESTALE),
+        (0o466, libc::O_RDONLY | libc::O_TRUNC, libc::ESTALE),
+        (0o200, libc::O_WRONLY | libc::O_TRUNC, 0),
+        (0o277, libc::O_RDONLY, libc::ESTALE),
+    ] {
+        std::fs::set_permissions(&own, std::fs::Permissions::from_mode(mode)).unwrap();
+        assert_eq!(guest.create(ROOT, 1234, b"own\0", flags).0, expected, "{mode:o} {flags:o}");
+    }
+    assert_eq!(own.metadata().unwrap().len(), 0);
 }
 
 /// A guest that cannot take ACLs into account is not served.
