@@ -17,6 +17,7 @@ use oci_spec::runtime::{
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::task::JoinHandle;
 
+use crate::acls;
 use crate::cgroup::{self, Cgroup};
 use crate::device_filter::{self, DeviceFilter};
 use crate::disks::{self, Disks};
@@ -53,6 +54,9 @@ pub enum Error {
     /// One of its disks fails.
     #[error(transparent)]
     Disks(#[from] disks::Error),
+    /// Its files would not be kept from whom their ACLs keep out.
+    #[error(transparent)]
+    Acls(#[from] acls::NotObeyed),
     /// There are no huge pages for it.
     #[error(transparent)]
     HugePages(#[from] huge_pages::Error),
@@ -191,6 +195,7 @@ impl Container {
         let Work::Container { id, spec, .. } = &work else { return Err(Error::Invalid("not a container")) };
         let id = id.clone();
         let submounts = Submounts::of(spec, &pod.share);
+        acls::check(spec)?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.map_or(Ok(()), |resources| cgroup.apply(resources))?;
         let devices = DeviceFilter::attach(device_rules(resources), cgroup.path(), None)?;

@@ -156,6 +156,7 @@ fn status(error: &sandbox::Error) -> ttrpc::Error {
                 Code::INVALID_ARGUMENT
             }
             C::Cgroup(cgroup::Error::InUse(_)) | C::ProcessExists(_) => Code::ALREADY_EXISTS,
+            C::Acls(_) => Code::FAILED_PRECONDITION,
             C::HugePages(huge_pages::Error::Size(_)) => Code::INVALID_ARGUMENT,
             C::HugePages(huge_pages::Error::Memory { .. }) => Code::RESOURCE_EXHAUSTED,
             C::Cgroup(_) | C::Devices(_) | C::Disks(_) | C::HugePages(_) | C::Sockets(_) => Code::INTERNAL,

@@ -16,6 +16,7 @@ mod io;
 mod leaks;
 mod network;
 mod run;
+mod shares;
 mod size;
 mod sockets;
 mod task;
