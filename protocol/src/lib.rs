@@ -18,6 +18,7 @@ pub mod pod {
 }
 
 pub mod bpf;
+pub mod mount_options;
 pub mod netlink;
 pub mod vmm;
 

@@ -14,6 +14,7 @@ mod disks;
 mod error;
 mod events;
 mod fds;
+mod features;
 mod hooks;
 mod layout;
 mod logger;
