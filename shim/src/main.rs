@@ -21,6 +21,7 @@ mod logger;
 mod logger_binary;
 mod machine;
 mod mounts;
+mod namespaces;
 mod network;
 mod options;
 mod pidfd;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskOOM;
-use katana_config::Config;
+use katana_config::{Config, HostNamespaces};
 use katana_protocol::{AGENT_PORT, agent as api};
 use tokio::sync::watch;
 
@@ -46,6 +46,8 @@ pub struct Sandbox {
     pub ports: Arc<Ports>,
     /// The directory of the host for which the guest has a tmpfs: the pod's /dev/shm.
     pub shared_memory: Option<PathBuf>,
+    /// What becomes of containers that ask for namespaces of the host.
+    pub host_namespaces: HostNamespaces,
     vmm: Vmm,
     /// The VMM's threads that stand for containers, by the containers' ids.
     threads: watch::Sender<Threads>,
@@ -166,6 +168,7 @@ impl Sandbox {
             share,
             ports,
             shared_memory,
+            host_namespaces: config.runtime.host_namespaces,
             vmm,
             threads,
             network,
