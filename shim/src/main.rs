@@ -6,6 +6,7 @@
 mod agent;
 mod args;
 mod bootstrap;
+mod ceiling;
 mod cgroup;
 mod cleanup;
 mod clients;

@@ -13,7 +13,7 @@ fn options(options: Value) -> Value {
 }
 
 #[track_caller]
-fn expect_refused(handler: &str, asked: Value, parts: &[&str]) {
+fn expect_refused(handler: &str, asked: &Value, parts: &[&str]) {
     let Err(error) = Pod::try_run(handler, options(asked.clone())) else { panic!("{asked} is not refused") };
     assert!(parts.iter().all(|part| error.message.contains(part)), "{asked}: {error}");
     assert_eq!(error.message.lines().count(), 1, "{error}");
@@ -23,12 +23,12 @@ fn refusals(handler: &str) {
     let what_to_do = ["runtimeClassName", "host_namespaces = \"guest\""];
     for (kind, asked) in [("pid", "hostPID"), ("ipc", "hostIPC")] {
         let host = format!("the host's {kind} namespace");
-        expect_refused(handler, json!({kind: "NODE"}), &[&[host.as_str(), asked][..], &what_to_do].concat());
+        expect_refused(handler, &json!({kind: "NODE"}), &[&[host.as_str(), asked][..], &what_to_do].concat());
     }
-    expect_refused(handler, json!({"network": "NODE"}), &["the host's network", "hostNetwork"]);
+    expect_refused(handler, &json!({"network": "NODE"}), &["the host's network", "hostNetwork"]);
     let map = json!([{"host_id": 100_000, "container_id": 0, "length": 65536}]);
     let users = json!({"userns_options": {"mode": "POD", "uids": map, "gids": map}});
-    expect_refused(handler, users, &["user namespace"]);
+    expect_refused(handler, &users, &["user namespace"]);
     // What kubelet says of every pod that has none.
     drop(Pod::run_with(handler, options(json!({"userns_options": {"mode": "NODE"}}))));
 }
