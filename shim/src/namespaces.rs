@@ -66,8 +66,10 @@ impl Asked {
             }
         }
         linux.namespaces.retain(|namespace| !hosts.contains(&namespace.kind));
-        let listed = |kind: &&Kind| linux.namespaces.iter().any(|namespace| namespace.kind == kind.name);
-        Ok(Self(KINDS.iter().filter(|kind| !listed(kind)).collect()))
+        let listed = |name: &str| linux.namespaces.iter().any(|namespace| namespace.kind == name);
+        // Kubernetes' host network comes with the host's name, and it is the network that there is something to say of.
+        let goes_with_network = |kind: &Kind| kind.name == "uts" && !listed("network");
+        Ok(Self(KINDS.iter().filter(|kind| !listed(kind.name) && !goes_with_network(kind)).collect()))
     }
 
     /// Whether the container can do with the machine's instead.

@@ -52,7 +52,10 @@ fn what_is_not_listed_is_the_hosts() {
         assert_eq!(asked(spec(with(kind, None), Value::Null)), [kind]);
         assert_eq!(asked(sandbox(with(kind, None))), [kind]);
     }
-    assert_eq!(asked(Spec::default()), ["pid", "ipc", "uts", "mount"]);
+    assert_eq!(asked(Spec::default()), ["pid", "ipc", "mount"]);
+    // hostNetwork: what refuses the network has something better to say.
+    let kinds = ["pid", "ipc", "mount"].map(|kind| json!({"type": kind}));
+    assert!(asked(sandbox(kinds.to_vec())).is_empty());
 }
 
 #[test]

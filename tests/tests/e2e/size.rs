@@ -97,16 +97,16 @@ fn a_tmpfs_of_the_host_counts_for_who_fills_it() {
     let _turn = shared();
     let scratch = Scratch::new();
     let tmpfs = scratch.directory("tmpfs");
-    mount(Some("tmpfs"), &tmpfs, Some("tmpfs"), MsFlags::empty(), Some("size=700m")).expect("tmpfs");
+    mount(Some("tmpfs"), &tmpfs, Some("tmpfs"), MsFlags::empty(), Some("size=500m")).expect("tmpfs");
     let small = Configuration::installed().set("hypervisor.katana.default_memory", 64).to_toml();
     let small = scratch.file("configuration.toml", small);
     let run = |megabytes: u32| {
-        let fill = format!("head -c {megabytes}m /dev/zero > /mnt/file && echo filled");
+        let fill = format!("dd if=/dev/zero of=/mnt/file bs=1M count={megabytes} && echo filled");
         let run = Run::new(BUSYBOX).configuration(&small).options("--memory-limit 33554432");
         run.bind(&tmpfs, "/mnt", "rw").sh(&fill).output()
     };
     let little = run(10);
-    let much = run(600);
+    let much = run(450);
     umount2(&tmpfs, MntFlags::MNT_DETACH).expect("unmount");
     little.ok().expect_text("filled");
     assert!(much.code != 0 && !much.text().contains("filled"), "{much}");
