@@ -28,6 +28,8 @@ cases! {
     stop_asks_before_it_kills,
     /// Who gives up waiting for the end has asked for it, and no more.
     2: a_stop_that_is_given_up_kills_nothing,
+    /// Also by a program that handles it and has not got there yet
+    2: a_stop_right_after_the_start_is_heard,
     /// What `crictl inspectp` shows
     2: the_details_of_a_pod_are_told,
     /// What `kubectl describe` shows.
@@ -130,6 +132,21 @@ fn a_stop_that_is_given_up_kills_nothing(handler: &str) {
     container.stop(1).unwrap();
     assert_eq!((container.state(), container.status().exit_code), (State::CONTAINER_EXITED, 137));
     assert_eq!(container.output(), "ready\nignored\n", "it is asked once");
+}
+
+fn a_stop_right_after_the_start_is_heard(handler: &str) {
+    let pod = Pod::run(handler);
+    // Of a process that is the first of its namespace, and of one that is not.
+    for mode in ["CONTAINER", "POD"] {
+        let script = "trap 'echo bye; exit 7' TERM; sleep 10000 & wait";
+        let config = json!({
+            "command": ["sh", "-c", script],
+            "linux": {"security_context": {"namespace_options": {"pid": mode}}},
+        });
+        let container = pod.start(config);
+        container.stop(60).unwrap();
+        assert_eq!((container.status().exit_code, container.output().as_str()), (7, "bye\n"), "{mode}");
+    }
 }
 
 fn the_details_of_a_pod_are_told(handler: &str) {
