@@ -246,6 +246,7 @@ impl Container {
             Phase::Started => return Err(Error::State("cannot start an already running container")),
         };
         gate.open().await.map_err(process::Error::from)?;
+        self.init.started();
         self.run_hooks(Stage::Poststart).await;
         Ok(())
     }

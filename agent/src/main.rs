@@ -33,6 +33,7 @@ mod streams;
 mod submounts;
 mod syscalls;
 mod transport;
+mod young;
 
 use std::process::ExitCode;
 

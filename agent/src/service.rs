@@ -316,6 +316,7 @@ impl Agent for Service {
             container.signal_all(request.signal).map_err(container_status)?;
         } else {
             let process = container.process(&request.exec_id).map_err(container_status)?;
+            process.ready_for(request.signal).await;
             process.signal(request.signal).map_err(process_status)?;
         }
         Ok(Empty::new())

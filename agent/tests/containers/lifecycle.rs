@@ -25,6 +25,18 @@ async fn exit_codes_and_output() {
     assert_eq!(killed.status, 137);
 }
 
+/// The first process of a pid namespace does not hear a signal that it has no handler for.
+#[tokio::test]
+async fn a_signal_waits_for_who_is_to_handle_it() {
+    let guest = Guest::new("young").await;
+    let script = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; trap 'exit 7' TERM; sleep 1000 & wait";
+    guest.create("c", &guest.spec(&["sh", "-c", script]), &Default::default()).await.unwrap();
+    guest.start("c").await.unwrap();
+    guest.kill("c", "", libc::SIGTERM, false).await.unwrap();
+    assert_eq!(guest.wait("c", "").await.exit_status, 7);
+    guest.remove("c").await;
+}
+
 #[tokio::test]
 async fn signals_reach_one_or_all() {
     let guest = Guest::new("signals").await;

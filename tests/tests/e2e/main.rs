@@ -12,6 +12,7 @@ mod docker;
 mod exec;
 mod failures;
 mod guest;
+mod host_namespaces;
 mod io;
 mod leaks;
 mod network;
