@@ -3,7 +3,8 @@ use serde_json::{Value, json};
 
 const ORDINARY: [&str; 5] = ["pid", "ipc", "uts", "mount", "network"];
 
-fn spec(namespaces: Vec<Value>, annotations: Value) -> Spec {
+fn spec(namespaces: impl Into<Value>, annotations: impl Into<Value>) -> Spec {
+    let (namespaces, annotations): (Value, Value) = (namespaces.into(), annotations.into());
     serde_json::from_value(json!({"annotations": annotations, "linux": {"namespaces": namespaces}})).unwrap()
 }
 
@@ -40,7 +41,8 @@ fn ordinary_containers_ask_for_nothing_of_the_hosts() {
     let none: [&str; 0] = [];
     // ctr, Docker with cgroup v1, privileged pods; then Docker and pods with cgroup v2; then what few have.
     for more in [&none[..], &["cgroup"], &["cgroup", "user", "time"]] {
-        let namespaces = ORDINARY.iter().chain(more).map(|kind| json!({"type": kind, "path": ""})).collect();
+        let namespaces =
+            ORDINARY.iter().chain(more).map(|kind| json!({"type": kind, "path": ""})).collect::<Vec<_>>();
         assert_eq!(asked(spec(namespaces, Value::Null)), none, "{more:?}");
     }
     assert_eq!(asked(spec(with("network", Some("/run/netns/x")), Value::Null)), none);
