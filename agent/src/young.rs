@@ -82,7 +82,7 @@ impl Status {
     }
 
     fn takes(&self, signal: i32) -> bool {
-        self.prepared >> (signal - 1) & 1 == 1
+        (self.prepared >> (signal - 1)) & 1 == 1
     }
 }
 
@@ -125,7 +125,7 @@ mod tests {
         assert!(status("S (sleeping)", "0").sleeps);
         assert!(!status("D (disk sleep)", "0").sleeps);
         assert!(status("Z (zombie)", "0").is_gone && Status::of("").is_gone);
-        let loads = |text| super::loads(text, |fd| fd == 3);
+        let loads = |text| loads(text, |fd| fd == 3);
         assert!(loads("257 0xffffff9c 0x7f 0x80000 0x0 0x0 0x0 0x7ffc 0x7f1\n") && loads("59 0x1"));
         assert!(!loads("61 0xffffffffffffffff 0x7ffc 0x0 0x0 0x0 0x0 0x7ffc 0x7f1\n"));
         // Of a file, of standard input, of what is not in memory yet.
