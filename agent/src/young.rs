@@ -12,8 +12,11 @@ use std::time::Duration;
 use nix::unistd::Pid;
 use tokio::time::{Instant, sleep};
 
-/// How old a program is taken for ready, whatever it does.
-const GROWN: Duration = Duration::from_secs(1);
+/// How old a program is taken for ready, whatever it does; and how much of that it may have been at work. Loading a program is
+/// waiting for the most part, for how long depends on the host.
+const GROWN: Duration = Duration::from_secs(10);
+/// In clock ticks, which are hundredths of a second (USER_HZ).
+const WORK: u64 = 100;
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(2);
 /// Signals that no program can be ready for, and those that do nothing to one that is not.
@@ -49,7 +52,9 @@ pub async fn wait_until_ready(pid: Pid, start: Instant, signal: u32, ended: impl
 fn is_ready(pid: Pid, signal: i32) -> bool {
     let read = |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
     let status = Status::of(&read("status"));
-    status.is_gone || status.takes(signal) || (status.sleeps && !loads(&read("syscall")))
+    let is_file = |fd: u64| fs::metadata(format!("/proc/{pid}/fd/{fd}")).is_ok_and(|file| file.is_file());
+    let is_idle = || status.sleeps && !loads(&read("syscall"), is_file);
+    status.is_gone || status.takes(signal) || is_idle() || work(&read("stat")) >= WORK
 }
 
 /// What /proc/PID/status says (proc_pid_status(5)).
@@ -77,14 +82,30 @@ impl Status {
     }
 
     fn takes(&self, signal: i32) -> bool {
-        self.prepared >> (signal - 1) & 1 == 1
+        (self.prepared >> (signal - 1)) & 1 == 1
     }
 }
 
-/// Whether this, the content of /proc/PID/syscall, is one of those. What has no system call to show waits for no file.
-fn loads(text: &str) -> bool {
-    let number = text.split_whitespace().next().and_then(|word| word.parse::<i64>().ok());
-    number.is_some_and(|number| LOADS.contains(&number))
+/// The ticks for which a program has run: utime and stime of proc_pid_stat(5). Its name, before them, may be anything.
+fn work(text: &str) -> u64 {
+    let rest = text.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    rest.split(' ')
+        .skip(11)
+        .take(2)
+        .filter_map(|ticks| ticks.parse::<u64>().ok())
+        .fold(0, u64::saturating_add)
+}
+
+/// Whether a sleeping process that has this in /proc/PID/syscall (proc_pid_syscall(5)) loads something: it names a file, or reads one,
+/// or touches memory that has to be read from one, where it is in no system call (-1).
+fn loads(text: &str, is_file: impl Fn(u64) -> bool) -> bool {
+    let mut words = text.split_whitespace();
+    let Some(number) = words.next().and_then(|word| word.parse::<i64>().ok()) else { return false };
+    let reads = || {
+        let fd = words.next().and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+        [libc::SYS_read, libc::SYS_pread64].contains(&number) && fd.is_some_and(is_file)
+    };
+    number == -1 || LOADS.contains(&number) || reads()
 }
 
 #[cfg(test)]
@@ -104,9 +125,15 @@ mod tests {
         assert!(status("S (sleeping)", "0").sleeps);
         assert!(!status("D (disk sleep)", "0").sleeps);
         assert!(status("Z (zombie)", "0").is_gone && Status::of("").is_gone);
+        let loads = |text| loads(text, |fd| fd == 3);
         assert!(loads("257 0xffffff9c 0x7f 0x80000 0x0 0x0 0x0 0x7ffc 0x7f1\n") && loads("59 0x1"));
         assert!(!loads("61 0xffffffffffffffff 0x7ffc 0x0 0x0 0x0 0x0 0x7ffc 0x7f1\n"));
-        assert!(!loads("running\n") && !loads("-1 0x7ffc 0x7f1") && !loads(""));
+        // Of a file, of standard input, of what is not in memory yet.
+        assert!(loads("0 0x3 0x7f 0x340 0x0 0x0 0x0 0x7ffc 0x7f1\n") && !loads("0 0x0 0x7f 0x1"));
+        assert!(loads("-1 0x7ffc 0x7f1\n"));
+        assert_eq!(work("7 (a) b) R 1 7 7 0 -1 4194304 85 0 0 0 12 30 0 0 20 0 1 0 5 0"), 42);
+        assert_eq!((work(""), work("7 (x) R")), (0, 0));
+        assert!(!loads("running\n") && !loads(""));
     }
 
     #[tokio::test]
@@ -118,7 +145,9 @@ mod tests {
         wait_until_ready(own, now, 0, || false).await;
         wait_until_ready(Pid::from_raw(i32::MAX), now, libc::SIGTERM.cast_unsigned(), || false).await;
         assert!(now.elapsed() < GROWN);
-        wait_until_ready(own, now, libc::SIGUSR2.cast_unsigned(), || false).await;
-        assert!(now.elapsed() >= GROWN);
+        // What has worked for a while is ready; so is what is old.
+        let old = now.checked_sub(GROWN).unwrap();
+        wait_until_ready(own, old, libc::SIGUSR2.cast_unsigned(), || false).await;
+        assert!(now.elapsed() < GROWN);
     }
 }

@@ -3,9 +3,11 @@ use serde_json::{Value, json};
 
 const ORDINARY: [&str; 5] = ["pid", "ipc", "uts", "mount", "network"];
 
-fn spec(namespaces: impl Into<Value>, annotations: impl Into<Value>) -> Spec {
-    let (namespaces, annotations): (Value, Value) = (namespaces.into(), annotations.into());
-    serde_json::from_value(json!({"annotations": annotations, "linux": {"namespaces": namespaces}})).unwrap()
+fn spec<V: Into<Value>>(namespaces: V, annotations: Value) -> Spec {
+    let mut spec = json!({"linux": {}});
+    spec["linux"]["namespaces"] = namespaces.into();
+    spec["annotations"] = annotations;
+    serde_json::from_value(spec).unwrap()
 }
 
 fn sandbox(namespaces: Vec<Value>) -> Spec {
@@ -41,8 +43,8 @@ fn ordinary_containers_ask_for_nothing_of_the_hosts() {
     let none: [&str; 0] = [];
     // ctr, Docker with cgroup v1, privileged pods; then Docker and pods with cgroup v2; then what few have.
     for more in [&none[..], &["cgroup"], &["cgroup", "user", "time"]] {
-        let namespaces =
-            ORDINARY.iter().chain(more).map(|kind| json!({"type": kind, "path": ""})).collect::<Vec<_>>();
+        let kinds = ORDINARY.iter().chain(more);
+        let namespaces: Vec<_> = kinds.map(|kind| json!({"type": kind, "path": ""})).collect();
         assert_eq!(asked(spec(namespaces, Value::Null)), none, "{more:?}");
     }
     assert_eq!(asked(spec(with("network", Some("/run/netns/x")), Value::Null)), none);
