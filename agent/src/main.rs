@@ -30,6 +30,7 @@ mod service;
 mod streams;
 mod submounts;
 mod syscalls;
+mod transparent_huge_pages;
 mod transport;
 
 use std::process::ExitCode;
