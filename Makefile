@@ -41,6 +41,7 @@ lint: ## formatting, clippy, licences of dependencies
 
 unit: ## unit tests
 	scripts/install-build-deps
+	scripts/unpack-busybox target/busybox
 	cargo test --locked --no-fail-fast --workspace --exclude katana-tests
 	cargo test --locked -p katana-tests --lib
 

@@ -10,8 +10,39 @@ KATANA_CACHE=${KATANA_CACHE:-$HOME/.cache/katana}
 days_unused_things_are_kept=3
 
 program=$(realpath "$0")
-log() { echo "${program##*/tests/}: $*" >&2; }
-fail() { log "$*"; exit 1; }
+exec {log_to}>&2
+
+# log TEXT: what is being done now. On a terminal it is one line that the next one replaces.
+log() {
+    local text="${program##*/tests/}: $*"
+    if [ -t "$log_to" ]; then printf '\r\e[K%s' "$text"; else echo "$text"; fi >&"$log_to"
+}
+
+# log_end: after the last of the lines that replace each other
+log_end() { [ ! -t "$log_to" ] || printf '\r\e[K' >&"$log_to"; }
+
+fail() {
+    log_end
+    echo "${program##*/tests/}: $*" >&"$log_to"
+    exit 1
+}
+
+# quietly LOG COMMAND...: what COMMAND says is kept in a file, and shown when COMMAND fails. In a condition, bash ignores
+# `set -e` within COMMAND, too.
+quietly() {
+    local log=$1 code
+    shift
+    set +e
+    (set -e; "$@") >"$log" 2>&1
+    code=$?
+    set -e
+    if [ $code != 0 ]; then
+        log_end
+        tail -n 30 "$log" >&"$log_to"
+        echo "${program##*/tests/}: failed; all that was said is in $log" >&"$log_to"
+    fi
+    return $code
+}
 
 # hash_of PATH...: one short hash of the names and contents of files (below directories, too) and of standard input
 hash_of() {
@@ -30,7 +61,8 @@ cached() {
             # The lock is ours: whatever is half-built was left by somebody who died.
             rm -rf "$kind_directory"/*.unfinished
             mkdir "$directory.unfinished"
-            "$builder" "$directory.unfinished" {lock}>&- >&2
+            quietly "$kind_directory/build.log" without_lock "$builder" "$directory.unfinished"
+            log_end
             mv "$directory.unfinished" "$directory"
             find "$kind_directory" -mindepth 1 -maxdepth 1 -mtime +"$days_unused_things_are_kept" \
                 -exec rm -rf {} +
@@ -41,30 +73,34 @@ cached() {
     echo "$directory"
 }
 
-# install_packages COMMAND=PACKAGE...: installs the Debian packages whose command is missing.
-# Where Debian 12's own versions do not fit what is installed already, those of its backports do.
+# In the subshell of `quietly`: what a builder leaves running when it is killed does not hold the lock.
+without_lock() {
+    exec {lock}>&-
+    "$@"
+}
+
+# install_packages COMMAND=PACKAGE...: installs the Debian packages whose command is missing. What is installed stays as it
+# is: packages that would take another one away are not installed.
 install_packages() {
     local pair missing=()
     for pair; do
-        PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
+        has_command "${pair%%=*}" || missing+=("${pair#*=}")
     done
     [ ${#missing[@]} -gt 0 ] || return 0
-    log "installing ${missing[*]}"
     [ "$(id -u)" = 0 ] || fail "needs root to install ${missing[*]}"
-    export DEBIAN_FRONTEND=noninteractive
-    {
-        apt-get update -q || true
-        apt-get install -q -y --no-install-recommends "${missing[@]}" ||
-            install_from_backports "${missing[@]}"
-    } >&2
+    log "installing ${missing[*]}"
+    mkdir -p "$KATANA_CACHE"
+    quietly "$KATANA_CACHE/apt.log" apt_install "${missing[@]}" ||
+        fail "cannot install ${missing[*]} beside what is installed"
+    log_end
+    for pair; do
+        has_command "${pair%%=*}" || fail "there is no ${pair%%=*}, though ${pair#*=} is installed"
+    done
 }
 
-install_from_backports() {
-    local mirror
-    mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Codename: bookworm' | head -n 1)
-    [ -n "$mirror" ] || fail "cannot install $*, and this is no Debian 12 whose backports could help"
-    log "installing $* from bookworm-backports"
-    echo "deb $mirror bookworm-backports main" >/etc/apt/sources.list.d/katana-backports.list
-    apt-get update -q
-    apt-get install -q -y --no-install-recommends -t bookworm-backports "$@"
+apt_install() {
+    apt-get update -q || true
+    DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends --no-remove "$@"
 }
+
+has_command() { PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null; }

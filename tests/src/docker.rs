@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::command::{Command, Output, Running};
 use crate::container::ctr;
-use crate::{BUSYBOX, Containerd, Scratch, host};
+use crate::{BUSYBOX, Containerd, Scratch, environment, host};
 
 static DAEMON: Mutex<Option<Arc<Docker>>> = Mutex::new(None);
 
@@ -32,8 +32,8 @@ impl Docker {
             drop(DAEMON.lock().unwrap_or_else(PoisonError::into_inner).take());
         }
         if !Path::new("/etc/katana-test-machine").exists() {
-            eprintln!(
-                "skipped: Docker's daemon sets up packet filters, which is done in the test machine only"
+            environment::say_skipped(
+                "Docker's daemon sets up packet filters, which is done in the test machine only",
             );
             return None;
         }

@@ -26,6 +26,9 @@ use ttrpc::context::{self, Context};
 
 pub type Error = ttrpc::Error;
 
+/// A static busybox, from scripts/unpack-busybox.
+const BUSYBOX: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/busybox");
+
 /// One agent with a root file system.
 pub struct Guest {
     pub directory: PathBuf,
@@ -346,8 +349,8 @@ fn make_rootfs(rootfs: &Path) {
     for directory in ["bin", "etc", "tmp", "root", "home", "dev", "proc", "sys"] {
         fs::create_dir_all(rootfs.join(directory)).unwrap();
     }
-    fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox-static has to be installed");
-    let list = Command::new("/bin/busybox").arg("--list").output().unwrap();
+    fs::copy(BUSYBOX, rootfs.join("bin/busybox")).expect("`make unit` unpacks busybox to target/");
+    let list = Command::new(BUSYBOX).arg("--list").output().unwrap();
     for applet in String::from_utf8(list.stdout).unwrap().lines().filter(|applet| *applet != "busybox") {
         symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
     }

@@ -15,7 +15,7 @@ use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::Code;
 
-use crate::containerd::{Containerd, can_run, code_and_text, ctx, eventually, shim};
+use crate::containerd::{Containerd, can_run, code_and_text, ctx, eventually, say_skipped, shim};
 
 #[tokio::test]
 async fn a_container_from_create_to_delete() {
@@ -169,7 +169,7 @@ async fn pause_stats_and_update() {
     let id = containerd.id();
     let pause = PauseRequest { id: id.clone(), ..Default::default() };
     if let Err(e) = containerd.client.pause(ctx(), &pause).await {
-        eprintln!("skipped: no freezer for cgroup v2 here: {e}");
+        say_skipped(&format!("no freezer for cgroup v2 here: {e}"));
     } else {
         assert_eq!(containerd.state("").await.unwrap().status(), Status::PAUSED);
         let told = code_and_text(containerd.client.pause(ctx(), &pause).await.unwrap_err());

@@ -323,7 +323,7 @@ fn an_interface_between_create_and_start() {
     let plugins = Path::new("/opt/cni/bin/e2e-plugin");
     let list = Path::new("/etc/cni/net.d/10-e2e.conflist");
     if !Path::new("/etc/katana-test-machine").exists() {
-        return eprintln!("skipped: ctr wants the plugin in directories of this machine");
+        return environment::say_skipped("ctr wants the plugin in directories of this machine");
     }
     let bridge = Bridge::new(1400);
     let [address, _] = bridge.addresses(9);
