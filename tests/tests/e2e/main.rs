@@ -13,6 +13,7 @@ mod exec;
 mod failures;
 mod guest;
 mod io;
+mod kernel;
 mod leaks;
 mod network;
 mod run;
