@@ -42,9 +42,10 @@ LINKS = {
 }
 
 
-def request(kind, flags, attributes):
-    body = struct.pack("BxHiII", 0, 0, 0, 0, 0) + attributes
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as netlink:
+def request(kind, flags, attributes, header=b"\0" * 16, family=0):
+    """Of rtnetlink unless a family is named; the header is then a struct ifinfomsg of zeroes."""
+    body = header + attributes
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, family) as netlink:
         netlink.send(struct.pack("IHHII", 16 + len(body), kind, NLM_F_REQUEST | NLM_F_ACK | flags, 1, 0) + body)
         answer = netlink.recv(65536)
     number, error = struct.unpack_from("H", answer, 4)[0], struct.unpack_from("i", answer, 16)[0]
@@ -57,6 +58,17 @@ def link(kind, data):
     info = attribute(IFLA_INFO_KIND, kind.encode()) + (attribute(IFLA_INFO_DATA, data) if data else b"")
     request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, name + attribute(IFLA_LINKINFO, info))
     request(RTM_DELLINK, 0, name)
+
+
+def state():
+    """What `ip xfrm state add` does: struct xfrm_usersa_info and a key for AES-GCM (linux/xfrm.h)."""
+    selector = b"\0" * 56
+    identity = socket.inet_aton("192.0.2.9") + b"\0" * 12 + struct.pack(">IBxxx", 0x1000, 50)  # spi, IPPROTO_ESP
+    source = socket.inet_aton("192.0.2.8") + b"\0" * 12
+    limits = struct.pack("QQQQ", *[2**64 - 1] * 4) + b"\0" * 32
+    info = selector + identity + source + limits + b"\0" * 32 + struct.pack("IIIIIHBBBxxxxxxx", 0, 0, 0, 0, 0, socket.AF_INET, 0, 0, 0)
+    key = b"rfc4106(gcm(aes))".ljust(64, b"\0") + struct.pack("II", 160, 128) + b"k" * 20
+    request(0x10, NLM_F_CREATE | NLM_F_EXCL, attribute(18, key), info, NETLINK_XFRM)  # XFRM_MSG_NEWSA, XFRMA_ALG_AEAD
 
 
 def hashes():
@@ -107,6 +119,7 @@ with socket.socket() as any_socket:
     fcntl.ioctl(any_socket, 0x8914, request_of_flags)  # SIOCSIFFLAGS, IFF_UP
 for kind, data in LINKS.items():
     check(kind, link, kind, data)
+check("esp", state)
 check("hash", hashes)
 check("cipher", encrypts)
 check("sctp", connected, IPPROTO_SCTP)
