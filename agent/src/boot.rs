@@ -15,7 +15,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use crate::rehearsal::rehearse;
-use crate::{cgroup, console};
+use crate::{cgroup, console, transparent_huge_pages};
 
 /// Why the guest cannot serve. One line for the console.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +74,7 @@ pub fn boot() -> Result<(), StartError> {
     }
     let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     console::start(console::level(&command_line))?;
+    transparent_huge_pages::set(&command_line);
     cgroup::enable_controllers(Path::new(cgroup::ROOT))
         .map_err(|e| StartError::new("enable the cgroup controllers", &e))?;
     raise_loopback().map_err(|e| StartError::new("raise the loopback interface", &e))?;

@@ -32,6 +32,7 @@ mod sockets;
 mod streams;
 mod submounts;
 mod syscalls;
+mod transparent_huge_pages;
 mod transport;
 mod young;
 

@@ -14,13 +14,12 @@ const LEAST_MEMORY: i64 = 64;
 const MOST_MEMORY: i64 = 16 << 20;
 /// An hour.
 const LONGEST_TIMEOUT: i64 = 3600;
-/// An x86 kernel takes 2047 characters in all (COMMAND_LINE_SIZE); the VMM's own parameters need some of them.
-const LONGEST_PARAMETERS: usize = 1536;
+/// An x86 kernel takes 2047 characters in all (COMMAND_LINE_SIZE); those of shim and VMM need some of them.
+const LONGEST_PARAMETERS: usize = 1408;
 /// The machine's bus has 31 places, some of which are for other devices.
 const MOST_DISKS: i64 = 16;
-/// The local APICs of the guest are addressed with 8 bits, of which 255 is the broadcast and one value goes to
-/// the I/O APIC (Intel MultiProcessor Specification 1.4, 4.3).
-const MOST_VCPUS: u32 = 254;
+/// The most CPUs of a machine, also on a host that has more: what the VMM can make and the guest's kernel is built for.
+pub const MOST_VCPUS: u32 = 254;
 
 /// A key and what setting it does.
 pub(crate) struct Key {

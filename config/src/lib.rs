@@ -13,6 +13,8 @@ mod tests;
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
+pub use keys::MOST_VCPUS;
+
 /// Environment variable that names the configuration file, as in Kata Containers.
 pub const ENVIRONMENT: &str = "KATA_CONF_FILE";
 /// The administrator's file.

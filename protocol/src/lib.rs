@@ -44,6 +44,13 @@ pub const AGENT_PORT: u32 = 1024;
 pub const DEBUG_CONSOLE_PORT: u32 = 1026;
 /// Ports on the host from here on are handed out by the shim for standard streams and the like.
 pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
+/// Parameters of the guest's kernel that say how it is to use transparent huge pages, each with its file below
+/// `/sys/kernel/mm/transparent_hugepage`. The kernel itself knows the first one.
+pub const TRANSPARENT_HUGE_PAGES: [(&str, &str); 3] = [
+    ("transparent_hugepage", "enabled"),
+    ("agent.thp_defrag", "defrag"),
+    ("agent.thp_shmem", "shmem_enabled"),
+];
 /// Where the agent mounts the pod's shared directory in the guest.
 pub const GUEST_SHARE: &str = "/run/kata-containers/shared";
 /// The directory in it with the volumes, which have numbers as names. No id of a container is like that.

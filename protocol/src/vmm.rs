@@ -18,6 +18,10 @@ pub const MAX_FDS: usize = 2 * MOST_NET_PAIRS;
 /// Pairs of queues that a network card can have.
 pub const MOST_NET_PAIRS: usize = 8;
 
+/// The most vCPUs of a machine: an even number whose APIC ids, of 8 bits in the table by which the guest finds its CPUs, all
+/// stay below 255, which means "all" (Intel MultiProcessor Specification 1.4, 4.3.1).
+pub const MOST_VCPUS: u8 = 254;
+
 /// The machine to boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {

@@ -463,10 +463,10 @@ fn namespace_for_guest(mut namespace: Namespace, pod: &Pod) -> Option<Namespace>
 fn exists_in_guest(device: &Device) -> bool {
     let exists = matches!(
         (device.kind.as_str(), device.major, device.minor),
-        // mem: null, zero, full, random, urandom, kmsg; tty, console, ptmx; tun, fuse.
+        // mem: null, zero, full, random, urandom, kmsg; tty, console, ptmx; tun, fuse, loop-control.
         ("c" | "u", 1, 3 | 5 | 7 | 8 | 9 | 11)
             | ("c" | "u", 5, 0..=2)
-            | ("c" | "u", 10, 200 | 229)
+            | ("c" | "u", 10, 200 | 229 | 237)
             | ("p", _, _)
     );
     if !exists {

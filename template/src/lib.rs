@@ -5,7 +5,9 @@
 //! and the paths of what it is made of; the version for the contents of these, the CPU and the host's kernel. A
 //! template of a name replaces those of other versions.
 
-use std::arch::x86_64::__cpuid_count;
+mod huge_pages;
+
+use std::arch::x86_64::{__cpuid_count, CpuidResult};
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -52,7 +54,8 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
 /// pods need.
 pub fn machine(config: &Config) -> Machine {
     let hypervisor = &config.hypervisor;
-    let mut kernel_params = hypervisor.kernel_params.clone();
+    // Of two that say different things, the last one holds.
+    let mut kernel_params = format!("{} {}", huge_pages::parameters(), hypervisor.kernel_params);
     if config.agent.enable_debug {
         kernel_params.push_str(" agent.log=debug");
     }
@@ -257,12 +260,7 @@ fn add_host(hash: &mut Sha256) {
     const IDENTITY: [(u32, u32); 7] =
         [(0, 0), (1, 0), (7, 0), (0xd, 1), (0x8000_0001, 0), (0x8000_0007, 0), (0x8000_0008, 0)];
     for (leaf, subleaf) in IDENTITY {
-        let mut leaves = __cpuid_count(leaf, subleaf);
-        if leaf == 1 {
-            // The number of the CPU that this runs on.
-            leaves.ebx &= 0x00ff_ffff;
-        }
-        for register in [leaves.eax, leaves.ebx, leaves.ecx, leaves.edx] {
+        for register in identity(leaf, subleaf, |leaf, subleaf| __cpuid_count(leaf, subleaf)) {
             hash.update(register.to_le_bytes());
         }
     }
@@ -271,6 +269,54 @@ fn add_host(hash: &mut Sha256) {
     }
 }
 
+/// What all CPUs of the host have in common of this leaf.
+fn identity(leaf: u32, subleaf: u32, cpuid: impl Fn(u32, u32) -> CpuidResult) -> [u32; 4] {
+    // Intel CPUs answer for a leaf that they do not have with the last one that they have, which may be that of the
+    // topology (Intel SDM volume 2, CPUID).
+    if leaf > cpuid(leaf & 0x8000_0000, 0).eax {
+        return [0; 4];
+    }
+    let CpuidResult { eax, mut ebx, ecx, edx } = cpuid(leaf, subleaf);
+    if leaf == 1 {
+        // The number of the CPU that this runs on.
+        ebx &= 0x00ff_ffff;
+    }
+    [eax, ebx, ecx, edx]
+}
+
 fn short(hash: Sha256) -> String {
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An Intel CPU without XSAVE, whose last leaf is that of the topology, as processor `number` tells it.
+    fn lynnfield(number: u32) -> impl Fn(u32, u32) -> CpuidResult {
+        move |leaf, _| match leaf {
+            0 => CpuidResult { eax: 0xb, ebx: 1, ecx: 2, edx: 3 },
+            1 => CpuidResult { eax: 0x106e5, ebx: number << 24 | 0x0010_0800, ecx: 5, edx: 6 },
+            7 => CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 },
+            0x8000_0000 => CpuidResult { eax: 0x8000_0008, ebx: 0, ecx: 0, edx: 0 },
+            _ => CpuidResult { eax: 1, ebx: 2, ecx: 0x100, edx: number },
+        }
+    }
+
+    #[test]
+    fn all_that_count_processors_can_count_as_many() {
+        let fragment = include_str!("../../guest-kernel/fragment.config");
+        let of_kernel = fragment.lines().find_map(|line| line.strip_prefix("CONFIG_NR_CPUS="));
+        let of_vmm = katana_protocol::vmm::MOST_VCPUS;
+        assert_eq!((of_kernel, katana_config::MOST_VCPUS), (Some(&*of_vmm.to_string()), of_vmm.into()));
+    }
+
+    #[test]
+    fn all_processors_of_a_host_are_one() {
+        for leaf in [0, 1, 7, 0xd] {
+            assert_eq!(identity(leaf, 1, lynnfield(0)), identity(leaf, 1, lynnfield(3)), "{leaf:#x}");
+        }
+        assert_eq!(identity(1, 0, lynnfield(3)), [0x106e5, 0x0010_0800, 5, 6]);
+        assert_eq!(identity(0xd, 1, lynnfield(3)), [0; 4]);
+    }
 }

@@ -23,6 +23,8 @@ import time
 MEMORY_MIB = 8192
 # Of several, the first runs no guests: see `init`.
 CPUS = int(os.environ.get("KATANA_TEST_CPUS") or 3)
+# It must have SVM with nested paging.
+CPU = os.environ.get("KATANA_TEST_CPU") or "EPYC,+svm,+npt"
 # A restored machine sees the same devices as the one that was saved, so the transfer disks are of one size always.
 TRANSFER_DISK_BYTES = 4 << 30
 
@@ -63,7 +65,7 @@ def processor(counted):
     repeat within a few per cent, whatever else this host does.
     """
     if not counted:
-        return ["-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "EPYC,+svm,+npt", "-smp", str(CPUS)]
+        return ["-accel", "tcg,thread=multi,tb-size=1024", "-cpu", CPU, "-smp", str(CPUS)]
     return [
         "-accel", "tcg,thread=single,tb-size=1024", "-cpu", "EPYC,+svm,+npt,-rdrand,-rdseed", "-smp", "1",
         "-icount", "shift=0,sleep=off", "-seed", "1", "-rtc", "clock=vm,base=2026-01-01",

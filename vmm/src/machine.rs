@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use katana_protocol::SHARE_TAG;
-use katana_protocol::vmm::{ExitReason, Machine as Shape, Template};
+use katana_protocol::vmm::{ExitReason, MOST_VCPUS, Machine as Shape, Template};
 use kvm_ioctls::VmFd;
 
 use crate::board::Board;
@@ -21,7 +21,6 @@ use crate::i8042::{self, I8042};
 use crate::jail::Room;
 use crate::kvm::{self, Vm};
 use crate::memory::{self, BARS, GuestMemory, Pluggable};
-use crate::mptable::MAX_VCPUS;
 use crate::pci::{self, BAR_SIZE, PciBus, RestoreError, TemplateRegister, VirtioPci};
 use crate::seccomp::{self, Kind};
 use crate::serial::{self, Serial};
@@ -56,7 +55,7 @@ pub struct Files {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No vCPU, more than there are, or more than the MP table can hold.
-    #[error("{0} of {1} vCPUs: not between 1 and {MAX_VCPUS}")]
+    #[error("{0} of {1} vCPUs: not between 1 and {MOST_VCPUS}")]
     Vcpus(u8, u8),
     /// More devices than slots.
     #[error("too many devices: the PCI bus has {} slots", pci::SLOTS)]
@@ -179,7 +178,7 @@ impl Machine {
         plugged: Told,
         made: Made,
     ) -> Result<(Self, Slots), Error> {
-        if !(1..=shape.max_vcpus).contains(&shape.vcpus) || shape.max_vcpus > MAX_VCPUS {
+        if !(1..=shape.max_vcpus).contains(&shape.vcpus) || shape.max_vcpus > MOST_VCPUS {
             return Err(Error::Vcpus(shape.vcpus, shape.max_vcpus));
         }
         let (board, beginning) = board(shape, &mut files)?;

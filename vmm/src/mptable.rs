@@ -3,9 +3,6 @@
 
 use crate::memory::{BIOS, LOCAL_APIC};
 
-/// Most vCPUs: an even number whose ids all stay below 255, which means "all".
-pub const MAX_VCPUS: u8 = 254;
-
 const APIC_VERSION: u8 = 0x14;
 /// Enabled, and the bootstrap processor.
 const CPU_ENABLED: u8 = 1;
@@ -68,10 +65,11 @@ fn processor(number: u8) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::memory::ONE_MIB;
+    use katana_protocol::vmm::MOST_VCPUS;
 
     #[test]
     fn checksums_lengths_and_counts_agree() {
-        for vcpus in [1, 2, 3, 64, MAX_VCPUS] {
+        for vcpus in [1, 2, 3, 64, MOST_VCPUS] {
             let bytes = build(vcpus);
             assert!(bytes.len() as u64 <= ONE_MIB - BIOS);
             let (pointer, table) = bytes.split_at(16);

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, makedev, mknod, mknodat};
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchownat, symlinkat, unlinkat};
-use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
+use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 
 use super::confined::{Make, is};
 use super::control::{Failure, Result, reason};
@@ -42,6 +42,13 @@ const DEFAULT: &[(&str, u64, u64)] = &[
     ("/dev/urandom", 1, 9),
     ("/dev/tty", 5, 0),
 ];
+
+/// Containers that may use all devices find on a host what `mount -o loop` needs: where a free loop device is asked for, and
+/// the first eight, as many as Linux makes at boot unless it is told otherwise. Here they come when they are opened.
+/// Linux, Documentation/admin-guide/devices.txt.
+const LOOP_CONTROL: (u64, u64) = (10, 237);
+const LOOP_MAJOR: u64 = 7;
+const LOOPS: u64 = 8;
 
 const LINKS: &[(&str, &str)] = &[
     ("/dev/fd", "/proc/self/fd"),
@@ -83,13 +90,29 @@ fn all(spec: &Spec) -> Result<Vec<Device>> {
     // The container's own terminal takes this place.
     devices
         .retain(|device| device.path != Path::new("/dev/ptmx") && device.path != Path::new("/dev/console"));
+    let mut add = |path: PathBuf, kind, (major, minor), mode| {
+        if !devices.iter().any(|device| device.path == path) {
+            devices.push(Device { path, kind, major, minor, mode, uid: 0, gid: 0 });
+        }
+    };
     for (path, major, minor) in DEFAULT {
-        if !devices.iter().any(|device| device.path == Path::new(path)) {
-            let (path, kind, mode) = (PathBuf::from(path), SFlag::S_IFCHR, 0o666);
-            devices.push(Device { path, kind, major: *major, minor: *minor, mode, uid: 0, gid: 0 });
+        add(PathBuf::from(path), SFlag::S_IFCHR, (*major, *minor), 0o666);
+    }
+    if may_use_all(spec) {
+        add(PathBuf::from("/dev/loop-control"), SFlag::S_IFCHR, LOOP_CONTROL, 0o660);
+        for minor in 0..LOOPS {
+            add(format!("/dev/loop{minor}").into(), SFlag::S_IFBLK, (LOOP_MAJOR, minor), 0o660);
         }
     }
     Ok(devices)
+}
+
+/// Whether the last rule that speaks of all devices allows them: the container is privileged.
+fn may_use_all(spec: &Spec) -> bool {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    let of_all = |rule: &&LinuxDeviceCgroup| matches!(rule.typ(), None | Some(LinuxDeviceType::A));
+    rules.iter().rev().find(of_all).is_some_and(LinuxDeviceCgroup::allow)
 }
 
 impl Device {
@@ -209,6 +232,26 @@ mod tests {
         .unwrap();
         assert_eq!(devices.len(), DEFAULT.len());
         assert_eq!((devices[0].mode, devices[0].uid), (0o600, 5));
+    }
+
+    #[test]
+    fn loop_devices_are_for_those_who_may_use_all() {
+        let count = |rules: &str| {
+            let text = format!(
+                r#"{{"linux":{{"resources":{{"devices":{rules}}},
+                "devices":[{{"path":"/dev/loop0","type":"b","major":259,"minor":3}}]}}}}"#
+            );
+            all(&serde_json::from_str(&text).unwrap()).unwrap().len() - DEFAULT.len()
+        };
+        assert_eq!(count(r#"[{"allow":false,"access":"rwm"},{"allow":true,"access":"rwm"}]"#), 9);
+        assert_eq!(count(r#"[{"allow":true,"type":"a","access":"rwm"}]"#), 9);
+        for rules in [
+            "[]",
+            r#"[{"allow":true,"access":"rwm"},{"allow":false,"access":"rwm"}]"#,
+            r#"[{"allow":true,"type":"c","access":"rwm"}]"#,
+        ] {
+            assert_eq!(count(rules), 1, "{rules}");
+        }
     }
 
     #[test]

@@ -82,7 +82,10 @@ impl CpuState {
         // SAFETY: the guest has no features whose state needs more than this structure: nobody asked the kernel to
         // let it (arch_prctl, ARCH_REQ_XCOMP_GUEST_PERM).
         unsafe { fd.set_xsave(&self.xsave) }.map_err(call("KVM_SET_XSAVE"))?;
-        fd.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
+        // A CPU without XSAVE has none, and KVM then refuses the call, whatever is in it.
+        if self.xcrs.nr_xcrs > 0 {
+            fd.set_xcrs(&self.xcrs).map_err(call("KVM_SET_XCRS"))?;
+        }
         fd.set_debug_regs(&self.debug).map_err(call("KVM_SET_DEBUGREGS"))?;
         move_clock(fd, self.tsc)?;
         fd.set_lapic(&self.lapic).map_err(call("KVM_SET_LAPIC"))?;
