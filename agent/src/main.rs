@@ -13,6 +13,7 @@ mod disks;
 mod forward;
 mod hooks;
 mod huge_pages;
+mod in_use;
 mod init;
 mod launch;
 mod names;

@@ -14,6 +14,7 @@ mod failures;
 mod guest;
 mod io;
 mod leaks;
+mod mounts;
 mod network;
 mod run;
 mod size;

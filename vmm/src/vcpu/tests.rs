@@ -45,7 +45,11 @@ impl BusDevice for Register {
 fn bench(code: &[u8]) -> Option<Bench> {
     let Ok(dev_kvm) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else {
         let thread = std::thread::current();
-        let _ = writeln!(std::io::stderr(), "skipped: {}: cannot open /dev/kvm", thread.name().unwrap_or("a test"));
+        let _ = writeln!(
+            std::io::stderr(),
+            "skipped: {}: cannot open /dev/kvm",
+            thread.name().unwrap_or("a test")
+        );
         return None;
     };
     let mut vm = Vm::new(dev_kvm.into(), 1).unwrap();
