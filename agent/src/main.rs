@@ -3,6 +3,7 @@
 //! Started again as `container-init` it is a container's first process up to the execve ([`init`]), and as `pause` the
 //! first process of a pod ([`pause`]).
 
+mod acls;
 mod boot;
 mod cgroup;
 mod console;
@@ -28,10 +29,12 @@ mod replay;
 mod sandbox;
 mod seccomp;
 mod service;
+mod sockets;
 mod streams;
 mod submounts;
 mod syscalls;
 mod transport;
+mod young;
 
 use std::process::ExitCode;
 

@@ -18,6 +18,8 @@ pub mod pod {
 }
 
 pub mod bpf;
+pub mod caller;
+pub mod mount_options;
 pub mod netlink;
 pub mod vmm;
 
@@ -40,7 +42,7 @@ pub mod bridge {
 pub const AGENT_PORT: u32 = 1024;
 /// The vsock port in the guest on which an agent with the debug console listens for a shell session.
 pub const DEBUG_CONSOLE_PORT: u32 = 1026;
-/// Ports on the host from here on are handed out by the shim for standard streams.
+/// Ports on the host from here on are handed out by the shim for standard streams and the like.
 pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
 /// Where the agent mounts the pod's shared directory in the guest.
 pub const GUEST_SHARE: &str = "/run/kata-containers/shared";
@@ -52,6 +54,8 @@ pub const GUEST_SHM: &str = "/run/kata-containers/shm";
 pub const GUEST_DISKS: &str = "/run/kata-containers/disks";
 /// Where the agent mounts roots of containers that are on disks, with the containers' ids as names.
 pub const GUEST_ROOTS: &str = "/run/kata-containers/roots";
+/// Where the agent listens for the host's sockets, with the numbers of their ports as names.
+pub const GUEST_SOCKETS: &str = "/run/kata-containers/sockets";
 /// The virtio-fs tag of the shared directory.
 pub const SHARE_TAG: &str = "kataShared";
 /// The group of the agent's thread that replays changes of shared files. Requests of this group to the file server change

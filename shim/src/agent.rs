@@ -27,6 +27,16 @@ pub struct Agent {
     ended: watch::Receiver<Option<Arc<End>>>,
 }
 
+/// What of the host a container uses.
+pub struct Uses {
+    /// Disks of the machine.
+    pub disks: Vec<api::Disk>,
+    /// Sockets, which have stand-ins in the guest.
+    pub sockets: Vec<api::HostSocket>,
+    /// Mounts in the share.
+    pub mounts: Vec<Mounted>,
+}
+
 /// A process: a container's first (the exec is empty) or an exec.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessName {
@@ -136,16 +146,16 @@ impl Agent {
         spec: Vec<u8>,
         stdio: api::Stdio,
         pause: bool,
-        disks: Vec<api::Disk>,
-        mounts: &[Mounted],
+        uses: Uses,
     ) -> Result<u32> {
         let request = api::CreateContainerRequest {
             container_id: id.into(),
             spec,
             stdio: Some(stdio).into(),
             pause,
-            disks,
-            mounts: mounts.iter().map(mounted).collect(),
+            disks: uses.disks,
+            sockets: uses.sockets,
+            mounts: uses.mounts.iter().map(mounted).collect(),
             ..Default::default()
         };
         let client = self.client.clone();

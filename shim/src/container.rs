@@ -13,7 +13,7 @@ use containerd_shim_protos::events::task::{
 use nix::libc::SIGKILL;
 use serde_json::{Map, Value};
 
-use crate::agent::{Agent, ProcessName};
+use crate::agent::{Agent, ProcessName, Uses};
 use crate::disks;
 use crate::error::{Error, Result};
 use crate::events::{Publisher, timestamp};
@@ -23,6 +23,7 @@ use crate::rootfs::Layer;
 use crate::sandbox::Sandbox;
 use crate::share::Added;
 use crate::size::Limits;
+use crate::sockets::{self, Sockets};
 use crate::spec::{Hook, Pod, Spec};
 use crate::stdio::{Paths, Streams};
 
@@ -47,6 +48,8 @@ pub struct Container {
     events: Arc<Publisher>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     paused: AtomicBool,
+    /// Until it is deleted.
+    sockets: Mutex<Sockets>,
     /// Held by what changes the container's state: Start, Pause, Resume, Delete. True once it is deleted.
     changing: tokio::sync::Mutex<bool>,
 }
@@ -98,6 +101,11 @@ impl Container {
         let (spec, bundle, layers, pod) = found;
         let (disks, on_disks) = sandbox.attach_disks(&id, wanted).await?;
         let streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
+        let (stand_ins, sockets) = if pause {
+            Default::default()
+        } else {
+            sockets::open(&spec, &mut sources, &sandbox.ports).await?
+        };
         let (spec, id, bundle, guest_spec, added) = if pause {
             // Neither its root nor its mounts are of use to anybody.
             let guest_spec = spec.for_pause().for_guest(&id, paths.terminal, &[], &pod, &on_disks)?;
@@ -125,6 +133,7 @@ impl Container {
             init: Process::new(name, paths, Map::new()),
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
+            sockets: Mutex::new(sockets),
             changing: tokio::sync::Mutex::default(),
             id,
             bundle,
@@ -141,10 +150,9 @@ impl Container {
             // That is where container engines without CNI set up a network.
             container.sandbox.update_network(&container.spec).await?;
         }
-        let pid = container
-            .agent
-            .create_container(&container.id, guest_spec, streams.ports(), pause, disks, &added.mounts)
-            .await?;
+        let uses = Uses { disks, sockets: stand_ins, mounts: added.mounts };
+        let pid =
+            container.agent.create_container(&container.id, guest_spec, streams.ports(), pause, uses).await?;
         log::debug!("timeline: container created");
         container.init.exists(pid, streams);
         container.sandbox.watch(added.watched);
@@ -370,6 +378,7 @@ impl Container {
         {
             log::error!("remove container {}: {e}", self.id);
         }
+        drop(std::mem::take(&mut *self.sockets.lock().unwrap_or_else(PoisonError::into_inner)));
         self.sandbox.release_disks(&self.id).await;
         self.sandbox.remove_from_share(self.id.clone()).await;
         if let Err(e) = self.run_hooks("stopped", |hooks| hooks.poststop.clone()).await {

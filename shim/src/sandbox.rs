@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskOOM;
-use katana_config::Config;
+use katana_config::{Config, HostNamespaces};
 use katana_protocol::{AGENT_PORT, agent as api};
 use tokio::sync::watch;
 
 use crate::agent::Agent;
+use crate::ceiling::Ceiling;
 use crate::cgroup;
 use crate::cleanup;
 use crate::disks::{self, Place, Purpose, Slots, Wanted};
@@ -47,6 +48,8 @@ pub struct Sandbox {
     pub ports: Arc<Ports>,
     /// The directory of the host for which the guest has a tmpfs: the pod's /dev/shm.
     pub shared_memory: Option<PathBuf>,
+    /// What becomes of containers that ask for namespaces of the host.
+    pub host_namespaces: HostNamespaces,
     vmm: Vmm,
     /// The VMM's threads that stand for containers, by the containers' ids.
     threads: watch::Sender<Threads>,
@@ -62,6 +65,8 @@ pub struct Sandbox {
     agent: watch::Receiver<Option<Result<Agent>>>,
     bounds: Bounds,
     size: tokio::sync::Mutex<Size>,
+    /// For the machine of a container that is in no pod.
+    ceiling: Option<Arc<Ceiling>>,
     disks: tokio::sync::Mutex<Slots>,
     /// For the first volume that is watched.
     watcher: tokio::sync::Mutex<Option<Watcher>>,
@@ -148,6 +153,8 @@ impl Sandbox {
         log::info!("a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
         let directory = share.root();
         let cgroup = record.cgroup.as_deref().map(cgroup::make).transpose()?;
+        let ceiling = record.cgroup.clone().filter(|_| !spec.is_sandbox());
+        let ceiling = ceiling.map(|cgroup| Ceiling::new(cgroup, mib, &launch.limits, size));
         let [kvm, kernel, image] = &files;
         let files = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()];
         let files = files.into_iter().chain(start.file()).chain(cgroup.as_ref().map(AsFd::as_fd));
@@ -169,6 +176,7 @@ impl Sandbox {
             share,
             ports,
             shared_memory,
+            host_namespaces: config.runtime.host_namespaces,
             vmm,
             threads,
             network,
@@ -179,6 +187,7 @@ impl Sandbox {
             agent,
             bounds,
             size,
+            ceiling,
             disks: Slots::new(disk_slots).into(),
             watcher: tokio::sync::Mutex::default(),
             follower: tokio::sync::Mutex::default(),
@@ -326,6 +335,9 @@ impl Sandbox {
     pub async fn fit(&self, limits: &Limits) -> Result<()> {
         let wanted = self.bounds.size(limits);
         let mut size = self.size.lock().await;
+        if let Some(ceiling) = &self.ceiling {
+            ceiling.follow(limits, wanted, self.vmm.plugged());
+        }
         if size.vcpus != wanted.vcpus {
             if size.vcpus < wanted.vcpus {
                 self.vmm.add_vcpus(wanted.vcpus).await?;

@@ -127,9 +127,8 @@ impl Volumes {
             return Ok(Bound { number: volume.number, new: false, read_only: !volume.access.lets_write() });
         }
         let kind = metadata.file_type();
-        if kind.is_socket() || kind.is_fifo() {
-            let kind = if kind.is_fifo() { "fifo" } else { "socket" };
-            log::warn!("{}: a {kind} of the host does not connect the guest with the host", source.display());
+        if kind.is_fifo() {
+            log::warn!("{}: a fifo of the host does not connect the guest with the host", source.display());
         }
         let number = self.next;
         self.next += 1;

@@ -80,7 +80,7 @@ impl Machine {
     /// The VMM ends, and all is removed.
     fn end(self) {
         drop(self.namespace);
-        assert_eq!(below(&self.path).unwrap(), [PathBuf::new(); 0]);
+        assert!(below(&self.path).unwrap().is_empty());
         destroy(&self.path).unwrap();
         assert!(!self.path.exists());
         destroy(&self.path).unwrap();
@@ -132,7 +132,7 @@ fn a_container_comes_and_goes_and_leaves_the_users_files() {
         refused(std::os::unix::fs::symlink("/etc", pod.at("c1/link")));
         refused(std::os::unix::fs::symlink("/etc", pod.at(".volumes/3")));
         // The host has nothing of it.
-        assert_eq!(below(&pod.path).unwrap(), [PathBuf::new(); 0]);
+        assert!(below(&pod.path).unwrap().is_empty());
         assert_eq!(names(&pod.path.join("c1/rootfs")), [""; 0]);
 
         let gone = [0, 1, 2].map(|number| Path::new(".volumes").join(number.to_string()));
@@ -326,7 +326,7 @@ fn an_overlay_of_very_many_layers() {
             let (bundle, namespace) = (root.join("bundle"), pod.namespace.as_fd());
             pod.share.add(id, &bundle, &spec(&json!([])), Some(&[layer]), &mut [], namespace).unwrap();
             assert_eq!(fs::read_dir(pod.at(id).join("rootfs")).unwrap().count(), count);
-            assert_eq!(below(&pod.path).unwrap(), [PathBuf::new(); 0]);
+            assert!(below(&pod.path).unwrap().is_empty());
         };
         // As many as one option of fsconfig(2) takes, as it takes of relative paths, and more.
         for (id, count) in [("c1", 1), ("c2", 20), ("c3", layers.len())] {
