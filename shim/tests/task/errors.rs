@@ -1,7 +1,6 @@
 //! What goes wrong is named in one line, soon, and leaves nothing.
 
 use std::fs;
-use std::time::{Duration, Instant};
 
 use serde_json::json;
 use ttrpc::Code;

@@ -15,7 +15,7 @@ use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::Code;
 
-use crate::containerd::{Containerd, can_run, code_and_text, ctx, eventually, say_skipped, shim};
+use crate::containerd::{Containerd, HANG, can_run, code_and_text, ctx, eventually, say_skipped, shim};
 
 #[tokio::test]
 async fn a_container_from_create_to_delete() {
