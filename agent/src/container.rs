@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use katana_protocol::agent::{Disk, HostSocket};
+use katana_protocol::agent::{Disk, HostSocket, SharedMount};
 use nix::sched::CloneFlags;
 use nix::unistd::Pid;
 use oci_spec::runtime::{
@@ -109,6 +109,8 @@ pub struct Request<'a> {
     pub disks: Vec<Disk>,
     /// Sockets of the host that it mounts.
     pub sockets: Vec<HostSocket>,
+    /// Mounts of the host in what it uses of the share.
+    pub mounts: Vec<SharedMount>,
 }
 
 /// What a container's first process is doing.
@@ -153,7 +155,7 @@ pub struct Container {
 impl Container {
     /// Makes a container up to where its process waits for the start.
     pub async fn create(pod: &Pod, request: Request<'_>) -> Result<Self> {
-        let Request { id, spec, ports, pause, disks, sockets } = request;
+        let Request { id, spec, ports, pause, disks, sockets, mounts } = request;
         let mut spec: Spec = serde_json::from_slice(spec)?;
         let process = spec.process_mut().take().ok_or(Error::Invalid("process is missing"))?;
         let disks = take_disks(id, disks).await?;
@@ -169,7 +171,7 @@ impl Container {
         let sockets = Sockets::serve(&sockets, &pod.transport)?;
         let cgroup = Arc::new(Cgroup::create(linux.cgroups_path().as_deref(), id)?);
         let work = Work::Container { id: id.to_owned(), spec: Box::new(spec), pause };
-        let built = Self::build(pod, work, process, seccomp, &cgroup, ports).await;
+        let built = Self::build(pod, work, mounts, process, seccomp, &cgroup, ports).await;
         let built = built.map(|container| Self {
             disks: Mutex::new(disks),
             huge_pages: Mutex::new(huge_pages),
@@ -187,6 +189,7 @@ impl Container {
     async fn build(
         pod: &Pod,
         work: Work,
+        mounts: Vec<SharedMount>,
         process: ProcessSpec,
         seccomp: Option<Filter>,
         cgroup: &Arc<Cgroup>,
@@ -194,7 +197,7 @@ impl Container {
     ) -> Result<Self> {
         let Work::Container { id, spec, .. } = &work else { return Err(Error::Invalid("not a container")) };
         let id = id.clone();
-        let submounts = Submounts::of(spec, &pod.share);
+        let submounts = Submounts::of(spec, mounts, &pod.share).await;
         acls::check(spec)?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.map_or(Ok(()), |resources| cgroup.apply(resources))?;

@@ -14,6 +14,7 @@ mod disks;
 mod forward;
 mod hooks;
 mod huge_pages;
+mod in_use;
 mod init;
 mod launch;
 mod names;

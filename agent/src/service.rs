@@ -10,9 +10,9 @@ use async_trait::async_trait;
 use katana_protocol::agent::{
     self, Agent, Changes, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreateSandboxRequest, Empty, ExecProcessRequest, ExecProcessResponse,
-    ForwardPortRequest, ListProcessesResponse, Network, OomResponse, ProcessRequest, ReleaseDiskRequest,
-    ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
-    WaitProcessResponse, create_agent,
+    ForwardPortRequest, ListProcessesResponse, MountChanges, Network, OomResponse, ProcessRequest,
+    ReleaseDiskRequest, ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio,
+    UpdateContainerRequest, WaitProcessResponse, create_agent,
 };
 use katana_protocol::{AGENT_PORT, DEBUG_CONSOLE_PORT};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -230,6 +230,7 @@ impl Agent for Service {
                 pause: request.pause,
                 disks: request.disks,
                 sockets: request.sockets,
+                mounts: request.mounts,
             };
             sandbox.create(wanted).await.map_err(|e| status(&e))
         };
@@ -248,6 +249,11 @@ impl Agent for Service {
         let sandbox = self.sandbox.clone();
         to_the_end(async move { sandbox.remove(&request.container_id).await.map_err(|e| status(&e)) })
             .await??;
+        Ok(Empty::new())
+    }
+
+    async fn follow_mounts(&self, _: &TtrpcContext, request: MountChanges) -> ttrpc::Result<Empty> {
+        self.sandbox.follow_mounts(request.come, request.gone).await;
         Ok(Empty::new())
     }
 

@@ -19,10 +19,11 @@ use crate::cleanup;
 use crate::disks::{self, Place, Purpose, Slots, Wanted};
 use crate::error::{Error, Result};
 use crate::events::Publisher;
+use crate::follow::Follower;
 use crate::layout::{Identity, Layout, State};
 use crate::machine;
 use crate::network::{Cards, Loopback, Network, Record};
-use crate::pidfd::ProcessId;
+use crate::pidfd::{PidFd, ProcessId};
 use crate::ports::{Ports, Waiter};
 use crate::rootfs::Layer;
 use crate::share::Share;
@@ -69,6 +70,8 @@ pub struct Sandbox {
     disks: tokio::sync::Mutex<Slots>,
     /// For the first volume that is watched.
     watcher: tokio::sync::Mutex<Option<Watcher>>,
+    /// For the first volume that follows the host's mounts.
+    follower: tokio::sync::Mutex<Option<Follower>>,
 }
 
 type Threads = BTreeMap<String, Thread>;
@@ -148,7 +151,7 @@ impl Sandbox {
         let (vcpus, mib, booted) = (size.vcpus, machine.memory_mib, machine.vcpus);
         let disk_slots = machine.disk_slots;
         log::info!("a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
-        let directory = share.open()?;
+        let directory = share.root();
         let cgroup = record.cgroup.as_deref().map(cgroup::make).transpose()?;
         let ceiling = record.cgroup.clone().filter(|_| !spec.is_sandbox());
         let ceiling = ceiling.map(|cgroup| Ceiling::new(cgroup, mib, &launch.limits, size));
@@ -187,6 +190,7 @@ impl Sandbox {
             ceiling,
             disks: Slots::new(disk_slots).into(),
             watcher: tokio::sync::Mutex::default(),
+            follower: tokio::sync::Mutex::default(),
         });
         let limit = Duration::from_secs(u64::from(config.agent.dial_timeout.max(1)));
         let hostname = spec.hostname.clone().unwrap_or_default();
@@ -304,10 +308,16 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Waits until the VMM is in its jail. What is mounted below the share from now on appears there; before, a
-    /// mount could fall between the copies that the VMM makes of the share on its way in.
-    pub async fn running(&self) -> Result<()> {
-        if self.vmm.running().await { Ok(()) } else { self.agent().await.map(drop) }
+    /// Waits until the VMM is in its jail, in whose mount namespace containers' mounts are made from now on; the answer is
+    /// its process.
+    pub async fn running(&self) -> Result<PidFd> {
+        let process = if self.vmm.running().await { self.vmm.process() } else { None };
+        match process {
+            Some(process) => Ok(process),
+            None => {
+                Err(self.agent().await.err().unwrap_or_else(|| Error::Unavailable("the VM is gone".into())))
+            }
+        }
     }
 
     /// The agent, as soon as it is there, or why it is not.
@@ -446,11 +456,22 @@ impl Sandbox {
         let agent = self.agent().await?;
         let mut watcher = self.watcher.lock().await;
         if watcher.is_none() {
-            let started = Watcher::start(self.layout.share.clone(), agent.clone());
+            let started = Watcher::start(self.share.root(), agent.clone());
             *watcher = Some(started.map_err(|e| Error::io("inotify", &e))?);
         }
         let Some(watcher) = &*watcher else { return Ok(()) };
         watcher.add(volumes).await
+    }
+
+    /// From now on the host's mounts appear in volumes that are to show them.
+    pub async fn follow_mounts(&self) -> Result<()> {
+        let mut follower = self.follower.lock().await;
+        if follower.is_none() {
+            let (vmm, agent) = (self.running().await?, self.agent().await?);
+            let started = Follower::start(Arc::clone(&self.share), vmm, agent);
+            *follower = Some(started.map_err(|e| Error::io("/proc/self/mountinfo", &e))?);
+        }
+        Ok(())
     }
 
     /// A container has no root and no volumes any more.

@@ -16,6 +16,7 @@ mod host_namespaces;
 mod io;
 mod kernel;
 mod leaks;
+mod mounts;
 mod network;
 mod run;
 mod shares;
