@@ -24,6 +24,11 @@ pub struct Mounted {
 }
 
 impl Mounted {
+    /// Whether this is a file that stands for a mount namespace, as snapd and unshare(1) keep them.
+    pub fn is_mount_namespace(&self) -> bool {
+        self.origin.contains(" mnt:[")
+    }
+
     /// The same with a path relative to the namespace's root.
     pub fn relative(&self) -> Self {
         self.at(self.point.strip_prefix("/").unwrap_or(&self.point).to_owned())

@@ -137,12 +137,45 @@ pub struct Place<'a> {
     /// Its root, the share.
     root: BorrowedFd<'a>,
     steps: Vec<Step>,
+    /// Whether what is recursive is to be copied mount by mount, see [`Place::add_tree`].
+    piecewise: bool,
 }
 
 impl<'a> Place<'a> {
     /// Nothing is to be done yet.
     pub fn new(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>) -> Self {
-        Self { namespace, root, steps: Vec::new() }
+        Self { namespace, root, steps: Vec::new(), piecewise: false }
+    }
+
+    /// The same, for a second attempt after the kernel has refused a tree with ELOOP: a mount namespace takes none in which there
+    /// is a file that stands for an older mount namespace (`check_for_nsfs_mounts` in fs/namespace.c).
+    pub fn piecewise(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>) -> Self {
+        Self { piecewise: true, ..Self::new(namespace, root) }
+    }
+
+    /// Has a private copy of `source` wait for its place.
+    pub fn add_tree(
+        &mut self,
+        place: PathBuf,
+        source: &Path,
+        recursive: bool,
+        access: Access,
+    ) -> io::Result<()> {
+        if !(self.piecewise && recursive) {
+            self.add(place, Detached::bound(source, recursive, false, access)?);
+            return Ok(());
+        }
+        // As the kernel does where it copies mounts by itself, without such files.
+        let source = std::fs::canonicalize(source)?;
+        self.add(place.clone(), Detached::bound(&source, false, false, access)?);
+        let access = if access == Access::ReadOnly { Access::Inherited } else { access };
+        for mounted in mount_table::tree(&mount_table::host()?, &source) {
+            let Ok(below) = mounted.point.strip_prefix(&source) else { continue };
+            if !below.as_os_str().is_empty() && !mounted.is_mount_namespace() {
+                self.try_to_add(place.join(below), Detached::bound(&mounted.point, false, false, access)?);
+            }
+        }
+        Ok(())
     }
 
     /// Has a mount wait for its place, a path relative to the share.

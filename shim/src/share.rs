@@ -76,13 +76,33 @@ impl Share {
         sources: &mut [Source],
         namespace: BorrowedFd<'_>,
     ) -> Result<Added> {
+        let wanted = sources.to_vec();
         let mut place = Place::new(namespace, self.root.as_fd());
-        let added = self.add_root(id, bundle, spec, layers, &mut place).and_then(|()| {
+        match self.try_add(id, bundle, spec, layers, sources, &mut place) {
+            Err(Failed::Loop) => {
+                sources.clone_from_slice(&wanted);
+                let mut place = Place::piecewise(namespace, self.root.as_fd());
+                Ok(self.try_add(id, bundle, spec, layers, sources, &mut place)?)
+            }
+            added => Ok(added?),
+        }
+    }
+
+    fn try_add(
+        &self,
+        id: &str,
+        bundle: &Path,
+        spec: &Spec,
+        layers: Option<&[rootfs::Layer]>,
+        sources: &mut [Source],
+        place: &mut Place<'_>,
+    ) -> std::result::Result<Added, Failed> {
+        let added = self.add_root(id, bundle, spec, layers, place).map_err(Failed::from).and_then(|()| {
             // Until all have their places: another container that finds a volume is to find it there.
             let mut volumes = self.volumes();
-            let watched = self.add_volumes(id, spec, sources, &mut volumes, &mut place)?;
+            let watched = self.add_volumes(id, spec, sources, &mut volumes, place)?;
             let follows = volumes.any_follows();
-            Ok(Added { follows, ..settle(id, watched, sources, &mut place)? })
+            Ok(Added { follows, ..settle(id, watched, sources, place)? })
         });
         if added.is_err() {
             self.remove(id);
@@ -165,10 +185,37 @@ impl Share {
     }
 }
 
+/// Why a container's mounts cannot be made.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    #[error(transparent)]
+    For(#[from] Error),
+    /// See [`Place::piecewise`].
+    #[error("a root has files in it that stand for mount namespaces")]
+    Loop,
+}
+
+impl From<Failed> for Error {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::For(error) => error,
+            Failed::Loop => Self::Host(failed.to_string()),
+        }
+    }
+}
+
 /// Gives a container's mounts their places.
-fn settle(id: &str, watched: Vec<PathBuf>, sources: &[Source], place: &mut Place<'_>) -> Result<Added> {
+fn settle(
+    id: &str,
+    watched: Vec<PathBuf>,
+    sources: &[Source],
+    place: &mut Place<'_>,
+) -> std::result::Result<Added, Failed> {
     // What has its place refuses nothing; it is gone if the VMM is.
-    let failed = |e: io::Error| Error::Unavailable(format!("mount in the VMM's namespace: {e}"));
+    let failed = |e: io::Error| match e.raw_os_error() {
+        Some(libc::ELOOP) => Failed::Loop,
+        _ => Failed::For(Error::Unavailable(format!("mount in the VMM's namespace: {e}"))),
+    };
     let all = place.settle().map_err(failed)?;
     let volumes = sources.iter().filter_map(|source| match source {
         Source::Volume(number) => Some(Path::new("/").join(SHARED_VOLUMES).join(number.to_string())),

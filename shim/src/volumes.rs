@@ -137,13 +137,12 @@ impl Volumes {
         made.map_err(|e| failed("create mount point for", &e))?;
         // First: what is mounted between is found to be new then.
         let followed = (manner.follows && kind.is_dir()).then(|| Followed::of(source)).transpose();
-        let copied = followed
-            .and_then(|followed| Ok((followed, Detached::bound(source, manner.recursive, false, access)?)));
+        let copied = followed.and_then(|followed| {
+            place.add_tree(target, source, manner.recursive, access)?;
+            Ok(followed)
+        });
         let followed = match copied {
-            Ok((followed, tree)) => {
-                place.add(target, tree);
-                followed
-            }
+            Ok(followed) => followed,
             Err(e) => {
                 remove_point(&point);
                 return Err(failed("mount", &e));

@@ -229,6 +229,34 @@ fn later_mounts_come_and_go_and_are_never_busy() {
     });
 }
 
+/// As snapd has them in /run.
+#[test]
+fn files_that_stand_for_mount_namespaces_are_left_out() {
+    in_namespace("namespaces", |top| {
+        let (bundle, data) = (top.join("bundle"), top.join("data"));
+        fs::create_dir_all(bundle.join("rootfs")).unwrap();
+        for place in ["data", "data/sub"] {
+            tmpfs(&top.join(place));
+        }
+        fs::write(data.join("sub/file"), "x").unwrap();
+        fs::write(data.join("namespace"), "").unwrap();
+        let other = namespace_in(&Share::create(&top.join("run/other")).unwrap().root());
+        let (source, target) = (mounts::path_of_fd(other.as_fd()), data.join("namespace"));
+        mount::<_, _, str, str>(Some(&source), &target, None, MsFlags::MS_BIND, None).unwrap();
+        let machine = Machine::new(top);
+        for (id, options) in [("c0", ["rbind", "rprivate"]), ("c1", ["rbind", "rslave"])] {
+            let spec = volume(&data, &options);
+            let mut sources = spec.sources(&bundle, &Pod::default());
+            machine.add(id, &bundle, &spec, &mut sources).unwrap();
+            let [Source::Volume(number)] = sources[..] else { panic!("{sources:?}") };
+            let read = |name: &str| fs::read_to_string(machine.at(&format!(".volumes/{number}/{name}")));
+            assert_eq!((read("sub/file").unwrap().as_str(), read("namespace").unwrap().as_str()), ("x", ""));
+            machine.share.remove(id);
+        }
+        machine.end();
+    });
+}
+
 #[test]
 fn read_only_is_the_mount_and_recursively_so_all_below() {
     in_namespace("access", |top| {
