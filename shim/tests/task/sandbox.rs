@@ -163,7 +163,8 @@ async fn a_container_joins_the_processes_of_the_one_that_it_names() {
     pod.run_in("debug-three", first, &of(two)).await.unwrap();
     eventually(|| pod.containerd.file("out").contains('\n')).await;
     assert_eq!(pod.containerd.file("out"), "sleep\u{0}1002\u{0}\n");
-    let (code, text) = code_and_text(pod.run_in("debug-four", first, &of(1)).await.unwrap_err());
+    let (code, text) =
+        code_and_text(pod.run_in("debug-four", first, &of(std::process::id())).await.unwrap_err());
     assert_eq!(code, Code::INVALID_ARGUMENT);
     assert!(text.contains("the host's pid namespace"), "{text}");
     // There are no more threads.
