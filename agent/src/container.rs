@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use katana_protocol::agent::Disk;
+use katana_protocol::agent::{Disk, HostSocket, SharedMount};
 use nix::sched::CloneFlags;
 use nix::unistd::Pid;
 use oci_spec::runtime::{
@@ -17,6 +17,7 @@ use oci_spec::runtime::{
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::task::JoinHandle;
 
+use crate::acls;
 use crate::cgroup::{self, Cgroup};
 use crate::device_filter::{self, DeviceFilter};
 use crate::disks::{self, Disks};
@@ -27,6 +28,7 @@ use crate::launch::{Gate, IdMaps, Spares};
 use crate::process::{self, Process, Surroundings};
 use crate::reaper::Reaper;
 use crate::seccomp::{self, Filter};
+use crate::sockets::{self, Sockets};
 use crate::streams::Ports;
 use crate::submounts::{self, Submounts};
 use crate::transport::Transport;
@@ -52,9 +54,15 @@ pub enum Error {
     /// One of its disks fails.
     #[error(transparent)]
     Disks(#[from] disks::Error),
+    /// Its files would not be kept from whom their ACLs keep out.
+    #[error(transparent)]
+    Acls(#[from] acls::NotObeyed),
     /// There are no huge pages for it.
     #[error(transparent)]
     HugePages(#[from] huge_pages::Error),
+    /// One of the host's sockets has no stand-in.
+    #[error(transparent)]
+    Sockets(#[from] sockets::Error),
     /// One of its processes fails.
     #[error(transparent)]
     Process(#[from] process::Error),
@@ -99,6 +107,10 @@ pub struct Request<'a> {
     pub pause: bool,
     /// Disks that it uses.
     pub disks: Vec<Disk>,
+    /// Sockets of the host that it mounts.
+    pub sockets: Vec<HostSocket>,
+    /// Mounts of the host in what it uses of the share.
+    pub mounts: Vec<SharedMount>,
 }
 
 /// What a container's first process is doing.
@@ -134,6 +146,8 @@ pub struct Container {
     disks: Mutex<Disks>,
     /// Likewise.
     huge_pages: Mutex<HugePages>,
+    /// Likewise.
+    sockets: Mutex<Sockets>,
     /// They go with the container's entry in the table, once its processes are gone.
     _submounts: Submounts,
 }
@@ -141,7 +155,7 @@ pub struct Container {
 impl Container {
     /// Makes a container up to where its process waits for the start.
     pub async fn create(pod: &Pod, request: Request<'_>) -> Result<Self> {
-        let Request { id, spec, ports, pause, disks } = request;
+        let Request { id, spec, ports, pause, disks, sockets, mounts } = request;
         let mut spec: Spec = serde_json::from_slice(spec)?;
         let process = spec.process_mut().take().ok_or(Error::Invalid("process is missing"))?;
         let disks = take_disks(id, disks).await?;
@@ -154,12 +168,14 @@ impl Container {
             return Err(Error::Invalid("linux.memoryPolicy is not supported"));
         }
 
+        let sockets = Sockets::serve(&sockets, &pod.transport)?;
         let cgroup = Arc::new(Cgroup::create(linux.cgroups_path().as_deref(), id)?);
         let work = Work::Container { id: id.to_owned(), spec: Box::new(spec), pause };
-        let built = Self::build(pod, work, process, seccomp, &cgroup, ports).await;
+        let built = Self::build(pod, work, mounts, process, seccomp, &cgroup, ports).await;
         let built = built.map(|container| Self {
             disks: Mutex::new(disks),
             huge_pages: Mutex::new(huge_pages),
+            sockets: Mutex::new(sockets),
             ..container
         });
         if built.is_err()
@@ -173,6 +189,7 @@ impl Container {
     async fn build(
         pod: &Pod,
         work: Work,
+        mounts: Vec<SharedMount>,
         process: ProcessSpec,
         seccomp: Option<Filter>,
         cgroup: &Arc<Cgroup>,
@@ -180,7 +197,8 @@ impl Container {
     ) -> Result<Self> {
         let Work::Container { id, spec, .. } = &work else { return Err(Error::Invalid("not a container")) };
         let id = id.clone();
-        let submounts = Submounts::of(spec, &pod.share);
+        let submounts = Submounts::of(spec, mounts, &pod.share).await;
+        acls::check(spec)?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.map_or(Ok(()), |resources| cgroup.apply(resources))?;
         let devices = DeviceFilter::attach(device_rules(resources), cgroup.path(), None)?;
@@ -215,6 +233,7 @@ impl Container {
             oom_watch: tokio::spawn(oom.watch(cgroup.clone())),
             disks: Mutex::default(),
             huge_pages: Mutex::default(),
+            sockets: Mutex::default(),
             _submounts: submounts,
         })
     }
@@ -230,6 +249,7 @@ impl Container {
             Phase::Started => return Err(Error::State("cannot start an already running container")),
         };
         gate.open().await.map_err(process::Error::from)?;
+        self.init.started();
         self.run_hooks(Stage::Poststart).await;
         Ok(())
     }
@@ -366,6 +386,7 @@ impl Container {
         self.cgroup.remove().await?;
         drop(std::mem::take(&mut *self.disks()));
         drop(std::mem::take(&mut *self.huge_pages.lock().unwrap_or_else(PoisonError::into_inner)));
+        drop(std::mem::take(&mut *self.sockets.lock().unwrap_or_else(PoisonError::into_inner)));
         self.oom_watch.abort();
         self.run_hooks(Stage::Poststop).await;
         Ok(())

@@ -3,6 +3,7 @@
 //! Started again as `container-init` it is a container's first process up to the execve ([`init`]), and as `pause` the
 //! first process of a pod ([`pause`]).
 
+mod acls;
 mod boot;
 mod cgroup;
 mod console;
@@ -13,6 +14,7 @@ mod disks;
 mod forward;
 mod hooks;
 mod huge_pages;
+mod in_use;
 mod init;
 mod launch;
 mod names;
@@ -27,11 +29,13 @@ mod replay;
 mod sandbox;
 mod seccomp;
 mod service;
+mod sockets;
 mod streams;
 mod submounts;
 mod syscalls;
 mod transparent_huge_pages;
 mod transport;
+mod young;
 
 use std::process::ExitCode;
 

@@ -2,10 +2,11 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nix::unistd::Pid;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::init::control::{Failure, Task};
 use crate::init::resize;
@@ -14,6 +15,7 @@ use crate::reaper::Reaper;
 use crate::streams::{ConnectError, Connected, Ports, Stream};
 use crate::syscalls::signal_process;
 use crate::transport::Transport;
+use crate::young;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +71,8 @@ pub struct Process {
     pidfd: OwnedFd,
     terminal: Option<Arc<Stream>>,
     exit: watch::Receiver<Option<Exit>>,
+    /// When its program began.
+    started: OnceLock<Instant>,
 }
 
 /// What a process needs besides its task.
@@ -117,7 +121,11 @@ impl Process {
             let (stdout_bytes, stderr_bytes) = copies.finish().await;
             let _ = sender.send(Some(Exit { status, stdout_bytes, stderr_bytes }));
         });
-        Ok((Self { pid, pidfd, terminal, exit }, gate))
+        let process = Self { pid, pidfd, terminal, exit, started: OnceLock::new() };
+        if gate.is_none() {
+            process.started();
+        }
+        Ok((process, gate))
     }
 
     /// In the agent's pid namespace.
@@ -134,6 +142,19 @@ impl Process {
     pub fn wait(&self) -> impl Future<Output = Option<Exit>> + Send + 'static {
         let mut exit = self.exit.clone();
         async move { exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit) }
+    }
+
+    /// Its program runs from now on.
+    pub fn started(&self) {
+        // Once is enough.
+        let _ = self.started.set(Instant::now());
+    }
+
+    /// Waits until it can take the signal, if it has only just been started.
+    pub async fn ready_for(&self, signal: u32) {
+        if let Some(start) = self.started.get() {
+            young::wait_until_ready(self.pid, *start, signal, || self.exit().is_some()).await;
+        }
     }
 
     /// Sends a signal to this process alone.

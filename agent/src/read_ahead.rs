@@ -8,11 +8,10 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, PoisonError};
 
 use katana_protocol::GUEST_SHARE;
-use nix::sys::stat::{major, minor};
+use nix::sys::stat::{major, minor, stat};
 
 /// KiB, in the form of the kernel's file.
 const PIECE: &str = "16";
@@ -56,7 +55,8 @@ impl Drop for SmallPieces {
 
 /// Sets it for the pod's shared directory; answers what it was.
 fn set(kib: &str) -> io::Result<String> {
-    let device = fs::metadata(GUEST_SHARE)?.dev();
+    // Not the standard library's metadata(), which asks the host for the time of birth as well.
+    let device = stat(GUEST_SHARE)?.st_dev;
     let file = format!("/sys/class/bdi/{}:{}/read_ahead_kb", major(device), minor(device));
     let old = fs::read_to_string(&file)?;
     fs::write(&file, kib)?;

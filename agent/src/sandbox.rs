@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use katana_protocol::agent::{Change, Network};
+use katana_protocol::agent::{Change, Network, SharedMount};
 use katana_protocol::{GUEST_SHARE, GUEST_SHM};
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
@@ -24,6 +24,7 @@ use crate::names::{self, Names};
 use crate::network;
 use crate::reaper::Reaper;
 use crate::replay::Replayer;
+use crate::submounts;
 use crate::transport::Transport;
 
 /// What the sandbox cannot do.
@@ -163,6 +164,11 @@ impl Sandbox {
     /// Makes changes of shared files known to those who watch them.
     pub async fn replay(&self, changes: Vec<Change>) -> Result<()> {
         self.replayer.replay(changes).await.map_err(|e| Error::Guest("replay changes of files".to_owned(), e))
+    }
+
+    /// Makes the mounts in volumes be those that the host has.
+    pub async fn follow_mounts(&self, come: Vec<SharedMount>, gone: Vec<Vec<u8>>) {
+        submounts::follow(&self.pod.share, come, gone).await;
     }
 
     /// The id of the next container that met an out-of-memory kill.

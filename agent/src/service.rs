@@ -10,9 +10,9 @@ use async_trait::async_trait;
 use katana_protocol::agent::{
     self, Agent, Changes, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreateSandboxRequest, Empty, ExecProcessRequest, ExecProcessResponse,
-    ForwardPortRequest, ListProcessesResponse, Network, OomResponse, ProcessRequest, ReleaseDiskRequest,
-    ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio, UpdateContainerRequest,
-    WaitProcessResponse, create_agent,
+    ForwardPortRequest, ListProcessesResponse, MountChanges, Network, OomResponse, ProcessRequest,
+    ReleaseDiskRequest, ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio,
+    UpdateContainerRequest, WaitProcessResponse, create_agent,
 };
 use katana_protocol::{AGENT_PORT, DEBUG_CONSOLE_PORT};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -156,9 +156,10 @@ fn status(error: &sandbox::Error) -> ttrpc::Error {
                 Code::INVALID_ARGUMENT
             }
             C::Cgroup(cgroup::Error::InUse(_)) | C::ProcessExists(_) => Code::ALREADY_EXISTS,
+            C::Acls(_) => Code::FAILED_PRECONDITION,
             C::HugePages(huge_pages::Error::Size(_)) => Code::INVALID_ARGUMENT,
             C::HugePages(huge_pages::Error::Memory { .. }) => Code::RESOURCE_EXHAUSTED,
-            C::Cgroup(_) | C::Devices(_) | C::Disks(_) | C::HugePages(_) => Code::INTERNAL,
+            C::Cgroup(_) | C::Devices(_) | C::Disks(_) | C::HugePages(_) | C::Sockets(_) => Code::INTERNAL,
             C::NoProcess(_) | C::Process(P::Finished) => Code::NOT_FOUND,
             C::State(_) | C::Process(P::NoTerminal) => Code::FAILED_PRECONDITION,
             C::Process(P::Signal(..)) => Code::INVALID_ARGUMENT,
@@ -228,6 +229,8 @@ impl Agent for Service {
                 ports: ports(request.stdio.as_ref()),
                 pause: request.pause,
                 disks: request.disks,
+                sockets: request.sockets,
+                mounts: request.mounts,
             };
             sandbox.create(wanted).await.map_err(|e| status(&e))
         };
@@ -246,6 +249,11 @@ impl Agent for Service {
         let sandbox = self.sandbox.clone();
         to_the_end(async move { sandbox.remove(&request.container_id).await.map_err(|e| status(&e)) })
             .await??;
+        Ok(Empty::new())
+    }
+
+    async fn follow_mounts(&self, _: &TtrpcContext, request: MountChanges) -> ttrpc::Result<Empty> {
+        self.sandbox.follow_mounts(request.come, request.gone).await;
         Ok(Empty::new())
     }
 
@@ -314,6 +322,7 @@ impl Agent for Service {
             container.signal_all(request.signal).map_err(container_status)?;
         } else {
             let process = container.process(&request.exec_id).map_err(container_status)?;
+            process.ready_for(request.signal).await;
             process.signal(request.signal).map_err(process_status)?;
         }
         Ok(Empty::new())

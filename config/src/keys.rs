@@ -5,8 +5,8 @@ use std::thread;
 
 use toml::de::DeValue;
 
-use crate::Config;
 use crate::annotations::expression;
+use crate::{Config, HostNamespaces};
 
 /// MiB of memory. The guest's kernel keeps some 20 for itself; with less than this no room is left for containers.
 const LEAST_MEMORY: i64 = 64;
@@ -94,6 +94,11 @@ pub(crate) const KEYS: &[Key] = &[
         section: RUNTIME,
         name: "sandbox_cgroup_only",
         set: |c, v| only_true(v, &mut c.runtime.sandbox_cgroup_only),
+    },
+    Key {
+        section: RUNTIME,
+        name: "host_namespaces",
+        set: |c, v| host_namespaces(v, &mut c.runtime.host_namespaces),
     },
 ];
 
@@ -187,6 +192,15 @@ fn most_memory(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
 
 fn string<'v>(value: &'v DeValue<'_>) -> Result<&'v str, String> {
     value.as_str().ok_or_else(|| mistyped("a string", value))
+}
+
+fn host_namespaces(value: &DeValue<'_>, to: &mut HostNamespaces) -> Result<(), String> {
+    *to = match string(value)? {
+        "refuse" => HostNamespaces::Refuse,
+        "guest" => HostNamespaces::Guest,
+        other => return Err(format!("must be \"refuse\" or \"guest\", not {other:?}")),
+    };
+    Ok(())
 }
 
 fn expressions(value: &DeValue<'_>, to: &mut Vec<String>) -> Result<(), String> {

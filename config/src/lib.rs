@@ -97,6 +97,17 @@ pub struct Runtime {
     pub enable_debug: bool,
     /// The pod's machine runs in the cgroup that the caller made for the pod; always true.
     pub sandbox_cgroup_only: bool,
+    /// What becomes of containers that ask for namespaces of the host.
+    pub host_namespaces: HostNamespaces,
+}
+
+/// What becomes of containers that ask for a namespace of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostNamespaces {
+    /// They are refused.
+    Refuse,
+    /// They get the machine's own.
+    Guest,
 }
 
 impl Default for Hypervisor {
@@ -135,7 +146,7 @@ impl Default for Factory {
 
 impl Default for Runtime {
     fn default() -> Self {
-        Self { enable_debug: false, sandbox_cgroup_only: true }
+        Self { enable_debug: false, sandbox_cgroup_only: true, host_namespaces: HostNamespaces::Refuse }
     }
 }
 

@@ -90,6 +90,10 @@ fn errors_name_file_line_and_key() {
             "2: key \"sandbox_cgroup_only\" in [runtime]: must be true: a pod's machine always runs in the pod's own cgroup",
         ),
         (
+            "[runtime]\nhost_namespaces = \"share\"",
+            "2: key \"host_namespaces\" in [runtime]: must be \"refuse\" or \"guest\", not \"share\"",
+        ),
+        (
             "[agent.kata]\ndebug_console_enabled = true",
             "2: key \"debug_console_enabled\" in [agent.kata]: must be false: there is no way yet to reach the console from the host",
         ),

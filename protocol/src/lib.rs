@@ -18,6 +18,8 @@ pub mod pod {
 }
 
 pub mod bpf;
+pub mod caller;
+pub mod mount_options;
 pub mod netlink;
 pub mod vmm;
 
@@ -40,7 +42,7 @@ pub mod bridge {
 pub const AGENT_PORT: u32 = 1024;
 /// The vsock port in the guest on which an agent with the debug console listens for a shell session.
 pub const DEBUG_CONSOLE_PORT: u32 = 1026;
-/// Ports on the host from here on are handed out by the shim for standard streams.
+/// Ports on the host from here on are handed out by the shim for standard streams and the like.
 pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
 /// Parameters of the guest's kernel that say how it is to use transparent huge pages, each with its file below
 /// `/sys/kernel/mm/transparent_hugepage`. The kernel itself knows the first one.
@@ -59,6 +61,8 @@ pub const GUEST_SHM: &str = "/run/kata-containers/shm";
 pub const GUEST_DISKS: &str = "/run/kata-containers/disks";
 /// Where the agent mounts roots of containers that are on disks, with the containers' ids as names.
 pub const GUEST_ROOTS: &str = "/run/kata-containers/roots";
+/// Where the agent listens for the host's sockets, with the numbers of their ports as names.
+pub const GUEST_SOCKETS: &str = "/run/kata-containers/sockets";
 /// The virtio-fs tag of the shared directory.
 pub const SHARE_TAG: &str = "kataShared";
 /// The group of the agent's thread that replays changes of shared files. Requests of this group to the file server change

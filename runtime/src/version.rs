@@ -3,7 +3,7 @@
 /// The version of Katana.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The version of the OCI runtime specification that shim and agent are written to.
-pub(crate) const OCI: &str = "1.1.0";
+pub(crate) const OCI: &str = "1.2.0";
 
 /// The commit that it was built from, if the build said so.
 pub(crate) fn commit() -> &'static str {

@@ -1,6 +1,7 @@
 //! The agent in the guest, as the shim calls it.
 
 use std::future::Future;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +13,9 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{Context, with_duration};
 
 use crate::error::{Error, Result, one_line};
+use crate::mount_table::Mounted;
 use crate::vmm::{End, wait_end};
+use crate::volumes::Changes;
 
 /// How long the agent may take over a request that it should answer at once.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -22,6 +25,16 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub struct Agent {
     client: api::AgentClient,
     ended: watch::Receiver<Option<Arc<End>>>,
+}
+
+/// What of the host a container uses.
+pub struct Uses {
+    /// Disks of the machine.
+    pub disks: Vec<api::Disk>,
+    /// Sockets, which have stand-ins in the guest.
+    pub sockets: Vec<api::HostSocket>,
+    /// Mounts in the share.
+    pub mounts: Vec<Mounted>,
 }
 
 /// A process: a container's first (the exec is empty) or an exec.
@@ -133,19 +146,31 @@ impl Agent {
         spec: Vec<u8>,
         stdio: api::Stdio,
         pause: bool,
-        disks: Vec<api::Disk>,
+        uses: Uses,
     ) -> Result<u32> {
         let request = api::CreateContainerRequest {
             container_id: id.into(),
             spec,
             stdio: Some(stdio).into(),
             pause,
-            disks,
+            disks: uses.disks,
+            sockets: uses.sockets,
+            mounts: uses.mounts.iter().map(mounted).collect(),
             ..Default::default()
         };
         let client = self.client.clone();
         let call = async move { client.create_container(limit(), &request).await };
         Ok(self.call("CreateContainer", call).await?.pid)
+    }
+
+    /// Tells how the mounts in volumes have changed.
+    pub async fn follow_mounts(&self, changes: &Changes) -> Result<()> {
+        let gone = changes.gone.iter().map(|path| path.as_os_str().as_bytes().to_vec()).collect();
+        let come = changes.come.iter().map(mounted).collect();
+        let request = api::MountChanges { come, gone, ..Default::default() };
+        let client = self.client.clone();
+        self.call("FollowMounts", async move { client.follow_mounts(limit(), &request).await }).await?;
+        Ok(())
     }
 
     /// Starts a container's first process.
@@ -272,6 +297,11 @@ fn limit() -> Context {
 
 fn container(id: &str) -> api::ContainerRequest {
     api::ContainerRequest { container_id: id.into(), ..Default::default() }
+}
+
+fn mounted(mounted: &Mounted) -> api::SharedMount {
+    let path = mounted.point.as_os_str().as_bytes().to_vec();
+    api::SharedMount { path, options: mounted.restrictions(), ..Default::default() }
 }
 
 fn process(name: &ProcessName) -> api::ProcessRequest {

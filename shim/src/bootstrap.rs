@@ -17,6 +17,7 @@ use crate::args::Args;
 use crate::cleanup::{is_served, remove_socket};
 use crate::error::{Error, Result};
 use crate::fds;
+use crate::features;
 use crate::layout::Identity;
 use crate::options::config_path;
 use crate::pidfd::PidFd;
@@ -246,15 +247,11 @@ fn spawn(request: &Request, identity: &Identity, socket: &Path, bundle: &Path) -
     Err(Error::Host(why))
 }
 
-/// Prints what this runtime is, for containerd's introspection.
+/// Prints what this runtime is and can do, for containerd's introspection.
 pub fn info() -> Result<()> {
-    use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
     // Options of the runtime, which are of no interest here, must still be taken from the pipe.
     let _ = input()?;
-    let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() };
-    let info =
-        RuntimeInfo { name: crate::RUNTIME.into(), version: Some(version).into(), ..Default::default() };
-    let bytes = info.write_to_bytes().map_err(|e| Error::Host(e.to_string()))?;
+    let bytes = features::runtime_info().write_to_bytes().map_err(|e| Error::Host(e.to_string()))?;
     io::stdout().write_all(&bytes).map_err(|e| Error::io("standard output", &e))
 }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, reason};
 
 /// Where cgroup v2 is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -84,6 +84,26 @@ fn create(path: &Path) -> io::Result<()> {
         log::debug!("mark cgroup {}: {e}", path.display());
     }
     Ok(())
+}
+
+/// Sees to it that the directory has these controllers, which each directory above it has to hand down.
+pub fn enable(path: &Path, controllers: &[&str]) -> io::Result<()> {
+    let has_all = || {
+        let all = fs::read_to_string(path.join("cgroup.controllers")).unwrap_or_default();
+        controllers.iter().all(|wanted| all.split_whitespace().any(|one| one == *wanted))
+    };
+    if has_all() {
+        return Ok(());
+    }
+    let mut above: Vec<_> = path.ancestors().skip(1).take_while(|above| above.starts_with(ROOT)).collect();
+    above.reverse();
+    for directory in above {
+        let file = directory.join("cgroup.subtree_control");
+        let words: Vec<_> = controllers.iter().map(|controller| format!("+{controller}")).collect();
+        fs::write(&file, words.join(" "))
+            .map_err(|e| io::Error::other(format!("{}: {}", file.display(), reason(&e))))?;
+    }
+    if has_all() { Ok(()) } else { Err(io::Error::other(format!("no {}", controllers.join(", ")))) }
 }
 
 /// Removes the pod's directory, and those above it that a shim made and nobody is in any more.

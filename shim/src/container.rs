@@ -1,6 +1,7 @@
 //! A container: its first process, its execs, its place in the pod.
 
 use std::collections::HashMap;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +13,7 @@ use containerd_shim_protos::events::task::{
 use nix::libc::SIGKILL;
 use serde_json::{Map, Value};
 
-use crate::agent::{Agent, ProcessName};
+use crate::agent::{Agent, ProcessName, Uses};
 use crate::disks;
 use crate::error::{Error, Result};
 use crate::events::{Publisher, timestamp};
@@ -20,7 +21,9 @@ use crate::hooks;
 use crate::process::{Exit, KILLED, Phase, Process};
 use crate::rootfs::Layer;
 use crate::sandbox::Sandbox;
+use crate::share::Added;
 use crate::size::Limits;
+use crate::sockets::{self, Sockets};
 use crate::spec::{Hook, Pod, Spec};
 use crate::stdio::{Paths, Streams};
 
@@ -45,6 +48,8 @@ pub struct Container {
     events: Arc<Publisher>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     paused: AtomicBool,
+    /// Until it is deleted.
+    sockets: Mutex<Sockets>,
     /// Held by what changes the container's state: Start, Pause, Resume, Delete. True once it is deleted.
     changing: tokio::sync::Mutex<bool>,
 }
@@ -96,20 +101,29 @@ impl Container {
         let (spec, bundle, layers, pod) = found;
         let (disks, on_disks) = sandbox.attach_disks(&id, wanted).await?;
         let streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
-        let (spec, id, bundle, guest_spec, watched) = if pause {
+        let (stand_ins, sockets) = if pause {
+            Default::default()
+        } else {
+            sockets::open(&spec, &mut sources, &sandbox.ports).await?
+        };
+        let (spec, id, bundle, guest_spec, added) = if pause {
             // Neither its root nor its mounts are of use to anybody.
             let guest_spec = spec.for_pause().for_guest(&id, paths.terminal, &[], &pod, &on_disks)?;
-            (spec, id, bundle, guest_spec, Vec::new())
+            (spec, id, bundle, guest_spec, Added::default())
         } else {
-            sandbox.running().await?;
+            let vmm = sandbox.running().await?;
             let (share, terminal) = (Arc::clone(&sandbox.share), paths.terminal);
-            crate::blocking(move || {
+            let added = crate::blocking(move || {
                 let layers = Some(&layers[..]).filter(|_| !on_disks.root);
-                let watched = share.add(&id, &bundle, &spec, layers, &mut sources)?;
+                let added = share.add(&id, &bundle, &spec, layers, &mut sources, vmm.as_fd())?;
                 let guest_spec = spec.for_guest(&id, terminal, &sources, &pod, &on_disks)?;
-                Ok((spec, id, bundle, guest_spec, watched))
-            })
-            .await?
+                Ok((spec, id, bundle, guest_spec, added))
+            });
+            match added.await {
+                // Why the VM has ended says more.
+                Err(e @ Error::Unavailable(_)) => return Err(sandbox.agent().await.err().unwrap_or(e)),
+                added => added?,
+            }
         };
         let agent = sandbox.agent().await?;
         sandbox.fit(&limits).await?;
@@ -119,6 +133,7 @@ impl Container {
             init: Process::new(name, paths, Map::new()),
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
+            sockets: Mutex::new(sockets),
             changing: tokio::sync::Mutex::default(),
             id,
             bundle,
@@ -135,13 +150,17 @@ impl Container {
             // That is where container engines without CNI set up a network.
             container.sandbox.update_network(&container.spec).await?;
         }
-        let pid = container
-            .agent
-            .create_container(&container.id, guest_spec, streams.ports(), pause, disks)
-            .await?;
+        let uses = Uses { disks, sockets: stand_ins, mounts: added.mounts };
+        let pid =
+            container.agent.create_container(&container.id, guest_spec, streams.ports(), pause, uses).await?;
         log::debug!("timeline: container created");
         container.init.exists(pid, streams);
-        container.sandbox.watch(watched);
+        container.sandbox.watch(added.watched);
+        if added.follows
+            && let Err(e) = container.sandbox.follow_mounts().await
+        {
+            log::warn!("later mounts of the host do not appear: {e}");
+        }
         container.follow(&container.init);
         Ok(container)
     }
@@ -359,6 +378,7 @@ impl Container {
         {
             log::error!("remove container {}: {e}", self.id);
         }
+        drop(std::mem::take(&mut *self.sockets.lock().unwrap_or_else(PoisonError::into_inner)));
         self.sandbox.release_disks(&self.id).await;
         self.sandbox.remove_from_share(self.id.clone()).await;
         if let Err(e) = self.run_hooks("stopped", |hooks| hooks.poststop.clone()).await {

@@ -72,7 +72,7 @@ pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer]) -> Result<Vec<W
     }
     for (number, (mount, source)) in spec.mounts.iter().zip(sources).enumerate() {
         if let Source::BlockDevice(path) = source {
-            let read_only = crate::volumes::is_read_only(&mount.options);
+            let read_only = !crate::volumes::access(&mount.options).lets_write();
             wanted.push(Wanted { path: path.clone(), read_only, purpose: Purpose::Device(Some(number)) });
         }
     }

@@ -1,57 +1,99 @@
-//! Mounts on the host: the few system calls, and what is mounted where.
+//! Mounts: the few system calls.
+//!
+//! What the guest sees is mounted in the VMM's mount namespace only. In the host's it would keep directories busy that others
+//! want to remove, and a copy of what is mounted there would be one more for everybody. So each mount is made without a place,
+//! in the host's namespace, where its source is; then a thread that goes into the VMM's namespace gives it its place.
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::mount::{MntFlags, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::Mode;
+use nix::unistd::fchdir;
 
-use crate::error::{Error, Result};
+use crate::mount_table::{self, Mounted};
 
-/// Longest option string mount(2) takes: one page.
-const OPTIONS_MAX: usize = 4095;
-
-/// Read-only for the mount alone, or for all below it as well ("rro").
+/// What a bind mount's options say about writing (runtime-spec, config.md, "Linux mount options").
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     /// As the source is.
     Inherited,
-    /// The mount itself is read-only.
+    /// The mount itself is read-only ("ro").
     ReadOnly,
-    /// The mount and all mounts below it are read-only.
+    /// The mount and all mounts below it are read-only ("rro").
     RecursivelyReadOnly,
+    /// Neither the mount nor those below it are read-only, whatever the source is ("rrw").
+    RecursivelyWritable,
+}
+
+impl Access {
+    /// Whether the mount can be written to where its source can.
+    pub fn lets_write(self) -> bool {
+        matches!(self, Self::Inherited | Self::RecursivelyWritable)
+    }
 }
 
 fn path_of(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
-/// A copy of the mount at `source` that is attached nowhere yet. Its flags are set before anybody can see it:
-/// a mount that is attached first and made read-only later stays writable in the VMM's mount namespace, to
-/// which attaching propagates and changing flags does not.
+/// Takes the descriptor that a system call has answered with.
+pub fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = RawFd::try_from(Errno::result(result)?).map_err(|_| io::ErrorKind::InvalidData)?;
+    // SAFETY: the kernel has just made this descriptor for the caller.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A mount that is attached nowhere yet. It is gone with its last descriptor unless it gets a place. Its flags are set before
+/// anybody can see it.
+#[derive(Debug)]
 pub struct Detached(OwnedFd);
 
+impl From<OwnedFd> for Detached {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+impl From<Detached> for OwnedFd {
+    fn from(mount: Detached) -> Self {
+        mount.0
+    }
+}
+
 impl Detached {
-    /// open_tree(2) with OPEN_TREE_CLONE.
+    /// A copy of the mount at `source`: open_tree(2) with OPEN_TREE_CLONE.
     pub fn copy(source: &Path, recursive: bool) -> io::Result<Self> {
         let path = path_of(source)?;
         let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
         let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | u32::try_from(recursive).unwrap_or(0);
         // SAFETY: a path that outlives the call, and integers.
-        let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
-        let fd = RawFd::try_from(Errno::result(fd)?).map_err(|_| io::ErrorKind::InvalidData)?;
-        // SAFETY: the kernel has just made this descriptor for us.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+        owned(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) }).map(Self)
     }
 
-    /// mount_setattr(2): sets attributes and the propagation type.
-    pub fn set(&self, attributes: u64, propagation: u64, recursive: bool) -> io::Result<()> {
-        let attr = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation, userns_fd: 0 };
+    /// A copy of `source` for a container. Mounts that the host makes below it later appear if it `follows`; none goes back.
+    pub fn bound(source: &Path, recursive: bool, follows: bool, access: Access) -> io::Result<Self> {
+        let tree = Self::copy(source, recursive)?;
+        tree.set(0, 0, if follows { libc::MS_SLAVE } else { libc::MS_PRIVATE }, recursive)?;
+        match access {
+            Access::Inherited => {}
+            Access::ReadOnly => tree.set(libc::MOUNT_ATTR_RDONLY, 0, 0, false)?,
+            Access::RecursivelyReadOnly => tree.set(libc::MOUNT_ATTR_RDONLY, 0, 0, true)?,
+            Access::RecursivelyWritable => tree.set(0, libc::MOUNT_ATTR_RDONLY, 0, true)?,
+        }
+        Ok(tree)
+    }
+
+    /// mount_setattr(2): sets and clears attributes, and sets the propagation type.
+    pub fn set(&self, set: u64, clear: u64, propagation: u64, recursive: bool) -> io::Result<()> {
+        let attr = libc::mount_attr { attr_set: set, attr_clr: clear, propagation, userns_fd: 0 };
         let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
         // SAFETY: an empty path, and a structure of the given size that outlives the call.
         Errno::result(unsafe {
@@ -67,138 +109,102 @@ impl Detached {
         Ok(())
     }
 
-    /// move_mount(2): attaches it.
-    pub fn attach(&self, target: &Path) -> io::Result<()> {
-        let path = path_of(target)?;
-        // SAFETY: paths that outlive the call, and integers.
+    /// move_mount(2): attaches it, in this thread's mount namespace, to a directory or file.
+    fn attach(&self, target: &OwnedFd) -> io::Result<()> {
+        let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+        let (from, to) = (self.0.as_raw_fd(), target.as_raw_fd());
+        // SAFETY: empty paths, and integers.
         Errno::result(unsafe {
-            libc::syscall(
-                libc::SYS_move_mount,
-                self.0.as_raw_fd(),
-                c"".as_ptr(),
-                libc::AT_FDCWD,
-                path.as_ptr(),
-                libc::MOVE_MOUNT_F_EMPTY_PATH,
-            )
+            libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), to, c"".as_ptr(), flags)
         })?;
         Ok(())
     }
 }
 
-/// Binds `source` to `target`. Mounts that the host makes below `source` later appear if the mount `follows`; none goes
-/// back.
-pub fn bind(source: &Path, target: &Path, recursive: bool, follows: bool, access: Access) -> io::Result<()> {
-    let tree = Detached::copy(source, recursive)?;
-    tree.set(0, if follows { libc::MS_SLAVE } else { libc::MS_PRIVATE }, recursive)?;
-    if access != Access::Inherited {
-        tree.set(libc::MOUNT_ATTR_RDONLY, 0, access == Access::RecursivelyReadOnly)?;
-    }
-    tree.attach(target)
+/// What is to be done in a mount namespace, at a path relative to its root.
+enum Step {
+    Mount(PathBuf, Detached),
+    /// The same, where the place may be gone.
+    Try(PathBuf, Detached),
+    /// With all below it; if it is there.
+    Unmount(PathBuf),
 }
 
-/// Options as mount(2) takes them.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Flags.
-    pub flags: MsFlags,
-    /// For the file system.
-    pub data: Vec<String>,
+/// The mount namespace of a pod's VMM, and what is to be done in it.
+pub struct Place<'a> {
+    /// The VMM's process (a pidfd), or the namespace itself.
+    namespace: BorrowedFd<'a>,
+    /// Its root, the share.
+    root: BorrowedFd<'a>,
+    steps: Vec<Step>,
 }
 
-/// Sorts options in the form of fstab.
-pub fn options<'a>(list: impl IntoIterator<Item = &'a str>) -> Options {
-    let mut options = Options { flags: MsFlags::empty(), data: Vec::new() };
-    for option in list {
-        let (flag, set) = match option {
-            "ro" => (MsFlags::MS_RDONLY, true),
-            "rw" => (MsFlags::MS_RDONLY, false),
-            "nosuid" => (MsFlags::MS_NOSUID, true),
-            "suid" => (MsFlags::MS_NOSUID, false),
-            "nodev" => (MsFlags::MS_NODEV, true),
-            "dev" => (MsFlags::MS_NODEV, false),
-            "noexec" => (MsFlags::MS_NOEXEC, true),
-            "exec" => (MsFlags::MS_NOEXEC, false),
-            "sync" => (MsFlags::MS_SYNCHRONOUS, true),
-            "async" => (MsFlags::MS_SYNCHRONOUS, false),
-            "dirsync" => (MsFlags::MS_DIRSYNC, true),
-            "noatime" => (MsFlags::MS_NOATIME, true),
-            "atime" => (MsFlags::MS_NOATIME, false),
-            "nodiratime" => (MsFlags::MS_NODIRATIME, true),
-            "diratime" => (MsFlags::MS_NODIRATIME, false),
-            "relatime" => (MsFlags::MS_RELATIME, true),
-            "norelatime" => (MsFlags::MS_RELATIME, false),
-            "strictatime" => (MsFlags::MS_STRICTATIME, true),
-            "nostrictatime" => (MsFlags::MS_STRICTATIME, false),
-            "bind" => (MsFlags::MS_BIND, true),
-            "rbind" => (MsFlags::MS_BIND.union(MsFlags::MS_REC), true),
-            "" | "defaults" => continue,
-            _ => {
-                options.data.push(option.to_owned());
-                continue;
-            }
-        };
-        options.flags.set(flag, set);
+impl<'a> Place<'a> {
+    /// Nothing is to be done yet.
+    pub fn new(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>) -> Self {
+        Self { namespace, root, steps: Vec::new() }
     }
-    options
-}
 
-/// Mounts a file system. Blocks.
-pub fn file_system(kind: &str, source: &str, list: &[String], target: &Path) -> Result<()> {
-    let Options { flags, data } = options(list.iter().map(String::as_str));
-    if let Some(option) = data.iter().find(|option| *option == "loop" || option.starts_with("uidmap=")) {
-        let text = format!("mount of {kind} {source:?}: option {option:?} is not supported");
-        return Err(Error::Unimplemented(text));
+    /// Has a mount wait for its place, a path relative to the share.
+    pub fn add(&mut self, place: PathBuf, mount: Detached) {
+        self.steps.push(Step::Mount(place, mount));
     }
-    let (directory, data) = shorten(kind, &data.join(","));
-    if data.len() > OPTIONS_MAX {
-        return Err(Error::InvalidArgument(format!(
-            "mount of {kind} {source:?}: options of {} bytes",
-            data.len()
-        )));
+
+    /// The same for a place that is in a volume, where it may be gone.
+    pub fn try_to_add(&mut self, place: PathBuf, mount: Detached) {
+        self.steps.push(Step::Try(place, mount));
     }
-    let failed = |errno| Error::os(format_args!("mount of {kind} {source:?} ({data})"), errno);
-    let call = || mount(Some(source), target, Some(kind), flags, Some(data.as_str()));
-    let Some(directory) = directory else { return call().map_err(failed) };
-    // Relative directories need a working directory of their own, so this happens on a thread that ends.
-    let outcome = std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
+
+    /// Has a mount be unmounted, with all below it.
+    pub fn remove(&mut self, place: PathBuf) {
+        self.steps.push(Step::Unmount(place));
+    }
+
+    /// Does all that is to be done. The answer is what is mounted in the namespace then. Blocks.
+    pub fn settle(&mut self) -> io::Result<Vec<Mounted>> {
+        let steps = std::mem::take(&mut self.steps);
+        // Whoever has entered a mount namespace has its root and working directory, which threads otherwise share. This one
+        // ends.
+        let work = || {
+            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            let thread = openat(AT_FDCWD, "/proc/thread-self", flags, Mode::empty())?;
             unshare(CloneFlags::CLONE_FS)?;
-            nix::unistd::chdir(&directory)?;
-            call()
-        });
-        thread.join().unwrap_or(Err(Errno::EIO))
-    });
-    outcome.map_err(failed)
-}
-
-/// An image of many layers has more lower directories than a page holds. Their common parent is taken as the
-/// working directory then, and they become relative, as containerd does it.
-fn shorten(kind: &str, data: &str) -> (Option<PathBuf>, String) {
-    if kind != "overlay" || data.len() <= OPTIONS_MAX {
-        return (None, data.to_owned());
+            setns(self.namespace, CloneFlags::CLONE_NEWNS)?;
+            for step in &steps {
+                match step {
+                    Step::Mount(place, mount) => mount.attach(&self.find(place)?)?,
+                    Step::Try(place, mount) => {
+                        if let Err(e) = self.find(place).and_then(|target| mount.attach(&target)) {
+                            log::info!("mount {}: {e}", place.display());
+                        }
+                    }
+                    Step::Unmount(place) => {
+                        if let Err(e) = self.unmount(place) {
+                            log::debug!("unmount {}: {e}", place.display());
+                        }
+                    }
+                }
+            }
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+            mount_table::read(File::from(openat(&thread, "mountinfo", flags, Mode::empty())?))
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(work).join().unwrap_or_else(|_| Err(io::Error::other("the thread has panicked")))
+        })
     }
-    let lower = data.split(',').find_map(|option| option.strip_prefix("lowerdir=")).unwrap_or_default();
-    let mut layers = lower.split(':');
-    let first = layers.next().unwrap_or_default();
-    let shared = layers.fold(first.len(), |length, layer| {
-        first.bytes().zip(layer.bytes()).take(length).take_while(|(a, b)| a == b).count()
-    });
-    let Some(parent) =
-        first.as_bytes().get(..shared).and_then(|head| head.iter().rposition(|byte| *byte == b'/'))
-    else {
-        return (None, data.to_owned());
-    };
-    let prefix = first.get(..=parent).unwrap_or_default();
-    let relative = |option: &str| match option.strip_prefix("lowerdir=") {
-        Some(list) => {
-            let layers: Vec<_> =
-                list.split(':').map(|layer| layer.strip_prefix(prefix).unwrap_or(layer)).collect();
-            format!("lowerdir={}", layers.join(":"))
-        }
-        None => option.to_owned(),
-    };
-    let data: Vec<_> = data.split(',').map(relative).collect();
-    (Some(PathBuf::from(prefix)), data.join(","))
+
+    /// What is in volumes is the guest's to change: no link is followed.
+    fn find(&self, place: &Path) -> io::Result<OwnedFd> {
+        let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+        let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
+        Ok(openat2(self.root, place, how)?)
+    }
+
+    fn unmount(&self, place: &Path) -> io::Result<()> {
+        let (Some(parent), Some(name)) = (place.parent(), place.file_name()) else { return Ok(()) };
+        fchdir(self.find(parent)?)?;
+        Ok(umount2(name, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?)
+    }
 }
 
 /// Unmounts everything at and below `directory`, the last mounted first. Blocks.
@@ -207,7 +213,7 @@ fn shorten(kind: &str, data: &str) -> (Option<PathBuf>, String) {
 /// When mounts are left.
 pub fn unmount_all(directory: &Path) -> io::Result<()> {
     for _ in 0..3 {
-        let points = below(directory)?;
+        let points = mount_table::below(directory)?;
         if points.is_empty() {
             return Ok(());
         }
@@ -215,78 +221,11 @@ pub fn unmount_all(directory: &Path) -> io::Result<()> {
             let _ = umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         }
     }
-    let left = below(directory)?;
+    let left = mount_table::below(directory)?;
     if left.is_empty() {
         return Ok(());
     }
     Err(io::Error::other(format!("{} mounts are left below {}", left.len(), directory.display())))
-}
-
-/// The mount points at and below `directory`, in the order of mounting.
-pub fn below(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    Ok(all()?.into_iter().map(|mounted| mounted.point).filter(|point| point.starts_with(directory)).collect())
-}
-
-/// Whether two places, given by paths without links, show the same if they are the same directory or file: mounts with the
-/// same flags, and below them the same mounts. Whether they are read-only counts if `exactly`.
-pub fn look_alike(one: &Path, other: &Path, exactly: bool) -> io::Result<bool> {
-    let all = all()?;
-    let look = |place: &Path| {
-        let flags = |mounted: &Mounted| match mounted.flags.strip_prefix("ro").filter(|_| !exactly) {
-            Some(others) => format!("rw{others}"),
-            None => mounted.flags.clone(),
-        };
-        // Of several at one point, the last one is seen.
-        let here = all.iter().filter(|mounted| place.starts_with(&mounted.point));
-        let top = here.max_by_key(|mounted| mounted.point.components().count()).map(flags);
-        let below = all.iter().filter(|mounted| mounted.point != place);
-        let below = below.filter_map(|mounted| {
-            let point = mounted.point.strip_prefix(place).ok()?;
-            Some((point, &mounted.origin, flags(mounted)))
-        });
-        (top, below.collect::<Vec<_>>())
-    };
-    Ok(look(one) == look(other))
-}
-
-/// A line of mountinfo, proc(5).
-#[derive(Debug, PartialEq, Eq)]
-struct Mounted {
-    point: PathBuf,
-    /// The numbers of the device, and what of its file system is mounted.
-    origin: String,
-    flags: String,
-}
-
-fn all() -> io::Result<Vec<Mounted>> {
-    let info = std::fs::read("/proc/thread-self/mountinfo")?;
-    Ok(info.split(|byte| *byte == b'\n').filter_map(mounted).collect())
-}
-
-fn mounted(line: &[u8]) -> Option<Mounted> {
-    let mut fields = line.split(|byte| *byte == b' ').skip(2);
-    let (device, root, point, flags) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let origin = format!("{} {}", text(device), text(root));
-    Some(Mounted { point: unescape(point), origin, flags: text(flags) })
-}
-
-/// White space is written as octal.
-fn unescape(field: &[u8]) -> PathBuf {
-    let mut path = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&byte, tail)) = rest.split_first() {
-        let octal =
-            tail.get(..3).filter(|_| byte == b'\\').and_then(|digits| std::str::from_utf8(digits).ok());
-        if let Some(value) = octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            path.push(value);
-            rest = tail.get(3..).unwrap_or_default();
-        } else {
-            path.push(byte);
-            rest = tail;
-        }
-    }
-    PathBuf::from(std::ffi::OsString::from_vec(path))
 }
 
 /// Opens a directory as a mere place.
@@ -299,42 +238,4 @@ pub fn open_directory(path: &Path) -> io::Result<OwnedFd> {
 /// The path of what a descriptor stands for.
 pub fn path_of_fd(fd: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mount_points_are_decoded() {
-        let line = b"36 35 98:0 /part /mnt/a\\040b\\134c rw,noexec shared:1 - ext4 /dev/root rw";
-        let found = mounted(line).unwrap();
-        assert_eq!((found.point, found.origin.as_str()), (PathBuf::from("/mnt/a b\\c"), "98:0 /part"));
-        assert_eq!(found.flags, "rw,noexec");
-        assert_eq!(unescape(b"/x\\9"), PathBuf::from("/x\\9"));
-        assert_eq!(unescape(b"/x\\04"), PathBuf::from("/x\\04"));
-        assert_eq!(mounted(b"1 2"), None);
-    }
-
-    #[test]
-    fn options_become_flags_and_data() {
-        let found = options(["ro", "nosuid", "suid", "rbind", "upperdir=/u", "defaults"]);
-        let flags = MsFlags::MS_RDONLY | MsFlags::MS_BIND | MsFlags::MS_REC;
-        assert_eq!(found, Options { flags, data: vec!["upperdir=/u".into()] });
-    }
-
-    #[test]
-    fn many_layers_fit_a_page() {
-        let root = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots";
-        let lower: Vec<_> = (100..228).map(|n| format!("{root}/{n}/fs")).collect();
-        let data = format!("index=off,workdir={root}/9/work,lowerdir={}", lower.join(":"));
-        assert!(data.len() > OPTIONS_MAX);
-        let (directory, short) = shorten("overlay", &data);
-        assert_eq!(directory, Some(PathBuf::from(format!("{root}/"))));
-        assert!(short.len() < OPTIONS_MAX && short.ends_with(":226/fs:227/fs"), "{short}");
-        assert!(short.starts_with(&format!("index=off,workdir={root}/9/work,lowerdir=100/fs:")));
-        assert_eq!(shorten("overlay", "lowerdir=/a:/b").0, None);
-        let strange = format!("lowerdir={}", "x:".repeat(3000));
-        assert_eq!(shorten("overlay", &strange), (None, strange.clone()));
-    }
 }

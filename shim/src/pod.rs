@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::events::{Publisher, timestamp};
 use crate::layout::{Identity, Layout, RUN, check_name};
 use crate::logger;
+use crate::namespaces::{Asked, Known};
 use crate::options::config_path;
 use crate::pod_config::{CONFIG_ANNOTATION, PodConfig, PodFiles};
 use crate::process::Exit;
@@ -179,6 +180,7 @@ impl Pod {
         if let Some(files) = self.sandboxed.get() {
             files.add_to(&mut spec);
         }
+        let asked = self.asked(&request.id, &mut spec)?;
         let limits = self.add_limits(&request.id, &spec).await;
         let layers: Vec<_> = request.rootfs.iter().map(Layer::from).collect();
         let sandbox = match self.sandboxed.get() {
@@ -186,9 +188,12 @@ impl Pod {
             None => {
                 let shared_memory = spec.shared_memory(&bundle);
                 let first = First { spec: &spec, bundle: &bundle, layers: &layers, shared_memory };
-                self.sandbox(first, limits, request.options.as_ref()).await?
+                self.sandbox(first, &asked, limits, request.options.as_ref()).await?
             }
         };
+        if request.id != self.identity.sandbox {
+            asked.settle(sandbox.host_namespaces)?;
+        }
         let pod = spec::Pod {
             sandbox_pid: self.sandbox_pid(&request.id),
             target_pid: self.target_pid(&spec, sandbox.pid())?,
@@ -233,16 +238,18 @@ impl Pod {
     }
 
     async fn try_create_holder(&self, config: &PodConfig, bundle: &Path) -> Result<Arc<Container>> {
-        let spec = &config.spec;
-        let limits = self.add_limits(self.id(), spec).await;
+        let mut spec = config.spec.clone();
+        let asked = self.asked(self.id(), &mut spec)?;
+        let limits = self.add_limits(self.id(), &spec).await;
         let shared_memory = Some(config.files.shared_memory());
-        let sandbox = self.sandbox(First { spec, bundle, layers: &[], shared_memory }, limits, None).await?;
+        let first = First { spec: &spec, bundle, layers: &[], shared_memory };
+        let sandbox = self.sandbox(first, &asked, limits, None).await?;
         config.write_files()?;
         let parts = Parts {
             id: self.id().to_owned(),
             namespace: self.identity.namespace.clone(),
             bundle: bundle.to_owned(),
-            spec: spec.clone(),
+            spec,
             layers: Vec::new(),
             paths: Paths::default(),
             pod: spec::Pod { shared_memory: sandbox.shared_memory.clone(), ..spec::Pod::default() },
@@ -283,8 +290,23 @@ impl Pod {
         container.sandbox.fit(&after).await
     }
 
+    /// What a container asks for of the host's namespaces.
+    fn asked(&self, id: &str, spec: &mut Spec) -> Result<Asked> {
+        let containers: Vec<_> = self.containers().values().flatten().cloned().collect();
+        let pids: Vec<_> = containers.iter().map(|container| container.pid).collect();
+        let sandbox =
+            containers.iter().find(|container| container.id == self.identity.sandbox && id != container.id);
+        Asked::take(spec, &Known { sandbox: sandbox.map(|sandbox| &sandbox.spec), pids: &pids })
+    }
+
     /// The machine, launched if there is none.
-    async fn sandbox(&self, first: First<'_>, limits: Limits, options: Option<&Any>) -> Result<Arc<Sandbox>> {
+    async fn sandbox(
+        &self,
+        first: First<'_>,
+        asked: &Asked,
+        limits: Limits,
+        options: Option<&Any>,
+    ) -> Result<Arc<Sandbox>> {
         let mut sandbox = self.sandbox.lock().await;
         if let Some(sandbox) = &*sandbox {
             return Ok(Arc::clone(sandbox));
@@ -293,6 +315,7 @@ impl Pod {
         let explicit = config_path(options)?.or_else(|| self.config_path.clone()).or(annotated);
         let common = katana_config::load(explicit.as_deref())?;
         let config: Config = common.clone().annotated(&first.spec.annotations)?;
+        asked.settle(config.runtime.host_namespaces)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
         let (identity, run) = (&self.identity, Path::new(RUN));
         let launch = Launch { identity, run, first, limits, config: &config, own: config != common };

@@ -159,7 +159,7 @@ fn specification(config: &PodSandboxConfig, request: &CreateSandboxRequest, host
             rest: Map::from_iter([("sysctl".to_owned(), Value::Object(sysctl))]),
             ..Linux::default()
         }),
-        rest: Map::from_iter([("ociVersion".to_owned(), "1.1.0".into())]),
+        rest: Map::from_iter([("ociVersion".to_owned(), "1.2.0".into())]),
         ..Spec::default()
     }
 }
@@ -187,6 +187,9 @@ fn namespaces(linux: &LinuxPodSandboxConfig, network: &str) -> Vec<Namespace> {
     }
     all.extend((!of_node(options.pid)).then(|| own("pid")));
     all.extend((!of_node(options.ipc)).then(|| own("ipc")));
+    // Without the member, and with the mode of the node in it, there is none.
+    let users = options.userns_options.as_ref().filter(|users| !of_node(users.mode));
+    all.extend(users.map(|_| own("user")));
     all
 }
 

@@ -164,13 +164,26 @@ impl PodSandbox {
         Ok(total)
     }
 
-    /// What SandboxStatus tells those who ask for more.
-    pub fn details(&self) -> HashMap<String, String> {
+    /// What SandboxStatus tells those who ask for more. containerd passes on, as `crictl inspectp` shows it, what its own
+    /// sandboxer has names for; the rest is for who asks the shim itself.
+    pub async fn details(&self) -> HashMap<String, String> {
         let (shim, bundle) = (std::process::id(), std::env::current_dir().unwrap_or_default());
-        let machine = self.holder().map(|holder| holder.pid);
+        let holder = self.holder();
+        let status = match &holder {
+            None => "created",
+            Some(holder) if holder.init.exit().is_none() => "running",
+            Some(_) => "stopped",
+        };
         let containers: Vec<_> = self.pod.members().iter().map(|container| container.id.clone()).collect();
+        let created = self.created.lock().await;
         let info = serde_json::json!({
-            "shimPid": shim, "vmmPid": machine, "bundle": path(&bundle), "containers": containers,
+            "pid": holder.as_ref().map_or(0, |holder| holder.pid),
+            "processStatus": status,
+            "runtimeType": crate::RUNTIME,
+            "runtimeSpec": created.as_ref().map(|created| &created.config.spec),
+            "shimPid": shim,
+            "bundle": path(&bundle),
+            "containers": containers,
         });
         HashMap::from([("info".to_owned(), info.to_string())])
     }

@@ -22,6 +22,14 @@ struct Table {
     closed: bool,
 }
 
+/// Takes what the guest connects to a port. Dropped, the port is closed.
+#[derive(Debug)]
+pub struct Listener {
+    ports: Arc<Ports>,
+    port: u32,
+    connections: mpsc::Receiver<UnixStream>,
+}
+
 /// Waits for the guest to connect to a port. Dropped, the port is closed.
 #[derive(Debug)]
 pub struct Waiter {
@@ -61,15 +69,15 @@ impl Ports {
         self.open(port)
     }
 
-    /// Opens a port that nobody has yet to any number of connections, until the guest is gone.
-    pub fn listen_any(&self) -> (u32, mpsc::Receiver<UnixStream>) {
+    /// Opens a port that nobody has yet to any number of connections.
+    pub fn listen_any(self: &Arc<Self>) -> Listener {
         let (sender, connections) = mpsc::channel(BACKLOG);
         let mut table = self.table();
         let port = table.free_port();
         if !table.closed {
             table.listening.insert(port, sender);
         }
-        (port, connections)
+        Listener { ports: Arc::clone(self), port, connections }
     }
 
     /// The guest has connected. A connection that nobody waits for is closed.
@@ -113,6 +121,24 @@ fn following(port: u32) -> u32 {
     port.checked_add(1).unwrap_or(FIRST_STREAM_PORT)
 }
 
+impl Listener {
+    /// The number to tell the guest.
+    pub fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// The next connection; nothing when the guest has ended.
+    pub async fn connection(&mut self) -> Option<UnixStream> {
+        self.connections.recv().await
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.ports.table().listening.remove(&self.port);
+    }
+}
+
 impl Waiter {
     /// The number to tell the guest.
     pub fn port(&self) -> u32 {
@@ -138,17 +164,29 @@ mod tests {
     #[tokio::test]
     async fn a_listener_gets_every_connection_up_to_its_backlog() {
         let ports = Ports::new();
-        let (port, mut connections) = ports.listen_any();
+        let mut listener = ports.listen_any();
         for _ in 0..BACKLOG + 5 {
-            ports.connected(port, UnixStream::pair().unwrap().0);
+            ports.connected(listener.port(), UnixStream::pair().unwrap().0);
         }
-        assert_ne!(ports.open_any().port(), port);
+        assert_ne!(ports.open_any().port(), listener.port());
         ports.close();
         let mut count = 0;
-        while connections.recv().await.is_some() {
+        while listener.connection().await.is_some() {
             count += 1;
         }
         assert_eq!(count, BACKLOG);
+    }
+
+    #[tokio::test]
+    async fn a_listener_that_is_dropped_closes_its_port() {
+        let ports = Ports::new();
+        let listener = ports.listen_any();
+        let port = listener.port();
+        drop(listener);
+        assert!(ports.table().listening.is_empty());
+        let (mut mine, theirs) = UnixStream::pair().unwrap();
+        ports.connected(port, theirs);
+        assert_eq!(std::io::Read::read(&mut mine, &mut [0]).unwrap(), 0);
     }
 
     #[tokio::test]

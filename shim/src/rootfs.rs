@@ -5,7 +5,8 @@ use std::path::Path;
 use containerd_shim_protos::api::Mount;
 
 use crate::error::{Error, Result};
-use crate::mounts::{self, Access};
+use crate::file_system;
+use crate::mounts::{Access, Detached, Place};
 use crate::spec::Spec;
 
 /// One of the mounts that make up a root, as the snapshotter gave it.
@@ -32,12 +33,19 @@ impl From<&Mount> for Layer {
     }
 }
 
-/// Mounts the root to `target`: the snapshotter's mounts one after the other, or without any the directory
-/// that the specification names. Blocks.
-pub fn mount(layers: &[Layer], bundle: &Path, spec: &Spec, target: &Path) -> Result<()> {
+/// What makes up a root, to be mounted on `target` of the share: the snapshotter's mounts one after the other, or without any
+/// the directory that the specification names. `point` is the empty directory of the host that is there. Blocks.
+pub fn mount(
+    layers: &[Layer],
+    bundle: &Path,
+    spec: &Spec,
+    point: &Path,
+    target: &Path,
+    place: &mut Place<'_>,
+) -> Result<()> {
     if layers.is_empty() {
         let root = spec.root.as_ref().map_or(Path::new("rootfs"), |root| &root.path);
-        return bind(&bundle.join(root), target, true, false);
+        place.add(target.to_owned(), bind(&bundle.join(root), true, false)?);
     }
     for layer in layers {
         if !layer.target.is_empty() {
@@ -49,16 +57,17 @@ pub fn mount(layers: &[Layer], bundle: &Path, spec: &Spec, target: &Path) -> Res
         }
         let has = |name: &str| layer.options.iter().any(|option| option == name);
         if layer.kind == "bind" || has("bind") || has("rbind") {
-            bind(Path::new(&layer.source), target, has("rbind"), has("ro"))?;
+            place.add(target.to_owned(), bind(Path::new(&layer.source), has("rbind"), has("ro"))?);
         } else {
-            mounts::file_system(&layer.kind, &layer.source, &layer.options, target)?;
+            let made = file_system::make(&layer.kind, &layer.source, &layer.options, point)?;
+            place.add(target.to_owned(), made);
         }
     }
     Ok(())
 }
 
-fn bind(source: &Path, target: &Path, recursive: bool, read_only: bool) -> Result<()> {
+fn bind(source: &Path, recursive: bool, read_only: bool) -> Result<Detached> {
     let access = if read_only { Access::ReadOnly } else { Access::Inherited };
-    mounts::bind(source, target, recursive, true, access)
+    Detached::bound(source, recursive, true, access)
         .map_err(|e| Error::io(format_args!("root file system {}", source.display()), &e))
 }

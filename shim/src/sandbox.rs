@@ -8,20 +8,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use containerd_shim_protos::events::task::TaskOOM;
-use katana_config::Config;
+use katana_config::{Config, HostNamespaces};
 use katana_protocol::{AGENT_PORT, agent as api};
 use tokio::sync::watch;
 
 use crate::agent::Agent;
+use crate::ceiling::Ceiling;
 use crate::cgroup;
 use crate::cleanup;
 use crate::disks::{self, Place, Purpose, Slots, Wanted};
 use crate::error::{Error, Result};
 use crate::events::Publisher;
+use crate::follow::Follower;
 use crate::layout::{Identity, Layout, State};
 use crate::machine;
 use crate::network::{Cards, Loopback, Network, Record};
-use crate::pidfd::ProcessId;
+use crate::pidfd::{PidFd, ProcessId};
 use crate::ports::{Ports, Waiter};
 use crate::rootfs::Layer;
 use crate::share::Share;
@@ -46,6 +48,8 @@ pub struct Sandbox {
     pub ports: Arc<Ports>,
     /// The directory of the host for which the guest has a tmpfs: the pod's /dev/shm.
     pub shared_memory: Option<PathBuf>,
+    /// What becomes of containers that ask for namespaces of the host.
+    pub host_namespaces: HostNamespaces,
     vmm: Vmm,
     /// The VMM's threads that stand for containers, by the containers' ids.
     threads: watch::Sender<Threads>,
@@ -61,9 +65,13 @@ pub struct Sandbox {
     agent: watch::Receiver<Option<Result<Agent>>>,
     bounds: Bounds,
     size: tokio::sync::Mutex<Size>,
+    /// For the machine of a container that is in no pod.
+    ceiling: Option<Arc<Ceiling>>,
     disks: tokio::sync::Mutex<Slots>,
     /// For the first volume that is watched.
     watcher: tokio::sync::Mutex<Option<Watcher>>,
+    /// For the first volume that follows the host's mounts.
+    follower: tokio::sync::Mutex<Option<Follower>>,
 }
 
 type Threads = BTreeMap<String, Thread>;
@@ -143,8 +151,10 @@ impl Sandbox {
         let (vcpus, mib, booted) = (size.vcpus, machine.memory_mib, machine.vcpus);
         let disk_slots = machine.disk_slots;
         log::info!("a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
-        let directory = share.open()?;
+        let directory = share.root();
         let cgroup = record.cgroup.as_deref().map(cgroup::make).transpose()?;
+        let ceiling = record.cgroup.clone().filter(|_| !spec.is_sandbox());
+        let ceiling = ceiling.map(|cgroup| Ceiling::new(cgroup, mib, &launch.limits, size));
         let [kvm, kernel, image] = &files;
         let files = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()];
         let files = files.into_iter().chain(start.file()).chain(cgroup.as_ref().map(AsFd::as_fd));
@@ -166,6 +176,7 @@ impl Sandbox {
             share,
             ports,
             shared_memory,
+            host_namespaces: config.runtime.host_namespaces,
             vmm,
             threads,
             network,
@@ -176,8 +187,10 @@ impl Sandbox {
             agent,
             bounds,
             size,
+            ceiling,
             disks: Slots::new(disk_slots).into(),
             watcher: tokio::sync::Mutex::default(),
+            follower: tokio::sync::Mutex::default(),
         });
         let limit = Duration::from_secs(u64::from(config.agent.dial_timeout.max(1)));
         let hostname = spec.hostname.clone().unwrap_or_default();
@@ -295,10 +308,16 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Waits until the VMM is in its jail. What is mounted below the share from now on appears there; before, a
-    /// mount could fall between the copies that the VMM makes of the share on its way in.
-    pub async fn running(&self) -> Result<()> {
-        if self.vmm.running().await { Ok(()) } else { self.agent().await.map(drop) }
+    /// Waits until the VMM is in its jail, in whose mount namespace containers' mounts are made from now on; the answer is
+    /// its process.
+    pub async fn running(&self) -> Result<PidFd> {
+        let process = if self.vmm.running().await { self.vmm.process() } else { None };
+        match process {
+            Some(process) => Ok(process),
+            None => {
+                Err(self.agent().await.err().unwrap_or_else(|| Error::Unavailable("the VM is gone".into())))
+            }
+        }
     }
 
     /// The agent, as soon as it is there, or why it is not.
@@ -316,6 +335,9 @@ impl Sandbox {
     pub async fn fit(&self, limits: &Limits) -> Result<()> {
         let wanted = self.bounds.size(limits);
         let mut size = self.size.lock().await;
+        if let Some(ceiling) = &self.ceiling {
+            ceiling.follow(limits, wanted, self.vmm.plugged());
+        }
         if size.vcpus != wanted.vcpus {
             if size.vcpus < wanted.vcpus {
                 self.vmm.add_vcpus(wanted.vcpus).await?;
@@ -434,11 +456,22 @@ impl Sandbox {
         let agent = self.agent().await?;
         let mut watcher = self.watcher.lock().await;
         if watcher.is_none() {
-            let started = Watcher::start(self.layout.share.clone(), agent.clone());
+            let started = Watcher::start(self.share.root(), agent.clone());
             *watcher = Some(started.map_err(|e| Error::io("inotify", &e))?);
         }
         let Some(watcher) = &*watcher else { return Ok(()) };
         watcher.add(volumes).await
+    }
+
+    /// From now on the host's mounts appear in volumes that are to show them.
+    pub async fn follow_mounts(&self) -> Result<()> {
+        let mut follower = self.follower.lock().await;
+        if follower.is_none() {
+            let (vmm, agent) = (self.running().await?, self.agent().await?);
+            let started = Follower::start(Arc::clone(&self.share), vmm, agent);
+            *follower = Some(started.map_err(|e| Error::io("/proc/self/mountinfo", &e))?);
+        }
+        Ok(())
     }
 
     /// A container has no root and no volumes any more.

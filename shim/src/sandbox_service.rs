@@ -109,7 +109,7 @@ impl Sandbox for Sandboxes {
             sandbox_id: request.sandbox_id,
             pid: status.pid,
             state: if status.ready { READY } else { NOT_READY }.into(),
-            info: if request.verbose { sandbox.details() } else { HashMap::new() },
+            info: if request.verbose { sandbox.details().await } else { HashMap::new() },
             created_at: Some(timestamp(status.created_at)).into(),
             exited_at: status.exit.map(|exit| timestamp(exit.at)).into(),
             ..Default::default()

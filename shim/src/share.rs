@@ -1,12 +1,12 @@
 //! The directory that the guest sees: each container's root, and the volumes.
 //!
-//! The guest gets the directory as a read-only mount; only what is mounted below it is writable. So nothing
-//! in it can be turned into a link that leads the shim's next mount elsewhere on the host. The shim makes its
-//! directories through a descriptor of the place below that mount.
+//! On the host it holds nothing but empty directories and files. The VMM gets a read-only mount of it as its root, and what the
+//! guest is to see is mounted on them in the VMM's mount namespace only: see [`crate::mounts`]. Only what is mounted there is
+//! writable, so nothing can be turned into a link that leads the shim's next mount elsewhere.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,22 +14,36 @@ use katana_protocol::SHARED_VOLUMES;
 
 use crate::error::{Error, Result};
 use crate::layout::create_private;
-use crate::mounts;
+use crate::mount_table::{self, Mounted};
+use crate::mounts::{self, Detached, Place};
 use crate::rootfs;
 use crate::spec::{Source, Spec};
-use crate::volumes::{self, Volumes};
+use crate::volumes::{self, Changes, Volumes};
 
 /// A pod's shared directory.
 pub struct Share {
-    /// Its path: the read-only mount.
+    /// Its path on the host.
     path: PathBuf,
-    /// The place below that mount.
-    beneath: OwnedFd,
+    /// The read-only mount of it, which becomes the VMM's root.
+    root: Arc<OwnedFd>,
     volumes: Mutex<Volumes>,
 }
 
+/// What was mounted for a container.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Added {
+    /// The new volumes, relative to the share, in which the host's changes are to raise events: those that only the host
+    /// changes, and those that kubelet updates.
+    pub watched: Vec<PathBuf>,
+    /// What is mounted below the container's root and volumes, and those of these that restrict what can be done with their
+    /// files, by paths relative to the share, outer ones first.
+    pub mounts: Vec<Mounted>,
+    /// Whether there are volumes in which later mounts of the host are to appear: see [`Share::follow`].
+    pub follows: bool,
+}
+
 impl Share {
-    /// Makes the directory and the mount. Blocks.
+    /// Makes the directory and its mount, which has no place yet. Blocks.
     pub fn create(path: &Path) -> Result<Self> {
         Self::try_create(path).map_err(|e| Error::io(format_args!("shared directory {}", path.display()), &e))
     }
@@ -39,31 +53,20 @@ impl Share {
             create_private(parent)?;
         }
         fs::create_dir(path)?;
-        let beneath = mounts::open_directory(path)?;
-        let mount = mounts::Detached::copy(path, false)?;
-        // First apart from the peers of the mount it is a copy of, then a group of its own: what is mounted
-        // below reaches the VMM's mount namespace and nothing else.
-        mount.set(libc::MOUNT_ATTR_RDONLY, libc::MS_PRIVATE, false)?;
-        mount.set(0, libc::MS_SHARED, false)?;
-        mount.attach(path)?;
-        let share = Self { path: path.to_owned(), beneath, volumes: Mutex::default() };
-        fs::create_dir(share.directory(SHARED_VOLUMES))?;
-        Ok(share)
+        let mount = Detached::copy(path, false)?;
+        mount.set(libc::MOUNT_ATTR_RDONLY, 0, libc::MS_PRIVATE, false)?;
+        fs::create_dir(path.join(SHARED_VOLUMES))?;
+        let root = Arc::new(OwnedFd::from(mount));
+        Ok(Self { path: path.to_owned(), root, volumes: Mutex::default() })
     }
 
-    /// Opens it for the VMM.
-    pub fn open(&self) -> Result<OwnedFd> {
-        let opened = File::open(&self.path).map(OwnedFd::from);
-        opened.map_err(|e| Error::io(format_args!("shared directory {}", self.path.display()), &e))
+    /// For the VMM, whose root it becomes: what is mounted in it is found below it ever after.
+    pub fn root(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.root)
     }
 
-    fn directory(&self, name: &str) -> PathBuf {
-        mounts::path_of_fd(self.beneath.as_fd()).join(name)
-    }
-
-    /// Mounts a container's root, unless that is on a disk, and its bind mounts, whose sources become volumes. The answer is the
-    /// new volumes, relative to the share, in which the host's changes are to raise events: those that only the host
-    /// changes, and those that kubelet updates. On failure nothing is left. Blocks.
+    /// Mounts a container's root, unless that is on a disk, and its bind mounts, whose sources become volumes, in the mount
+    /// namespace of the VMM: its process as a pidfd, or the namespace itself. On failure nothing is left. Blocks.
     pub fn add(
         &self,
         id: &str,
@@ -71,34 +74,54 @@ impl Share {
         spec: &Spec,
         layers: Option<&[rootfs::Layer]>,
         sources: &mut [Source],
-    ) -> Result<Vec<PathBuf>> {
-        let added =
-            self.add_root(id, bundle, spec, layers).and_then(|()| self.add_volumes(id, spec, sources));
+        namespace: BorrowedFd<'_>,
+    ) -> Result<Added> {
+        let mut place = Place::new(namespace, self.root.as_fd());
+        let added = self.add_root(id, bundle, spec, layers, &mut place).and_then(|()| {
+            // Until all have their places: another container that finds a volume is to find it there.
+            let mut volumes = self.volumes();
+            let watched = self.add_volumes(id, spec, sources, &mut volumes, &mut place)?;
+            let follows = volumes.any_follows();
+            Ok(Added { follows, ..settle(id, watched, sources, &mut place)? })
+        });
         if added.is_err() {
             self.remove(id);
         }
         added
     }
 
-    fn add_root(&self, id: &str, bundle: &Path, spec: &Spec, layers: Option<&[rootfs::Layer]>) -> Result<()> {
-        let directory = self.directory(id);
-        for part in ["", "rootfs"] {
-            let part = directory.join(part);
-            fs::create_dir(&part).map_err(|e| Error::io(format_args!("create {}", part.display()), &e))?;
+    fn add_root(
+        &self,
+        id: &str,
+        bundle: &Path,
+        spec: &Spec,
+        layers: Option<&[rootfs::Layer]>,
+        place: &mut Place<'_>,
+    ) -> Result<()> {
+        let (directory, target) = (self.path.join(id), Path::new(id).join("rootfs"));
+        let point = directory.join("rootfs");
+        for part in [&directory, &point] {
+            fs::create_dir(part).map_err(|e| Error::io(format_args!("create {}", part.display()), &e))?;
         }
-        layers
-            .map_or(Ok(()), |layers| rootfs::mount(layers, bundle, spec, &self.path.join(id).join("rootfs")))
+        layers.map_or(Ok(()), |layers| rootfs::mount(layers, bundle, spec, &point, &target, place))
     }
 
-    fn add_volumes(&self, id: &str, spec: &Spec, sources: &mut [Source]) -> Result<Vec<PathBuf>> {
-        let (point, target) = (self.directory(SHARED_VOLUMES), self.path.join(SHARED_VOLUMES));
+    fn add_volumes(
+        &self,
+        id: &str,
+        spec: &Spec,
+        sources: &mut [Source],
+        volumes: &mut Volumes,
+        place: &mut Place<'_>,
+    ) -> Result<Vec<PathBuf>> {
+        let (point, target) = (self.path.join(SHARED_VOLUMES), Path::new(SHARED_VOLUMES));
         let mut wanted: Vec<_> = spec.mounts.iter().zip(sources).collect();
         // Those that may be read only can be of a volume that may be written, not the other way round.
-        wanted.sort_by_key(|(mount, _)| volumes::is_read_only(&mount.options));
+        wanted.sort_by_key(|(mount, _)| !volumes::access(&mount.options).lets_write());
         let mut watched = Vec::new();
         for (mount, source) in wanted {
             let Source::Host(path) = source else { continue };
-            let bound = self.volumes().bind(id, mount, path, &point, &target)?;
+            let bound = volumes.bind(id, mount, path, &point, target, place)?;
             let updated = || path.join("..data").is_symlink();
             if bound.new && path.is_dir() && (bound.read_only || updated()) {
                 watched.push(Path::new(SHARED_VOLUMES).join(bound.number.to_string()));
@@ -106,6 +129,20 @@ impl Share {
             *source = Source::Volume(bound.number);
         }
         Ok(watched)
+    }
+
+    /// Makes the volumes that follow the host have the mounts that it has now. Blocks.
+    pub fn follow(&self, namespace: BorrowedFd<'_>) -> io::Result<Changes> {
+        let mut volumes = self.volumes();
+        if !volumes.any_follows() {
+            return Ok(Changes::default());
+        }
+        let mut place = Place::new(namespace, self.root.as_fd());
+        let changes = volumes.follow(&mount_table::host()?, Path::new(SHARED_VOLUMES), &mut place);
+        if changes != Changes::default() {
+            place.settle()?;
+        }
+        Ok(changes)
     }
 
     fn volumes(&self) -> MutexGuard<'_, Volumes> {
@@ -120,23 +157,53 @@ impl Share {
 
     /// Removes a container's mounts and directories. The answer is the volumes that are gone, relative to the share. Blocks.
     pub fn remove(&self, id: &str) -> Vec<PathBuf> {
-        let mounted = self.path.join(id);
-        if let Err(e) = mounts::unmount_all(&mounted) {
-            log::error!("unmount {}: {e}", mounted.display());
+        if let Err(e) = remove_root(&self.path, id) {
+            log::error!("remove {}: {e}", self.path.join(id).display());
         }
-        // Below the mount no mount of a container is in the way, so this cannot reach a user's files.
-        match fs::remove_dir_all(self.directory(id)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => log::error!("remove {}: {e}", mounted.display()),
-            _ => {}
-        }
-        let (point, target) = (self.directory(SHARED_VOLUMES), self.path.join(SHARED_VOLUMES));
-        let released = self.volumes().release(id, &point, &target);
+        let released = self.volumes().release(id, &self.path.join(SHARED_VOLUMES));
         released.iter().map(|number| Path::new(SHARED_VOLUMES).join(number.to_string())).collect()
     }
 }
 
-/// Removes a whole share without a [`Share`]: its mounts, then its directories. Blocks.
+/// Gives a container's mounts their places.
+fn settle(id: &str, watched: Vec<PathBuf>, sources: &[Source], place: &mut Place<'_>) -> Result<Added> {
+    // What has its place refuses nothing; it is gone if the VMM is.
+    let failed = |e: io::Error| Error::Unavailable(format!("mount in the VMM's namespace: {e}"));
+    let all = place.settle().map_err(failed)?;
+    let volumes = sources.iter().filter_map(|source| match source {
+        Source::Volume(number) => Some(Path::new("/").join(SHARED_VOLUMES).join(number.to_string())),
+        _ => None,
+    });
+    let roots = [Path::new("/").join(id).join("rootfs")].into_iter().chain(volumes);
+    let mut mounts = Vec::new();
+    for root in roots {
+        let seen = mount_table::tree(&all, &root).into_iter();
+        let told = seen.filter(|mounted| mounted.point != root || !mounted.restrictions().is_empty());
+        mounts.extend(told.map(Mounted::relative));
+    }
+    Ok(Added { watched, mounts, follows: false })
+}
+
+/// Removes a container's directories. What is mounted on them in the VMM's namespace is unmounted by that, as for volumes.
+fn remove_root(path: &Path, id: &str) -> io::Result<()> {
+    let point = path.join(id).join("rootfs");
+    for directory in [&point, &path.join(id)] {
+        match fs::remove_dir(directory) {
+            // It was being made when its maker died.
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy => {
+                mounts::unmount_all(directory)?;
+                fs::remove_dir(directory)?;
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            removed => removed?,
+        }
+    }
+    Ok(())
+}
+
+/// Removes a whole share without a [`Share`], when its VMM is gone and with that all mounts. Blocks.
 pub fn destroy(path: &Path) -> io::Result<()> {
+    // For what was being made when its maker died: without this the next step would reach the files of others.
     mounts::unmount_all(path)?;
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
@@ -144,10 +211,9 @@ pub fn destroy(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes one container's root from a share without a [`Share`], as far as the read-only mount lets it: the
-/// mounts go now, the empty directories and the volumes with the share. Blocks.
+/// Removes one container's root from a share without a [`Share`]; its volumes go with the share. Blocks.
 pub fn unmount_container(path: &Path, id: &str) -> io::Result<()> {
-    mounts::unmount_all(&path.join(id))
+    remove_root(path, id)
 }
 
 #[cfg(test)]

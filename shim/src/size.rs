@@ -43,6 +43,11 @@ impl Limits {
         }
     }
 
+    /// Whether the memory is limited. "No limit" is at times written as a number close to 2^63.
+    pub fn has_memory(&self) -> bool {
+        self.memory > 0 && self.memory.div_ceil(1 << 20) < NO_LIMIT_MIB
+    }
+
     /// The larger of each.
     #[must_use]
     pub fn max(self, other: Self) -> Self {
@@ -158,8 +163,7 @@ impl Bounds {
     /// The size for these limits: processors for the quota, and the memory on top of what the guest itself needs.
     pub fn size(&self, limits: &Limits) -> Size {
         let vcpus = u8::try_from(limits.milli_cpus.div_ceil(1000)).unwrap_or(u8::MAX);
-        // "No limit" is at times written as a number close to 2^63.
-        let memory = Some(limits.memory.div_ceil(1 << 20)).filter(|mib| *mib < NO_LIMIT_MIB).unwrap_or(0);
+        let memory = if limits.has_memory() { limits.memory.div_ceil(1 << 20) } else { 0 };
         let memory = memory.saturating_add(limits.huge_pages.div_ceil(1 << 20));
         Size {
             vcpus: vcpus.clamp(self.base_vcpus, self.max_vcpus),

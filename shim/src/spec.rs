@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use katana_protocol::{GUEST_DISKS, GUEST_ROOTS, GUEST_SHARE, GUEST_SHM, SHARED_VOLUMES};
+use katana_protocol::{GUEST_DISKS, GUEST_ROOTS, GUEST_SHARE, GUEST_SHM, GUEST_SOCKETS, SHARED_VOLUMES};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -190,6 +190,10 @@ pub enum Source {
     },
     /// A block device of the host, which becomes a disk of the machine.
     BlockDevice(PathBuf),
+    /// A socket of the host, which gets a stand-in in the guest.
+    Socket(PathBuf),
+    /// It has, at this port.
+    StandIn(u32),
 }
 
 /// The disks that a container has in the guest.
@@ -300,7 +304,10 @@ impl Spec {
                     mount.source = Some(Path::new(GUEST_DISKS).join(slot));
                 }
                 Source::HugePages { page, top } => mount.become_huge_pages(*page, top),
-                Source::Host(_) | Source::Guest => {}
+                Source::StandIn(port) => {
+                    mount.source = Some(Path::new(GUEST_SOCKETS).join(port.to_string()));
+                }
+                Source::Host(_) | Source::Socket(_) | Source::Guest => {}
             }
         }
         if let Some(hooks) = &mut spec.hooks {
@@ -376,8 +383,10 @@ impl Mount {
             return Source::Guest;
         };
         let path = bundle.join(source);
-        if std::fs::metadata(&path).is_ok_and(|status| status.file_type().is_block_device()) {
-            return Source::BlockDevice(path);
+        match std::fs::metadata(&path).map(|status| status.file_type()) {
+            Ok(kind) if kind.is_block_device() => return Source::BlockDevice(path),
+            Ok(kind) if kind.is_socket() => return Source::Socket(path),
+            _ => {}
         }
         if let Some(huge_pages) = huge_pages(&path) {
             return huge_pages;

@@ -279,6 +279,11 @@ impl Vmm {
         self.processes.borrow().last().map_or(0, |process| process.pid)
     }
 
+    /// That process, unless it has ended.
+    pub fn process(&self) -> Option<PidFd> {
+        self.processes.borrow().last().and_then(PidFd::find)
+    }
+
     /// Follows the VMM's processes, to write them down.
     pub fn processes(&self) -> watch::Receiver<Vec<ProcessId>> {
         self.processes.clone()

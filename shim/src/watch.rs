@@ -43,8 +43,8 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Watches nothing yet. `share` is the pod's shared directory.
-    pub fn start(share: PathBuf, agent: Agent) -> io::Result<Self> {
+    /// Watches nothing yet. `share` is the pod's shared directory as the guest sees it.
+    pub fn start(share: Arc<OwnedFd>, agent: Agent) -> io::Result<Self> {
         let queue = Queue(Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?);
         // SAFETY: the queue always answers the same descriptor, and keeps it open while it lives.
         let queue = unsafe { AsyncFd::register_with_interest(queue, Interest::READABLE) }?;
@@ -90,7 +90,7 @@ impl AsRawFd for Queue {
 
 struct Watches {
     queue: AsyncFd<Queue>,
-    share: PathBuf,
+    share: Arc<OwnedFd>,
     state: Mutex<State>,
     /// What the guest is told, it is told in the order in which it was found.
     telling: tokio::sync::Mutex<()>,
@@ -151,7 +151,9 @@ impl Watches {
     /// Watches a directory of a volume and all below it that is on the same mount.
     fn add(&self, volume: &Path, directory: &Path) -> Vec<Change> {
         let mut told = Vec::new();
-        let Ok(root) = mounts::open_directory(&self.share.join(volume)) else { return told };
+        let Ok(root) = mounts::open_directory(&mounts::path_of_fd(self.share.as_fd()).join(volume)) else {
+            return told;
+        };
         let mut directories = vec![directory.to_owned()];
         while let Some(directory) = directories.pop() {
             // What is gone again needs no watch, and what is mounted there is another file system.

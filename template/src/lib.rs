@@ -260,7 +260,7 @@ fn add_host(hash: &mut Sha256) {
     const IDENTITY: [(u32, u32); 7] =
         [(0, 0), (1, 0), (7, 0), (0xd, 1), (0x8000_0001, 0), (0x8000_0007, 0), (0x8000_0008, 0)];
     for (leaf, subleaf) in IDENTITY {
-        for register in identity(leaf, subleaf, |leaf, subleaf| __cpuid_count(leaf, subleaf)) {
+        for register in identity(leaf, subleaf, __cpuid_count) {
             hash.update(register.to_le_bytes());
         }
     }

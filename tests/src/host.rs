@@ -72,8 +72,7 @@ impl Host {
     /// containerd has shims that died cleaned up after when nobody waits any more. What goes only later would be missed.
     #[track_caller]
     fn at_rest() -> Self {
-        const LONG_ENOUGH: Duration = Duration::from_secs(30);
-        let end = Instant::now() + LONG_ENOUGH;
+        let end = Instant::now() + environment::hang_limit();
         let mut before = Self::now();
         loop {
             std::thread::sleep(Duration::from_millis(200));
@@ -120,8 +119,7 @@ impl Host {
     /// When there are others.
     #[track_caller]
     pub fn expect_unchanged_but(&self, ignored: impl Fn(&str) -> bool) {
-        const LONG_ENOUGH: Duration = Duration::from_secs(15);
-        let end = Instant::now() + LONG_ENOUGH;
+        let end = Instant::now() + environment::hang_limit();
         loop {
             let mut changes = self.changes(&Self::now());
             changes.retain(|change| !ignored(change));

@@ -1,7 +1,8 @@
 //! The jail: an empty room for a process that runs hostile guests.
 //!
 //! The process that the shim spawned stays outside. It makes a second one, in namespaces of its own, as the
-//! shim's direct child; that one walks into the pod's shared directory and makes it the root of all it can see.
+//! shim's direct child; that one makes the pod's shared directory the root of all it can see. What the guest is to see in
+//! there, the shim mounts in this mount namespace later, and nowhere else.
 
 use std::ffi::CStr;
 use std::fs;
@@ -80,9 +81,6 @@ where
     E: Into<io::Error>,
 {
     set_limits()?;
-    // The working directory is carried over into the new mount namespace, a descriptor is not: mounts can only
-    // be made from a namespace's own.
-    fchdir(share).map_err(step("enter the shared directory"))?;
     let (listen, tell) = pipe2(OFlag::O_CLOEXEC).map_err(step("pipe"))?;
     match clone(cgroup)? {
         0 => {
@@ -92,7 +90,7 @@ where
             if read(&listen, &mut word).map_err(step("wait for the id maps"))? != 1 {
                 std::process::exit(1);
             }
-            lock_up().map(Side::Inside)
+            lock_up(share).map(Side::Inside)
         }
         pid => {
             map_ids(pid)?;
@@ -159,11 +157,11 @@ fn make_room_for_descriptors() -> Result<(), Error> {
 }
 
 /// The inner process's way in, in this order.
-fn lock_up() -> Result<Room, Error> {
+fn lock_up(share: &OwnedFd) -> Result<Room, Error> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let proc_self_fd = open("/proc/self/fd", flags, Mode::empty()).map_err(step("open /proc/self/fd"))?;
     setgroups(&[]).map_err(step("drop groups"))?;
-    change_root()?;
+    change_root(share)?;
     make_room_for_descriptors()?;
     drop_capabilities()?;
     prctl("no new privileges", libc::PR_SET_NO_NEW_PRIVS, 1)?;
@@ -173,47 +171,32 @@ fn lock_up() -> Result<Room, Error> {
     Ok(Room { proc_self_fd })
 }
 
-/// Makes the working directory, the share, the root.
-fn change_root() -> Result<(), Error> {
+/// Makes the share, a mount that is attached nowhere yet, the root.
+fn change_root(share: &OwnedFd) -> Result<(), Error> {
     let none: Option<&CStr> = None;
-    // Slave: what the host mounts below the share later appears here, nothing goes the other way.
+    // Slave: nothing of this goes back.
     let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
     mount(none, "/", none, slave, none).map_err(step("make mounts slaves"))?;
-    // Mounts that came along from the host's namespace are locked together, and pivot_root refuses them; a copy
-    // of our own is not.
-    let tree = copy_mounts()?;
-    attach(&tree)?;
-    fchdir(&tree).map_err(step("enter the copy of the share"))?;
-    // The old root is stacked on the new one, and then let go (pivot_root(2)).
+    attach(share)?;
+    fchdir(share).map_err(step("enter the share"))?;
+    // The old root is stacked on the new one, and then let go (pivot_root(2)). With it goes the copy of the host's mounts, which
+    // would keep file systems that the host unmounts from ending.
     pivot_root(".", ".").map_err(step("pivot_root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(step("unmount the host's root"))?;
     chdir("/").map_err(step("enter the new root"))
 }
 
-/// A copy of the mounts at and below the working directory.
-fn copy_mounts() -> Result<OwnedFd, Error> {
-    const OPEN_TREE_CLONE: libc::c_uint = 1;
-    const AT_RECURSIVE: libc::c_uint = 0x8000;
-    let flags = OPEN_TREE_CLONE | AT_RECURSIVE | libc::O_CLOEXEC as libc::c_uint;
-    // SAFETY: the path is a constant string; the call touches no memory of this process.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c".".as_ptr(), flags) };
-    if fd < 0 {
-        return Err(step("copy the share's mounts")(io::Error::last_os_error()));
-    }
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as c_int) })
-}
-
-/// Mounts the copy on the working directory.
-fn attach(tree: &OwnedFd) -> Result<(), Error> {
+/// Mounts the share on the old root. One that has come along from the host's namespace pivot_root would refuse: such mounts
+/// are locked together (mount_namespaces(7)).
+fn attach(share: &OwnedFd) -> Result<(), Error> {
     const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
-    let (from, cwd) = (tree.as_fd().as_raw_fd(), libc::AT_FDCWD);
+    let (from, cwd) = (share.as_fd().as_raw_fd(), libc::AT_FDCWD);
     // SAFETY: the paths are constant strings; the call touches no memory of this process.
     let result = unsafe {
-        libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), cwd, c".".as_ptr(), MOVE_MOUNT_F_EMPTY_PATH)
+        libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), cwd, c"/".as_ptr(), MOVE_MOUNT_F_EMPTY_PATH)
     };
     if result < 0 {
-        return Err(step("mount the share's copy")(io::Error::last_os_error()));
+        return Err(step("mount the share")(io::Error::last_os_error()));
     }
     Ok(())
 }

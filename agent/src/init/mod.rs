@@ -7,7 +7,7 @@ mod confined;
 pub mod control;
 mod devices;
 mod identity;
-mod mount_options;
+pub mod mount_options;
 mod mounts;
 mod namespaces;
 mod program;

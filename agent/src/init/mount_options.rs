@@ -181,6 +181,17 @@ mod tests {
         assert!(deep.data.is_empty());
     }
 
+    /// What the shim announces is what there is, no more and no less.
+    #[test]
+    fn what_is_announced_is_understood() {
+        for &option in katana_protocol::mount_options::MOUNT_OPTIONS {
+            assert!(options(option).data.is_empty(), "{option}");
+        }
+        let missing =
+            |entry: &&(&str, Meaning)| !katana_protocol::mount_options::MOUNT_OPTIONS.contains(&entry.0);
+        assert_eq!(TABLE.iter().find(missing).map(|entry| entry.0), None);
+    }
+
     #[test]
     fn the_last_option_wins_and_unknown_ones_pass_on() {
         assert_eq!(options("ro,rw").attributes.set, 0);

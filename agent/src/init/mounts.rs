@@ -99,9 +99,9 @@ fn is_denied(result: &io::Result<OwnedFd>) -> bool {
     result.as_ref().is_err_and(|error| matches!(error.raw_os_error(), Some(libc::EPERM | libc::EBUSY)))
 }
 
-/// Sets the attributes of a detached mount, attaches it, and sets its propagation.
+/// Sets the attributes of a detached mount, those for all below it last as runc does, attaches it, and sets its propagation.
 fn finish(mount: &OwnedFd, target: &OwnedFd, options: &Options) -> io::Result<()> {
-    for (attributes, recursive) in [(options.recursive, true), (options.attributes, false)] {
+    for (attributes, recursive) in [(options.attributes, false), (options.recursive, true)] {
         if attributes != MountAttributes::default() {
             set_mount(mount, &attributes, recursive)?;
         }

@@ -94,7 +94,9 @@ impl Program {
 
     /// Whether it is one that need not be read in large pieces to start quickly.
     pub fn is_small(&self) -> bool {
-        fs::metadata(OsStr::from_bytes(self.path.as_bytes())).is_ok_and(|file| file.len() <= SMALL)
+        // Not the standard library's metadata(), which asks the host for the time of birth as well.
+        nix::sys::stat::stat(self.path.as_c_str())
+            .is_ok_and(|file| u64::try_from(file.st_size).is_ok_and(|length| length <= SMALL))
     }
 
     /// Becomes the program.

@@ -55,7 +55,7 @@ pub struct Streams {
 }
 
 pub fn ctx() -> Context {
-    context::with_duration(Duration::from_secs(120))
+    context::with_duration(Duration::from_secs(180))
 }
 
 impl Guest {
@@ -76,6 +76,11 @@ impl Guest {
         while !self.rootfs().join("tmp/ready").exists() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// The agent's own /run.
+    pub fn run_directory(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root/run", self.agent.id()))
     }
 
     /// How often the agent has woken up so far.

@@ -1,7 +1,7 @@
 //! Create, start, exec, signal, wait, pause, remove.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::future::join_all;
 use katana_protocol::agent::{CreateSandboxRequest, ResizeTerminalRequest, UpdateContainerRequest};
@@ -23,6 +23,18 @@ async fn exit_codes_and_output() {
     }
     let killed = guest.run(&guest.spec(&["sh", "-c", "sh -c 'kill -9 $$'; exit $?"])).await.unwrap();
     assert_eq!(killed.status, 137);
+}
+
+/// The first process of a pid namespace does not hear a signal that it has no handler for.
+#[tokio::test]
+async fn a_signal_waits_for_who_is_to_handle_it() {
+    let guest = Guest::new("young").await;
+    let script = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; trap 'exit 7' TERM; sleep 1000 & wait";
+    guest.create("c", &guest.spec(&["sh", "-c", script]), &Default::default()).await.unwrap();
+    guest.start("c").await.unwrap();
+    guest.kill("c", "", libc::SIGTERM, false).await.unwrap();
+    assert_eq!(guest.wait("c", "").await.exit_status, 7);
+    guest.remove("c").await;
 }
 
 #[tokio::test]
@@ -185,9 +197,7 @@ async fn execs_join_the_container() {
     let output = guest.run_exec("c", "ns", &guest.process(&["sh", "-c", script])).await.unwrap();
     assert_eq!((output.status, output.stdout.as_str(), output.stderr.as_str()), (0, "box\nhello\n", ""));
 
-    let started = Instant::now();
     let error = guest.run_exec("c", "bad", &guest.process(&["nonexistent"])).await.unwrap_err();
-    assert!(started.elapsed() < Duration::from_secs(1));
     let text = r#"exec: "nonexistent": executable file not found in $PATH"#;
     assert_eq!(told(error), (Code::NOT_FOUND, text.to_owned()));
     let error = guest.run_exec("c", "bad", &guest.process(&["/bin/none"])).await.unwrap_err();

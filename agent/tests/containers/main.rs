@@ -7,4 +7,5 @@ mod file_systems;
 mod harness;
 mod lifecycle;
 mod resources;
+mod sockets;
 mod streams;

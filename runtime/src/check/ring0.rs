@@ -174,7 +174,7 @@ impl Drop for Memory {
 mod tests {
     use super::*;
     use crate::check::kvm;
-    use std::io::Write;
+    use std::io::{self, Write};
     use std::path::Path;
 
     #[test]
@@ -185,7 +185,7 @@ mod tests {
                 // Past the test runner, for tests/all to count.
                 let thread = std::thread::current();
                 let name = thread.name().unwrap_or("a test");
-                return writeln!(std::io::stderr(), "skipped: {name}: {error}").unwrap();
+                return writeln!(io::stderr(), "skipped: {name}: {error}").unwrap();
             }
         };
         let mut guest = Guest::new(&kvm).unwrap();

@@ -115,7 +115,7 @@ impl Network {
     }
 
     /// Lets the guest ask the name servers on the namespace's loopback interface that a container is given.
-    pub async fn serve_names(&self, spec: &Spec, ports: &Ports) {
+    pub async fn serve_names(&self, spec: &Spec, ports: &Arc<Ports>) {
         let servers = names::servers_of(spec);
         let mut state = self.state.lock().await;
         if state.name_servers.is_empty() {

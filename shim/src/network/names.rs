@@ -6,18 +6,17 @@
 
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use katana_protocol::agent as api;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 
 use super::namespace::Namespace;
 use crate::error::{Error, Result};
-use crate::ports::Ports;
+use crate::ports::{Listener, Ports};
 use crate::spec::Spec;
 
 const PORT: u16 = 53;
@@ -55,9 +54,9 @@ fn loopback_servers(text: &str) -> Vec<Ipv4Addr> {
 }
 
 /// Passes on what is asked of a server until the guest is gone. The answer is for the agent.
-pub fn serve(server: Ipv4Addr, namespace: &Arc<Namespace>, ports: &Ports) -> api::NameServer {
-    let (udp_port, questions) = ports.listen_any();
-    let (tcp_port, connections) = ports.listen_any();
+pub fn serve(server: Ipv4Addr, namespace: &Arc<Namespace>, ports: &Arc<Ports>) -> api::NameServer {
+    let (questions, connections) = (ports.listen_any(), ports.listen_any());
+    let (udp_port, tcp_port) = (questions.port(), connections.port());
     let server_address = SocketAddr::from((server, PORT));
     let namespace = Arc::clone(namespace);
     let (of_questions, of_connections) = (Arc::clone(&namespace), namespace);
@@ -71,12 +70,12 @@ pub fn serve(server: Ipv4Addr, namespace: &Arc<Namespace>, ports: &Ports) -> api
 }
 
 async fn each<F: Future<Output = io::Result<()>> + Send + 'static>(
-    mut connections: mpsc::Receiver<UnixStream>,
+    mut connections: Listener,
     limit: Duration,
     work: impl Fn(tokio::net::UnixStream) -> F,
 ) {
     let places = Arc::new(Semaphore::new(MOST_AT_ONCE));
-    while let Some(guest) = connections.recv().await {
+    while let Some(guest) = connections.connection().await {
         let guest = guest.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(guest));
         let (Ok(guest), Ok(place)) = (guest, Arc::clone(&places).acquire_owned().await) else { continue };
         let work = work(guest);

@@ -1,5 +1,7 @@
 use super::*;
-use katana_protocol::pod::{LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceOption};
+use katana_protocol::pod::{
+    LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceOption, UserNamespace,
+};
 use protobuf::well_known_types::any::Any;
 
 fn request(config: &PodSandboxConfig) -> CreateSandboxRequest {
@@ -70,6 +72,22 @@ fn the_nodes_namespaces_are_left_out() {
     let config = PodSandboxConfig { linux: Some(linux).into(), ..Default::default() };
     let pod = PodConfig::new(&request(&config), Path::new("/run/k/pod")).unwrap();
     assert_eq!(kinds(&pod.spec), [("mount", None), ("uts", None)]);
+}
+
+#[test]
+fn a_user_namespace_is_there_if_it_is_asked_for() {
+    let has_one = |mode: Option<NamespaceMode>| {
+        let users = mode.map(|mode| UserNamespace { mode: mode.into(), ..Default::default() });
+        let options = NamespaceOption { userns_options: users.into(), ..Default::default() };
+        let context =
+            LinuxSandboxSecurityContext { namespace_options: Some(options).into(), ..Default::default() };
+        let linux = LinuxPodSandboxConfig { security_context: Some(context).into(), ..Default::default() };
+        let config = PodSandboxConfig { linux: Some(linux).into(), ..Default::default() };
+        let pod = PodConfig::new(&request(&config), Path::new("/run/k/pod")).unwrap();
+        kinds(&pod.spec).contains(&("user", None))
+    };
+    assert!(has_one(Some(NamespaceMode::POD)));
+    assert!(!has_one(Some(NamespaceMode::NODE)) && !has_one(None));
 }
 
 #[test]

@@ -18,7 +18,7 @@ fn own_network() -> fs::File {
 async fn run(name: &str, script: &str) -> Arc<End> {
     let path = program(name, script);
     let vmm = Vmm::spawn(&path, own_network().as_fd(), Ports::new(), |_| Ok(())).unwrap();
-    let end = tokio::time::timeout(Duration::from_secs(10), wait_end(&mut vmm.ended())).await.unwrap();
+    let end = tokio::time::timeout(Duration::from_secs(180), wait_end(&mut vmm.ended())).await.unwrap();
     fs::remove_file(path).unwrap();
     end
 }

@@ -17,10 +17,9 @@ fn watches(name: &str) -> (Scratch, Watches) {
     let queue = Queue(Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC).unwrap());
     // SAFETY: the queue always answers the same descriptor, and keeps it open while it lives.
     let queue = unsafe { AsyncFd::register_with_interest(queue, Interest::READABLE) }.unwrap();
-    (
-        Scratch(share.clone()),
-        Watches { queue, share, state: Mutex::default(), telling: tokio::sync::Mutex::default() },
-    )
+    let scratch = Scratch(share);
+    let share = Arc::new(mounts::open_directory(&scratch.0).unwrap());
+    (scratch, Watches { queue, share, state: Mutex::default(), telling: tokio::sync::Mutex::default() })
 }
 
 /// As (kind, directory, name).

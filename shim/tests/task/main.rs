@@ -13,4 +13,5 @@ mod stand_in;
 mod errors;
 mod life;
 mod sandbox;
+mod sockets;
 mod streams;

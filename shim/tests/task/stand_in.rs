@@ -1,8 +1,9 @@
 //! What takes the VMM's place: this test's own binary, started by a script that the configuration names.
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ const STREAMS: u32 = 400;
 /// As many further containers of a pod have pids of their own.
 const THREADS: usize = 3;
 
-/// A script that runs [`stand_in`], for `[hypervisor.katana] path`.
+/// A script that runs [`stand_in`] in a mount namespace, for `[hypervisor.katana] path`.
 pub fn script(directory: &Path) -> PathBuf {
     let path = directory.join("kata-vmm");
     let test = std::env::current_exe().unwrap();
@@ -28,7 +29,7 @@ pub fn script(directory: &Path) -> PathBuf {
     fs::write(
         &path,
         format!(
-            "#!/bin/sh\nexport TMPDIR={}\nexec {} {arguments} >&2\n",
+            "#!/bin/sh\nexport TMPDIR={}\nexec unshare --mount --propagation slave {} {arguments} >&2\n",
             directory.display(),
             test.display()
         ),
@@ -53,14 +54,13 @@ fn stand_in() {
     if machine.kernel_params.contains("fail=boot") {
         return send(control, &Event::Failed("kernel: not an ELF file".into()), &[]).unwrap();
     }
-    send(control, &Event::Running, &[]).unwrap();
     if machine.kernel_params.contains("fail=panic") {
         let panic = "Kernel panic - not syncing: Attempted to kill init!";
         let event =
             Event::Exit { reason: ExitReason::Panic(panic.into()), console: format!("Linux 6\n{panic}\n") };
+        send(control, &Event::Running, &[]).unwrap();
         return send(control, &event, &[]).unwrap();
     }
-    let share = fs::read_link(format!("/proc/self/fd/{}", fds[3].as_raw_fd())).unwrap();
     let directory = std::env::temp_dir().join(format!("stand-in-{}", std::process::id()));
     fs::create_dir(&directory).unwrap();
     let ports = [AGENT_PORT].into_iter().chain(FIRST_STREAM_PORT..FIRST_STREAM_PORT + STREAMS);
@@ -70,7 +70,10 @@ fn stand_in() {
     // The agent's namespaces leave no way to make any later.
     let threads = (0..THREADS).map(|_| park()).collect();
     let silent = machine.kernel_params.contains("fail=silent");
-    let mut agent = (!silent).then(|| start_agent(&directory, &share));
+    make_guest_of_namespace(&directory, &fds[3]);
+    // From now on the shim mounts in there.
+    send(control, &Event::Running, &[]).unwrap();
+    let mut agent = (!silent).then(|| start_agent(&directory));
     forward(control, &listeners, threads);
     if let Some(agent) = &mut agent {
         agent.kill().unwrap();
@@ -128,21 +131,30 @@ fn park() -> (i32, Sender<()>) {
     (told.recv().unwrap(), end)
 }
 
-/// The agent as the first process of its own pid namespace, so that all of its containers end with it, and
-/// with the share where a guest has it.
-fn start_agent(directory: &Path, share: &Path) -> Child {
-    let flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWPID;
-    unshare(flags).unwrap();
+/// Makes this process's mount namespace, which [`script`] has made, look like a guest's, with the share where a guest has it.
+fn make_guest_of_namespace(directory: &Path, share: &OwnedFd) {
     let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none).unwrap();
     let run = directory.join("run");
     fs::create_dir(&run).unwrap();
     mount(Some("run"), &run, Some("tmpfs"), MsFlags::empty(), none).unwrap();
     let guest_share = run.join(Path::new(GUEST_SHARE).strip_prefix("/run").unwrap());
     fs::create_dir_all(&guest_share).unwrap();
-    mount(Some(share), &guest_share, none, MsFlags::MS_BIND | MsFlags::MS_REC, none).unwrap();
     mount(Some(&run), "/run", none, MsFlags::MS_BIND | MsFlags::MS_REC, none).unwrap();
+    let target = CString::new(GUEST_SHARE).unwrap();
+    // SAFETY: strings that outlive the call, and integers.
+    let moved = unsafe {
+        let (from, flags) = (share.as_raw_fd(), libc::MOVE_MOUNT_F_EMPTY_PATH);
+        libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), libc::AT_FDCWD, target.as_ptr(), flags)
+    };
+    assert_eq!(moved, 0, "{}", std::io::Error::last_os_error());
     mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none).unwrap();
+}
+
+/// The agent as the first process of its own pid namespace, so that all of its containers end with it.
+fn start_agent(directory: &Path) -> Child {
+    let flags = CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWPID;
+    unshare(flags).unwrap();
+    let none = None::<&str>;
     let mut command = Command::new(agent());
     command.arg("serve").arg(directory);
     // SAFETY: only system calls between fork and exec.

@@ -1,11 +1,15 @@
 //! Standard streams through the shim and the agent.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::thread;
 
 use containerd_shim_protos::api::{CloseIORequest, ResizePtyRequest, StartRequest};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
 
 use crate::containerd::{Containerd, can_run, ctx};
@@ -17,11 +21,16 @@ fn fifo(containerd: &Containerd, name: &str) -> (PathBuf, String) {
     (path, text)
 }
 
-/// What a client reads from a FIFO up to its end.
+/// What a client reads from a FIFO up to its end. As containerd does, it opens the FIFO before the shim can: a process that
+/// has ended by then would leave a FIFO without a writer, whose opening waits for ever.
 fn reader(path: PathBuf) -> thread::JoinHandle<Vec<u8>> {
+    let mut fifo = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap();
     thread::spawn(move || {
+        // Until there is a writer, or one has come and gone.
+        poll(&mut [PollFd::new(fifo.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+        fcntl(&fifo, FcntlArg::F_SETFL(OFlag::O_RDONLY)).unwrap();
         let mut bytes = Vec::new();
-        File::open(path).unwrap().read_to_end(&mut bytes).unwrap();
+        fifo.read_to_end(&mut bytes).unwrap();
         bytes
     })
 }

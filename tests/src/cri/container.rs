@@ -1,6 +1,7 @@
 //! A container of a pod.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -10,7 +11,7 @@ use super::messages::{
     ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse, ExecSyncRequest,
     ExecSyncResponse, Nothing, StopContainerRequest, UpdateContainerResourcesRequest,
 };
-use super::{Line, Pod, Status, call, log, message, overlay};
+use super::{Line, Pod, Status, call, grpc, log, message, overlay};
 use crate::{BUSYBOX, Containerd, container, host};
 
 /// A container. It goes with its pod.
@@ -86,6 +87,14 @@ impl Container {
         let request =
             StopContainerRequest { container_id: self.id.clone(), timeout: grace, ..Default::default() };
         call::<Nothing>(&self.containerd, "StopContainer", &request).map(drop)
+    }
+
+    /// As [`Container::stop`] by a client that goes away without an answer when so much time has passed.
+    pub fn stop_and_leave(&self, grace: i64, after: Duration) -> Result<(), Status> {
+        let request =
+            StopContainerRequest { container_id: self.id.clone(), timeout: grace, ..Default::default() };
+        let method = "runtime.v1.RuntimeService/StopContainer";
+        grpc::call::<Nothing>(&self.containerd.address(), method, &request, after).map(drop)
     }
 
     /// Removes it.

@@ -25,8 +25,11 @@ pub mod messages {
         include!(concat!(env!("OUT_DIR"), "/cri/mod.rs"));
     }
     pub use self::generated::cri::*;
+    pub use self::generated::introspection::{PluginInfoRequest, PluginInfoResponse};
 }
 
+use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeRequest};
+use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageFull};
 use serde_json::Value;
 
@@ -50,6 +53,36 @@ pub fn is_ready(containerd: &Containerd) -> bool {
     let pods: Result<messages::ListPodSandboxResponse, _> =
         call(containerd, "ListPodSandbox", &messages::Nothing::new());
     pods.is_ok()
+}
+
+/// What a runtime can do, as containerd 2 passes it on: the features of the OCI runtime specification.
+///
+/// # Panics
+/// When there is no answer, or none that has features.
+#[track_caller]
+pub fn features(containerd: &Containerd, runtime: &str) -> Value {
+    let request = RuntimeRequest { runtime_path: runtime.to_owned(), ..Default::default() };
+    let options = Any {
+        type_url: "containerd.types.RuntimeRequest".to_owned(),
+        value: request.write_to_bytes().unwrap_or_default(),
+        ..Default::default()
+    };
+    let request = messages::PluginInfoRequest {
+        type_: "io.containerd.runtime.v2".to_owned(),
+        id: "task".to_owned(),
+        options: Some(options).into(),
+        ..Default::default()
+    };
+    let method = "containerd.services.introspection.v1.Introspection/PluginInfo";
+    let answer: Result<messages::PluginInfoResponse, _> =
+        grpc::call(&containerd.address(), method, &request, environment::hang_limit());
+    let extra =
+        answer.unwrap_or_else(|e| panic!("introspection of {runtime}: {e}")).extra.unwrap_or_default();
+    let info = RuntimeInfo::parse_from_bytes(&extra.value).unwrap_or_else(|e| panic!("{runtime}: {e}"));
+    let features = info.features.unwrap_or_default();
+    let kind = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+    assert_eq!(features.type_url, kind, "{runtime}");
+    serde_json::from_slice(&features.value).unwrap_or_else(|e| panic!("{runtime}: {e}"))
 }
 
 /// A message from JSON.

@@ -126,6 +126,19 @@ impl Pod {
         self.try_status().unwrap_or_else(|e| panic!("status of pod {}: {e}", self.id))
     }
 
+    /// What its status tells to who asks for more: the JSON that `crictl inspectp` shows as `info`.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[track_caller]
+    pub fn info(&self) -> Value {
+        let request = PodSandboxRequest { verbose: true, ..self.request() };
+        let answer: PodSandboxStatusResponse = call(&self.containerd, "PodSandboxStatus", &request)
+            .unwrap_or_else(|e| panic!("status of pod {}: {e}", self.id));
+        let info = answer.info.get("info").unwrap_or_else(|| panic!("no info of pod {}", self.id));
+        serde_json::from_str(info).unwrap_or_else(|e| panic!("{info}: {e}"))
+    }
+
     /// Its statistics.
     ///
     /// # Panics

@@ -84,9 +84,21 @@ fn a_container_and_all_that_is_done_to_it() {
         ("to the container\n".into(), "from the container\n".into())
     );
 
+    let on_host = || {
+        let pid = docker.inspect(&name, ".State.Pid");
+        let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let path = format!("/sys/fs/cgroup{}/memory.max", cgroup.trim().trim_start_matches("0::"));
+        std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok())
+    };
+    let before_update = on_host();
     docker.run(&format!("update --memory 96m --memory-swap 96m --cpus 0.5 {name}"), &[]);
     let limits = exec(&docker, &name, "cd /sys/fs/cgroup; cat memory.max cpu.max");
     assert_eq!(limits, format!("{}\n50000 100000", 96 << 20));
+    assert!(
+        before_update.is_some() && eventually(|| on_host() < before_update),
+        "{before_update:?}, {:?}",
+        on_host()
+    );
 
     let image = format!("localhost/{name}:1");
     docker.run("commit --change", &["CMD [\"cat\", \"/www/back\"]", &name, &image]);

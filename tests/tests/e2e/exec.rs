@@ -133,7 +133,8 @@ fn a_missing_command_fails_at_once_and_clearly() {
     for word in ["no-such-command", "/no/such/command"] {
         let output = quickest(word);
         assert_ne!(output.code, 0, "{output}");
-        let limit = ordinary * 2 + Duration::from_secs(1);
+        // Kata's took a minute (kata-containers#8026).
+        let limit = ordinary * 2 + Duration::from_secs(30);
         assert!(output.elapsed < limit, "an ordinary exec took {ordinary:?}\n{output}");
         let why = if word.starts_with('/') {
             "no such file or directory"

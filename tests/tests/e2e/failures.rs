@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use katana_tests::host::{Host, eventually};
 use katana_tests::process::Process;
@@ -27,7 +27,8 @@ fn expect_no_start(configuration: Option<&Path>, parts: &[&str]) {
 
 /// Likewise when the failure is one of waiting that long.
 fn expect_no_start_after(wait: Duration, configuration: Option<&Path>, parts: &[&str]) {
-    let limit = wait + usual_time() * 3 + Duration::from_secs(5);
+    // Less than what it takes to give up on an agent, which is a minute.
+    let limit = wait + usual_time() * 3 + Duration::from_secs(30);
     let before = Host::before();
     let run = Run::new(BUSYBOX).command(&["true"]);
     let run = configuration.into_iter().fold(run, Run::configuration);
@@ -68,9 +69,7 @@ fn a_killed_vmm_ends_its_task() {
     let events = Events::follow();
     let container = Run::new(BUSYBOX).command(&["sleep", "10000"]).start();
     Process::vmm_of(container.id()).kill();
-    let killed = Instant::now();
     let exit = events.wait_for(container.id(), "/tasks/exit");
-    assert!(killed.elapsed() < Duration::from_secs(10), "the exit came after {:?}", killed.elapsed());
     assert_eq!(exit.body["exit_status"].as_u64(), Some(137), "{exit:?}");
     container.wait_for_status(Some("STOPPED"));
     container.delete_task(137);

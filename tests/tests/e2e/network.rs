@@ -150,7 +150,7 @@ fn ask_from_host(address: &str) {
     sender.join().expect("the sender");
     assert!(received == *data, "what came back from {address} is not what was sent");
     let udp = UdpSocket::bind(if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).expect("bind");
-    udp.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    udp.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
     // Longer than any MTU here: in fragments.
     for length in [1, 1000, 20_000] {
         udp.send_to(&data[..length], address).expect("send");

@@ -1,10 +1,11 @@
 //! The pod's machine is as large as its containers' limits need, and gives back what it does not use.
 
-use katana_tests::environment::is_vm_or_say;
+use katana_tests::environment::{self, is_vm_or_say};
 use katana_tests::host::eventually;
 use katana_tests::process::Process;
 use katana_tests::turn::shared;
-use katana_tests::{BUSYBOX, Configuration, Run, Scratch};
+use katana_tests::{BUSYBOX, Configuration, Container, Run, Scratch, ctr};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 const MIB: u64 = 1 << 20;
 const REPORT: &str =
@@ -56,6 +57,59 @@ fn limits_add_processors_and_memory() {
     assert!((330 * MIB..384 * MIB).contains(&(kib << 10)), "128 MiB and a limit of 256\n{output}");
     let cpus = std::thread::available_parallelism().map_or(1, usize::from).min(2).to_string();
     output.expect_values(&[("cpus", &cpus), ("filled", "188743680")]);
+}
+
+/// A file of the cgroup in which the host has the container, as a number if it holds one.
+fn on_host(pid: i32, file: &str) -> Option<u64> {
+    let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let text = std::fs::read_to_string(format!("/sys/fs/cgroup{path}/{file}")).ok()?;
+    text.split_whitespace().next()?.parse().ok()
+}
+
+#[test]
+fn limits_bound_what_it_costs_the_host() {
+    const LIMIT: u64 = 64 * MIB;
+    let _turn = shared();
+    let pid = |container: &Container| {
+        let tasks = ctr(&["tasks", "ls"]).output().ok().text();
+        let line = tasks.lines().find(|line| line.starts_with(container.id()));
+        let pid = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+        pid.unwrap_or_else(|| panic!("no pid of {} in\n{tasks}", container.id()))
+    };
+    let start = |options: &str| Run::new(BUSYBOX).options(options).command(&["sleep", "10000"]).start();
+    let limited = start(&format!("--cpus 0.5 --memory-limit {LIMIT}"));
+    let (memory, cpu) = (on_host(pid(&limited), "memory.max"), on_host(pid(&limited), "cpu.max"));
+    if environment::is_vm() {
+        // All of the machine, and some more, but not the host's memory; whole CPUs.
+        assert!(memory.is_some_and(|bytes| (LIMIT + 512 * MIB..1536 * MIB).contains(&bytes)), "{memory:?}");
+        assert_eq!(cpu, Some(100_000));
+    } else {
+        assert_eq!((memory, cpu), (Some(LIMIT), Some(50_000)));
+    }
+    let free = start("");
+    assert_eq!((on_host(pid(&free), "memory.max"), on_host(pid(&free), "cpu.max")), (None, None));
+}
+
+/// The memory of the host that a container can fill beside that of its machine.
+#[test]
+fn a_tmpfs_of_the_host_counts_for_who_fills_it() {
+    let _turn = shared();
+    let scratch = Scratch::new();
+    let tmpfs = scratch.directory("tmpfs");
+    mount(Some("tmpfs"), &tmpfs, Some("tmpfs"), MsFlags::empty(), Some("size=500m")).expect("tmpfs");
+    let small = Configuration::installed().set("hypervisor.katana.default_memory", 64).to_toml();
+    let small = scratch.file("configuration.toml", small);
+    let run = |megabytes: u32| {
+        let fill = format!("dd if=/dev/zero of=/mnt/file bs=1M count={megabytes} && echo filled");
+        let run = Run::new(BUSYBOX).configuration(&small).options("--memory-limit 33554432");
+        run.bind(&tmpfs, "/mnt", "rw").sh(&fill).output()
+    };
+    let little = run(10);
+    let much = run(450);
+    umount2(&tmpfs, MntFlags::MNT_DETACH).expect("unmount");
+    little.ok().expect_text("filled");
+    assert!(much.code != 0 && !much.text().contains("filled"), "{much}");
 }
 
 #[test]

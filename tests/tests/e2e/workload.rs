@@ -50,6 +50,21 @@ fn shared_mappings_sparse_files_and_synchronisation() {
 }
 
 #[test]
+fn access_control_lists() {
+    inside("guest::acls");
+}
+
+#[test]
+fn files_without_a_name() {
+    inside("guest::unnamed");
+}
+
+#[test]
+fn inodes_have_more_than_a_mode() {
+    inside("guest::inodes");
+}
+
+#[test]
 fn ten_thousand_small_files() {
     inside("guest::many");
 }
@@ -60,7 +75,17 @@ fn the_same_on_a_volume() {
     let _turn = shared();
     let scratch = Scratch::new();
     let run = guest::mounted(Run::new(DEBIAN)).bind(scratch.path(), "/volume", "rw");
-    let modules = ["permissions", "special_bits", "names", "attributes", "files", "contents"];
+    let modules = [
+        "permissions",
+        "acls",
+        "special_bits",
+        "names",
+        "attributes",
+        "inodes",
+        "files",
+        "unnamed",
+        "contents",
+    ];
     let filters: Vec<String> = modules.iter().map(|module| format!("guest::{module}")).collect();
     let words = guest::command(&filters.join(" "), "/volume");
     guest::expect_passed(run.command(&words).patiently().output());

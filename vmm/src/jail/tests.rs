@@ -2,7 +2,7 @@
 
 use super::*;
 use nix::errno::Errno;
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::{SFlag, mknod};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, Uid, fork, getpid};
@@ -53,24 +53,36 @@ fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).unwrap();
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
     mount(none, share, Some("tmpfs"), MsFlags::empty(), none).unwrap();
-    mount(none, share, none, MsFlags::MS_SHARED, none).unwrap();
     let later = share.join("later");
     fs::create_dir(&later).unwrap();
     fs::write(share.join("marker"), "here").unwrap();
 
-    let directory = OwnedFd::from(File::open(share).unwrap());
+    let directory = copy_of_mount(share);
     let (mounted, say_mounted) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let (done, say_done) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let announced = tell.try_clone().unwrap();
-    let announce = move |pid: i32| write!(&announced, "{pid}:");
+    let jailed = std::sync::Mutex::new(0);
+    let announce = |pid: i32| {
+        *jailed.lock().unwrap() = pid;
+        write!(&announced, "{pid}:")
+    };
+    let (entered, say_entered) = pipe2(OFlag::O_CLOEXEC).unwrap();
     match enter(&directory, None, announce).unwrap() {
         Side::Outside => {
+            let mut listened = [0];
+            read(&entered, &mut listened).unwrap();
+            // As the shim does it: made here, mounted there.
             mount(none, &later, Some("tmpfs"), MsFlags::empty(), none).unwrap();
             fs::write(later.join("hello"), "from outside").unwrap();
+            let made = copy_of_mount(&later);
+            let pid = *jailed.lock().unwrap();
+            setns(File::open(format!("/proc/{pid}/ns/mnt")).unwrap(), CloneFlags::CLONE_NEWNS).unwrap();
+            move_mount(&made, c"/later");
             drop((say_mounted, say_done));
             let _ = read(&done, &mut [0]);
         }
         Side::Inside(room) => {
+            write(&say_entered, &[1]).unwrap();
             drop(say_mounted);
             let _ = read(&mounted, &mut [0]);
             if let Err(finding) = check(&room) {
@@ -80,6 +92,26 @@ fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
         }
     }
     0
+}
+
+/// open_tree(2)
+fn copy_of_mount(path: &Path) -> OwnedFd {
+    let path = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    // SAFETY: a string that outlives the call, and integers.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    // SAFETY: the kernel has just made this descriptor for us.
+    unsafe { OwnedFd::from_raw_fd(Errno::result(fd).unwrap() as c_int) }
+}
+
+/// move_mount(2)
+fn move_mount(mount: &OwnedFd, target: &CStr) {
+    let (from, flags) = (mount.as_raw_fd(), libc::MOVE_MOUNT_F_EMPTY_PATH);
+    // SAFETY: strings that outlive the call, and integers.
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), libc::AT_FDCWD, target.as_ptr(), flags)
+    })
+    .unwrap();
 }
 
 /// netdevice(7)
@@ -109,7 +141,7 @@ fn the_share_is_all_there_is() {
 }
 
 #[test]
-fn later_mounts_of_the_host_appear_and_owners_can_be_given() {
+fn what_the_shim_mounts_later_appears_and_owners_can_be_given() {
     let findings = in_jail(|_| {
         same("later mount", fs::read_to_string("/later/hello").unwrap(), "from outside".to_owned())?;
         for path in ["/marker", "/later/hello"] {

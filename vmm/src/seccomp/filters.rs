@@ -14,7 +14,7 @@ pub const KINDS: [(&str, &[c_long], Ioctls); 6] = [
     ("vcpu", &[], &[VCPU_IOCTLS]),
     ("template_vcpu", TEMPLATE, &[VCPU_IOCTLS, TEMPLATE_IOCTLS]),
     ("main", MAIN, &[MAIN_IOCTLS]),
-    ("fs", FS, &[&[INTERRUPT]]),
+    ("fs", FS, &[&[INTERRUPT], INODE_FLAGS]),
     ("starter", &[libc::SYS_sched_getaffinity, libc::SYS_sendmsg], &[VCPU_IOCTLS, STARTER_IOCTLS]),
     (PARKED, WAIT_AND_END, &[]),
 ];
@@ -150,6 +150,10 @@ const MAIN_IOCTLS: &[u64] = &[
     0x4008_af21,
     0x4008_af30,
 ];
+
+/// Those of `virtio/fs/inode_flags.rs`: FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR and
+/// FS_IOC_GETVERSION of a file.
+const INODE_FLAGS: &[u64] = &[0x8008_6601, 0x4008_6602, 0x801c_581f, 0x401c_5820, 0x8008_7601];
 
 /// The file system calls of virtiofsd, all below the jail's root.
 const FS: &[c_long] = &[

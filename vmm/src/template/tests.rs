@@ -16,7 +16,7 @@ use katana_protocol::vmm::Template;
 use nix::sys::stat::futimens;
 use nix::sys::time::TimeSpec;
 use std::fs::OpenOptions;
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::{Arc, mpsc};
 use vm_memory::Bytes;
 use vmm_sys_util::tempfile::TempFile;
@@ -53,11 +53,8 @@ struct Bench {
 fn bench() -> Option<Bench> {
     let Ok(dev_kvm) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else {
         let thread = std::thread::current();
-        let _ = writeln!(
-            std::io::stderr(),
-            "skipped: {}: cannot open /dev/kvm",
-            thread.name().unwrap_or("a test")
-        );
+        let _ =
+            writeln!(io::stderr(), "skipped: {}: cannot open /dev/kvm", thread.name().unwrap_or("a test"));
         return None;
     };
     let mut vm = Vm::new(dev_kvm.into(), 1).unwrap();

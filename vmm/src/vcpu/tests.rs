@@ -11,7 +11,7 @@ use crate::pci::Doorbell;
 use crate::serial::{self, Serial};
 use crate::sync::lock;
 use std::fs::OpenOptions;
-use std::io::Write;
+use std::io::{self, Write};
 use std::sync::Mutex;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -44,12 +44,9 @@ impl BusDevice for Register {
 /// A vCPU in front of `code`, or nothing where there is no KVM.
 fn bench(code: &[u8]) -> Option<Bench> {
     let Ok(dev_kvm) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else {
-        let thread = std::thread::current();
-        let _ = writeln!(
-            std::io::stderr(),
-            "skipped: {}: cannot open /dev/kvm",
-            thread.name().unwrap_or("a test")
-        );
+        let thread = thread::current();
+        let _ =
+            writeln!(io::stderr(), "skipped: {}: cannot open /dev/kvm", thread.name().unwrap_or("a test"));
         return None;
     };
     let mut vm = Vm::new(dev_kvm.into(), 1).unwrap();

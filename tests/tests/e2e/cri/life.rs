@@ -1,5 +1,6 @@
 //! The life of pods and of their containers.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use katana_tests::cri::messages::container_status::State;
@@ -25,6 +26,12 @@ cases! {
     an_init_container_runs_first,
     /// SIGTERM, and SIGKILL after the grace period.
     stop_asks_before_it_kills,
+    /// Who gives up waiting for the end has asked for it, and no more.
+    2: a_stop_that_is_given_up_kills_nothing,
+    /// Also by a program that handles it and has not got there yet
+    2: a_stop_right_after_the_start_is_heard,
+    /// What `crictl inspectp` shows
+    2: the_details_of_a_pod_are_told,
     /// What `kubectl describe` shows.
     errors_are_readable,
 }
@@ -112,6 +119,51 @@ fn stop_asks_before_it_kills(handler: &str) {
     assert_eq!(deaf.status().exit_code, 137);
 }
 
+fn a_stop_that_is_given_up_kills_nothing(handler: &str) {
+    const GRACE: i64 = 3;
+    let pod = shared_pod(handler);
+    let container = pod.sh("trap 'echo ignored' TERM; echo ready; while :; do sleep 0.1; done");
+    container.wait_for_output("ready");
+    container.stop_and_leave(GRACE, Duration::from_secs(1)).unwrap_err();
+    container.wait_for_output("ignored");
+    // Nobody is to come back to it when the grace period is over.
+    std::thread::sleep(Duration::from_secs(5));
+    assert_eq!(container.state(), State::CONTAINER_RUNNING);
+    container.stop(1).unwrap();
+    assert_eq!((container.state(), container.status().exit_code), (State::CONTAINER_EXITED, 137));
+    assert_eq!(container.output(), "ready\nignored\n", "it is asked once");
+}
+
+fn a_stop_right_after_the_start_is_heard(handler: &str) {
+    let pod = Pod::run(handler);
+    // Of a process that is the first of its namespace, and of one that is not.
+    for mode in ["CONTAINER", "POD"] {
+        let script = "trap 'echo bye; exit 7' TERM; sleep 10000 & wait";
+        let config = json!({
+            "command": ["sh", "-c", script],
+            "linux": {"security_context": {"namespace_options": {"pid": mode}}},
+        });
+        let container = pod.start(config);
+        container.stop(60).unwrap();
+        assert_eq!((container.status().exit_code, container.output().as_str()), (7, "bye\n"), "{mode}");
+    }
+}
+
+fn the_details_of_a_pod_are_told(handler: &str) {
+    let info = shared_pod(handler).info();
+    let pid = info["pid"].as_i64().unwrap_or_default();
+    assert!(Process::all().iter().any(|process| i64::from(process.pid) == pid), "{info:#}");
+    let namespaces = info["runtimeSpec"]["linux"]["namespaces"].as_array().cloned().unwrap_or_default();
+    let path = |kind: &str| namespaces.iter().find(|one| one["type"] == kind).map(|one| one["path"].clone());
+    let network = path("network").unwrap_or_default();
+    assert!(network.as_str().is_some_and(|path| Path::new(path).exists()), "{info:#}");
+    assert!(path("pid").is_some() && path("ipc").is_some(), "{info:#}");
+    let cgroup = info["runtimeSpec"]["linux"]["cgroupsPath"].as_str().unwrap_or_default();
+    assert!(cgroup.starts_with("/kubepods/"), "{info:#}");
+    let runtime = if handler == "runc" { "io.containerd.runc.v2" } else { "io.containerd.kata.v2" };
+    assert_eq!(info["runtimeType"], runtime, "{info:#}");
+}
+
 fn errors_are_readable(handler: &str) {
     let pod = shared_pod(handler);
     let container = pod.create(json!({"command": ["no-such-program"]})).unwrap();
@@ -176,7 +228,7 @@ fn each_container_of_a_vm_has_a_pid_on_the_host() {
     }
     one.stop(0).unwrap();
     one.remove().unwrap();
-    assert!(eventually(|| !std::path::Path::new(&format!("/proc/{first}")).exists()));
+    assert!(eventually(|| !Path::new(&format!("/proc/{first}")).exists()));
     assert_eq!(vmm.threads().len(), threads + 1);
     nix::sys::signal::kill(Pid::from_raw(second), Signal::SIGKILL).unwrap();
     assert_ne!(two.ended().exit_code, 0);

@@ -12,6 +12,7 @@
 use katana_tests::{Instance, environment, turn};
 
 mod exec;
+mod host_namespaces;
 mod life;
 mod resources;
 mod security;

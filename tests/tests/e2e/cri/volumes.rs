@@ -22,6 +22,10 @@ cases! {
     mounts_of_the_host_appear_if_asked,
     /// emptyDir with medium Memory and a sizeLimit
     memory_volumes_keep_their_size,
+    /// hostPath of type Socket, in two containers of a pod
+    sockets_of_the_host_are_connected,
+    /// emptyDir with a server's socket, for a sidecar
+    sockets_in_a_volume_connect_containers,
     /// emptyDir with medium HugePages, as many as the limit says
     huge_pages_are_there_up_to_the_limit,
     /// terminationMessagePath
@@ -184,6 +188,49 @@ fn a_config_map_is_updated_at_once(handler: &str) {
     publish("..two");
     fs::remove_dir_all(scratch.path().join("..one")).unwrap();
     assert!(eventually(|| container.sh("cat /volume/key").stdout == "..two"), "the old value stays");
+}
+
+fn sockets_of_the_host_are_connected(handler: &str) {
+    let scratch = Scratch::new();
+    let server = crate::sockets::Server::start(scratch.path().join("socket"), 0, 0o666);
+    let pod = shared_pod(handler);
+    let start = || {
+        pod.start(json!({"mounts": [
+            {"host_path": server.path, "container_path": "/sockets/open"},
+            {"host_path": std::env::current_exe().unwrap(), "container_path": "/check", "readonly": true},
+        ]}))
+    };
+    let check = "KATANA_CHECK_DIRECTORY=/sockets /check --ignored guest::sockets::the_server_sees";
+    let connects = |container: &katana_tests::cri::Container| {
+        let output = container.sh(check);
+        assert!(output.ok().contains("1 passed"), "{output:?}");
+    };
+    let (one, two) = (start(), start());
+    connects(&one);
+    connects(&two);
+    one.stop(0).unwrap();
+    one.remove().unwrap();
+    connects(&two);
+    two.remove().unwrap();
+}
+
+fn sockets_in_a_volume_connect_containers(handler: &str) {
+    let scratch = Scratch::new();
+    let pod = shared_pod(handler);
+    let start = || {
+        pod.start(json!({"mounts": [
+            {"host_path": scratch.path(), "container_path": "/volume"},
+            {"host_path": std::env::current_exe().unwrap(), "container_path": "/check", "readonly": true},
+        ]}))
+    };
+    let (server, client) = (start(), start());
+    let check =
+        |name: &str| format!("KATANA_CHECK_DIRECTORY=/volume /check --ignored guest::sockets::{name}");
+    server.sh(&format!("{} > /dev/null 2>&1 &", check("a_server_in"))).ok();
+    let reached = || client.sh(&check("the_volumes_server")).code == 0;
+    assert!(eventually(reached), "the server is not reached");
+    server.remove().unwrap();
+    client.remove().unwrap();
 }
 
 /// As kubelet does it: a mount of its own, of what a descriptor stands for, so that no link leads elsewhere meanwhile.

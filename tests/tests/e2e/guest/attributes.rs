@@ -7,7 +7,7 @@ use libc::{EACCES, EEXIST, ENODATA, EOPNOTSUPP, ERANGE};
 
 use super::{Findings, OWNER, Place, STRANGER, c_path, checked};
 
-fn set(path: &Path, name: &str, value: &[u8], flags: i32) -> io::Result<i64> {
+pub fn set(path: &Path, name: &str, value: &[u8], flags: i32) -> io::Result<i64> {
     let (path, name) = (c_path(path), c_path(Path::new(name)));
     // SAFETY: strings and value live through the call, with the length given.
     checked(unsafe {
@@ -15,7 +15,7 @@ fn set(path: &Path, name: &str, value: &[u8], flags: i32) -> io::Result<i64> {
     })
 }
 
-fn get(path: &Path, name: &str, room: usize) -> io::Result<Vec<u8>> {
+pub fn get(path: &Path, name: &str, room: usize) -> io::Result<Vec<u8>> {
     let (path, name) = (c_path(path), c_path(Path::new(name)));
     let mut value = vec![0_u8; room];
     // SAFETY: as above; the buffer has the length given.
@@ -39,7 +39,7 @@ fn list(path: &Path) -> Vec<String> {
     names
 }
 
-fn remove(path: &Path, name: &str) -> io::Result<i64> {
+pub fn remove(path: &Path, name: &str) -> io::Result<i64> {
     let (path, name) = (c_path(path), c_path(Path::new(name)));
     // SAFETY: as above.
     checked(unsafe { libc::removexattr(path.as_ptr(), name.as_ptr()) })

@@ -1,16 +1,20 @@
 //! Checks that run inside a container. Other tests bind this program into one and run the ignored tests of a module here
 //! in it. All of them work in a directory of their own below `$KATANA_CHECK_DIRECTORY`.
 
-mod attributes;
+pub mod acls;
+pub mod attributes;
 mod contents;
 mod files;
 mod huge_pages;
+mod inodes;
 mod locks;
 mod many;
 mod names;
 mod permissions;
 mod seccomp;
+mod sockets;
 mod special_bits;
+mod unnamed;
 mod watch;
 
 use std::io;

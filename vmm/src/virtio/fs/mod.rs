@@ -9,8 +9,14 @@
 //! Several threads serve the queues, because a request can block for long: an fsync, a network file system. Each
 //! takes one chain at a time and first sees to it that another thread wakes up for the next one.
 
+mod acl;
+mod host;
+mod inode_flags;
 mod known;
+mod messages;
 mod replay;
+mod transfer;
+mod unnamed;
 
 use std::fs::File;
 use std::io;
@@ -27,10 +33,10 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::DescriptorChain;
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::passthrough::{self, CachePolicy, InodeFileHandlesMode, NegotiationMode, PassthroughFs};
-use virtiofsd::server::Server;
 use vmm_sys_util::epoll::EpollEvent;
 
-use self::replay::Replaying;
+use self::host::Host;
+use self::messages::Messages;
 use super::base::{self, Event, Sources};
 use super::queue::DeviceQueue;
 use super::{Activation, VirtioDevice};
@@ -62,7 +68,7 @@ pub struct Fs {
 }
 
 struct Shared {
-    server: Server<Replaying>,
+    messages: Messages,
     sources: Sources,
     state: Mutex<State>,
     /// Signalled when no request is under way.
@@ -121,13 +127,11 @@ impl Fs {
         for (offset, bytes) in numbers {
             config.iter_mut().skip(offset).zip(bytes).for_each(|(to, from)| *to = *from);
         }
+        let again = File::from(proc_self_fd.try_clone()?);
+        // It clears the umask, which the threads then inherit.
+        let host = Host::new(PassthroughFs::new(configuration(root, proc_self_fd, descriptors))?, again);
         let shared = Arc::new(Shared {
-            // It clears the umask, which the threads then inherit.
-            server: Server::new(Replaying::new(PassthroughFs::new(configuration(
-                root,
-                proc_self_fd,
-                descriptors,
-            ))?)),
+            messages: Messages::new(host),
             sources: Sources::new()?,
             state: Mutex::default(),
             idle: Condvar::new(),
@@ -173,9 +177,10 @@ fn configuration(root: &str, proc_self_fd: OwnedFd, descriptors: u64) -> passthr
         allow_direct_io: true,
         // Otherwise the guest asks for security.capability before each write.
         killpriv_v2: true,
-        // With ACLs, Linux fails every access to a file system that has none (fs/fuse/acl.c takes EOPNOTSUPP for an
-        // error), and any volume may be one.
-        posix_acl: NegotiationMode::Never,
+        // A guest that does not know ACLs would let in whom they keep out.
+        posix_acl: NegotiationMode::Always,
+        // The guest's kernel has looked whether its user may, and the jail's root may as well.
+        clean_noatime: false,
         guest_fd_limit: descriptors,
         ..passthrough::Config::default()
     }
@@ -248,8 +253,7 @@ impl Shared {
     fn handle(&self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) -> Result<usize, Error> {
         let reader = Reader::new(memory, chain.clone())?;
         let writer = Writer::new(memory, chain)?;
-        // There is no shared memory window (DAX), hence no back-end to ask for one.
-        Ok(self.server.handle_message(reader, writer, None::<&mut ()>)?)
+        Ok(self.messages.handle(reader, writer)?)
     }
 
     fn finish(&self, number: u64, index: usize, head: u16, result: Result<usize, Error>) {
@@ -349,7 +353,7 @@ impl VirtioDevice for Fs {
         self.shared.set_session(None);
         self.shared.wait_until_idle();
         // Files and inodes of the guest that is gone.
-        self.shared.server.destroy();
+        self.shared.messages.destroy();
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! FUSE has no message that says "this has changed", so watchers in a guest never hear of what the host does. But they
 //! hear what a process of the guest does: the agent does again what the host has done, as far as the guest's kernel can
-//! tell, and this layer above the file server sees to it that nothing happens on the host. All requests
+//! tell, and this layer above the host's files sees to it that nothing happens on the host. All requests
 //! of the group [`REPLAY_GID`] are such replays. A container that takes on this group deceives nobody but its own machine:
 //! it can look up what it could look up anyway, and all else it asks for is answered and not done.
 //!
@@ -13,6 +13,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use katana_protocol::{REPLAY_GID, REPLAY_LEARN, REPLAY_SOURCE};
@@ -21,12 +22,9 @@ use virtiofsd::filesystem::{
     SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
 };
 use virtiofsd::fuse::{Attr, FsOptions, SetattrIn};
-use virtiofsd::passthrough::PassthroughFs;
 
+use super::host::{Handle, Host, Inode};
 use super::known::{Known, Name, References};
-
-type Inode = u64;
-type Handle = u64;
 
 /// With this bit, a directory's number is that of the [`REPLAY_SOURCE`] in it, which is nowhere on the host. virtiofsd counts
 /// its own numbers up from 1.
@@ -42,12 +40,21 @@ const DIRECTORY_BUFFER: u32 = 32 << 10;
 
 /// The file server with this layer above it.
 pub struct Replaying {
-    inner: PassthroughFs,
+    inner: Arc<Host>,
     known: Known,
 }
 
-fn is_replay(ctx: &Context) -> bool {
+/// Whether a request is a replay.
+pub fn is_one(ctx: &Context) -> bool {
     ctx.gid == REPLAY_GID.into()
+}
+
+/// The attributes that are told of an inode if they are not simply those on the host, and for how long.
+pub fn attributes(host: &Host, ctx: Context, inode: Inode) -> Option<io::Result<(Attr, Duration)>> {
+    if let Some(attr) = made_up(inode) {
+        return Some(Ok((attr, Duration::ZERO)));
+    }
+    is_one(&ctx).then(|| host.getattr(ctx, inode, None).map(|(attr, _)| (before(attr), Duration::ZERO)))
 }
 
 fn refused<T>() -> io::Result<T> {
@@ -80,7 +87,7 @@ fn before(mut attr: Attr) -> Attr {
 }
 
 impl Replaying {
-    pub fn new(inner: PassthroughFs) -> Self {
+    pub fn new(inner: Arc<Host>) -> Self {
         Self { inner, known: Known::default() }
     }
 
@@ -176,11 +183,11 @@ impl Replaying {
     }
 }
 
-/// What replays ask for is answered here; all else is virtiofsd's.
+/// What replays ask for is answered here; all else is the host's.
 impl FileSystem for Replaying {
     type Inode = Inode;
     type Handle = Handle;
-    type DirIter = <PassthroughFs as FileSystem>::DirIter;
+    type DirIter = <Host as FileSystem>::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         self.inner.init(capable)
@@ -192,7 +199,7 @@ impl FileSystem for Replaying {
     }
 
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
-        if is_replay(&ctx) { self.look_back(ctx, parent, name) } else { self.inner.lookup(ctx, parent, name) }
+        if is_one(&ctx) { self.look_back(ctx, parent, name) } else { self.inner.lookup(ctx, parent, name) }
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
@@ -209,11 +216,7 @@ impl FileSystem for Replaying {
     }
 
     fn getattr(&self, ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)> {
-        if let Some(attr) = made_up(inode) {
-            return Ok((attr, Duration::ZERO));
-        }
-        let (attr, timeout) = self.inner.getattr(ctx, inode, handle)?;
-        Ok(if is_replay(&ctx) { (before(attr), Duration::ZERO) } else { (attr, timeout) })
+        attributes(&self.inner, ctx, inode).unwrap_or_else(|| self.inner.getattr(ctx, inode, handle))
     }
 
     fn setattr(
@@ -224,7 +227,7 @@ impl FileSystem for Replaying {
         handle: Option<Handle>,
         valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             return self.inner.getattr(ctx, inode, None);
         }
         self.inner.setattr(ctx, inode, attr, handle, valid)
@@ -242,7 +245,7 @@ impl FileSystem for Replaying {
         name: &CStr,
         extensions: Extensions,
     ) -> io::Result<Entry> {
-        if is_replay(&ctx) { refused() } else { self.inner.symlink(ctx, linkname, parent, name, extensions) }
+        if is_one(&ctx) { refused() } else { self.inner.symlink(ctx, linkname, parent, name, extensions) }
     }
 
     fn mknod(
@@ -255,7 +258,7 @@ impl FileSystem for Replaying {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             return self.appear(ctx, parent, name, libc::S_IFREG);
         }
         self.inner.mknod(ctx, parent, name, mode, rdev, umask, extensions)
@@ -270,14 +273,14 @@ impl FileSystem for Replaying {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             return self.appear(ctx, parent, name, libc::S_IFDIR);
         }
         self.inner.mkdir(ctx, parent, name, mode, umask, extensions)
     }
 
     fn unlink(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             self.vanish(ctx, parent, name);
             return Ok(());
         }
@@ -285,7 +288,7 @@ impl FileSystem for Replaying {
     }
 
     fn rmdir(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             self.vanish(ctx, parent, name);
             return Ok(());
         }
@@ -301,7 +304,7 @@ impl FileSystem for Replaying {
         newname: &CStr,
         flags: u32,
     ) -> io::Result<()> {
-        if !is_replay(&ctx) {
+        if !is_one(&ctx) {
             return self.inner.rename(ctx, olddir, oldname, newdir, newname, flags);
         }
         if olddir & SOURCE == 0 || flags != 0 {
@@ -312,7 +315,7 @@ impl FileSystem for Replaying {
     }
 
     fn link(&self, ctx: Context, inode: Inode, newparent: Inode, newname: &CStr) -> io::Result<Entry> {
-        if is_replay(&ctx) { refused() } else { self.inner.link(ctx, inode, newparent, newname) }
+        if is_one(&ctx) { refused() } else { self.inner.link(ctx, inode, newparent, newname) }
     }
 
     fn open(
@@ -322,7 +325,7 @@ impl FileSystem for Replaying {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<(Option<Handle>, OpenOptions)> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             // Without FOPEN_KEEP_CACHE: the guest lets go of the old contents.
             return Ok((Some(UNWRITTEN), OpenOptions::empty()));
         }
@@ -340,7 +343,7 @@ impl FileSystem for Replaying {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             return refused();
         }
         self.inner.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)
@@ -373,7 +376,7 @@ impl FileSystem for Replaying {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             return refused();
         }
         let inner = &self.inner;
@@ -397,7 +400,7 @@ impl FileSystem for Replaying {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             return refused();
         }
         self.inner.fallocate(ctx, inode, handle, mode, offset, length)
@@ -432,14 +435,14 @@ impl FileSystem for Replaying {
         flags: u32,
         extra_flags: SetxattrFlags,
     ) -> io::Result<()> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             return refused();
         }
         self.inner.setxattr(ctx, inode, name, value, flags, extra_flags)
     }
 
     fn getxattr(&self, ctx: Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        let learn = name.to_bytes().strip_prefix(REPLAY_LEARN.as_bytes()).filter(|_| is_replay(&ctx));
+        let learn = name.to_bytes().strip_prefix(REPLAY_LEARN.as_bytes()).filter(|_| is_one(&ctx));
         if let Some(which) = learn {
             match CString::new(which)? {
                 all if all.is_empty() => self.learn(ctx, inode)?,
@@ -455,7 +458,7 @@ impl FileSystem for Replaying {
     }
 
     fn removexattr(&self, ctx: Context, inode: Inode, name: &CStr) -> io::Result<()> {
-        if is_replay(&ctx) { refused() } else { self.inner.removexattr(ctx, inode, name) }
+        if is_one(&ctx) { refused() } else { self.inner.removexattr(ctx, inode, name) }
     }
 
     fn opendir(&self, ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
@@ -501,7 +504,7 @@ impl FileSystem for Replaying {
         len: u64,
         flags: u64,
     ) -> io::Result<usize> {
-        if is_replay(&ctx) {
+        if is_one(&ctx) {
             return refused();
         }
         let inner = &self.inner;

@@ -1,3 +1,5 @@
+mod access;
+mod calls;
 mod replays;
 
 use std::os::fd::AsRawFd;
@@ -34,7 +36,10 @@ fn guest() -> Guest {
 }
 
 fn guest_with_limit(descriptors: u64) -> Guest {
-    let dir = TempDir::new().unwrap();
+    guest_of(TempDir::new().unwrap(), descriptors)
+}
+
+fn guest_of(dir: TempDir, descriptors: u64) -> Guest {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let proc_self_fd = open("/proc/self/fd", flags, Mode::empty()).unwrap();
     let root = dir.as_path().to_str().unwrap().to_owned();
@@ -58,13 +63,17 @@ fn object<T: ByteValued + Default>(bytes: &[u8]) -> T {
 impl Guest {
     /// Sends a request; its head.
     fn send(&mut self, opcode: Opcode, node: u64, uid: u32, payload: &[&[u8]]) -> u16 {
+        self.send_number(opcode as u32, node, uid, payload)
+    }
+
+    fn send_number(&mut self, opcode: u32, node: u64, uid: u32, payload: &[&[u8]]) -> u16 {
         let head = self.next;
         self.next = (head + 2) % 64;
         let payload = payload.concat();
         let length = size_of::<InHeader>() + payload.len();
         let header = InHeader {
             len: length as u32,
-            opcode: opcode as u32,
+            opcode,
             unique: head.into(),
             nodeid: node,
             uid: uid.into(),
@@ -279,8 +288,8 @@ fn what_programs_do_with_files_is_served() {
     let attr = object::<AttrOut>(&ok(Opcode::Setattr, file, 0, &[set.as_slice()])).attr;
     assert_eq!(attr.mode & 0o7777, 0o2750);
 
-    // Extended attributes: size, flags; size, padding.
-    ok(Opcode::Setxattr, file, 0, &[&words(&[5, 0]), b"user.name\0value"]);
+    // Extended attributes: size, flags, further flags, padding; size, padding.
+    ok(Opcode::Setxattr, file, 0, &[&words(&[5, 0, 0, 0]), b"user.name\0value"]);
     assert_eq!(ok(Opcode::Getxattr, file, 0, &[&words(&[64, 0]), b"user.name\0"]), b"value");
     assert_eq!(ok(Opcode::Listxattr, file, 0, &[&words(&[64, 0])]), b"user.name\0");
     ok(Opcode::Removexattr, file, 0, &[b"user.name\0"]);

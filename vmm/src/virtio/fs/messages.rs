@@ -1,0 +1,173 @@
+//! Requests as they come from the guest's queue: those that the library does not know are answered here, and writes, whose
+//! count it loses. All others are the library's.
+//!
+//! linux/fuse.h, 7.39: FUSE_TMPFILE, FUSE_STATX and FUSE_IOCTL.
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::filesystem::{Context, FileSystem};
+use virtiofsd::fuse::{
+    Attr, CreateIn, EntryOut, GETATTR_FH, InHeader, IoctlIn, IoctlOut, Opcode, OpenOut, OutHeader,
+    WRITE_CACHE, WRITE_KILL_PRIV, WRITE_LOCKOWNER, WriteIn, WriteOut,
+};
+use virtiofsd::server::Server;
+use vm_memory::ByteValued;
+
+use super::host::{Birth, Host};
+use super::inode_flags::Request;
+use super::replay::{self, Replaying};
+use super::transfer::Written;
+
+/// FUSE_STATX, which the library has no name for.
+const STATX: u32 = 52;
+/// Most bytes of a write, as the library announces it to the guest.
+const MOST_WRITTEN: usize = 1 << 20;
+/// Most bytes that are read of what comes with an ioctl(2).
+const MOST_INPUT: usize = 64;
+
+type Answer = io::Result<Vec<u8>>;
+
+/// All that serves requests.
+pub struct Messages {
+    server: Server<Replaying>,
+    host: Arc<Host>,
+}
+
+impl Messages {
+    pub fn new(host: Host) -> Self {
+        let host = Arc::new(host);
+        Self { server: Server::new(Replaying::new(Arc::clone(&host))), host }
+    }
+
+    /// The guest is gone.
+    pub fn destroy(&self) {
+        self.server.destroy();
+    }
+
+    /// Answers a request; the length of the answer.
+    ///
+    /// The header is read twice, and may have changed in between. Then the library gets what it does not know or loses the
+    /// count of a write: the guest has deceived itself.
+    pub fn handle(&self, mut reader: Reader<'_>, writer: Writer<'_>) -> Result<usize, virtiofsd::Error> {
+        let read =
+            |reader: &mut Reader<'_>| reader.read_obj::<InHeader>().map_err(virtiofsd::Error::DecodeMessage);
+        let header = read(&mut reader.clone())?;
+        let kind = Opcode::try_from(header.opcode);
+        let replay = replay::is_one(&Context::from(header));
+        let ours = header.opcode == STATX
+            || !replay && matches!(kind, Ok(Opcode::Write | Opcode::TmpFile | Opcode::Ioctl));
+        if !ours {
+            // There is no shared memory window (DAX), hence no back-end to ask for one.
+            return self.server.handle_message(reader, writer, None::<&mut ()>);
+        }
+        let header = read(&mut reader)?;
+        let answer = match Opcode::try_from(header.opcode) {
+            Ok(Opcode::Write) => self.write(header, reader),
+            Ok(Opcode::TmpFile) => self.make_unnamed(header, reader),
+            Ok(Opcode::Ioctl) => self.inode_flags(header, reader),
+            _ if header.opcode == STATX => self.statx(header, reader),
+            _ => invalid(),
+        };
+        reply(writer, header.unique, answer).map_err(virtiofsd::Error::EncodeMessage)
+    }
+
+    fn write(&self, header: InHeader, mut reader: Reader<'_>) -> Answer {
+        let WriteIn { fh, offset, size, write_flags, lock_owner, flags, .. } = reader.read_obj()?;
+        let end = usize::try_from(size).ok().filter(|size| *size <= MOST_WRITTEN);
+        let end =
+            end.filter(|_| offset.checked_add(size.into()).is_some_and(|end| i64::try_from(end).is_ok()));
+        // The library takes whole buffers: what is behind the data must not follow it.
+        if end.is_none_or(|size| reader.split_at(size).is_err()) {
+            return invalid();
+        }
+        let owner = (write_flags & WRITE_LOCKOWNER != 0).then_some(lock_owner);
+        let delayed = write_flags & WRITE_CACHE != 0;
+        let kill = write_flags & WRITE_KILL_PRIV != 0;
+        let (ctx, inode, data) = (Context::from(header), header.nodeid, Written(reader));
+        let written = self.host.write(ctx, inode, fh, data, size, offset, owner, delayed, kill, flags)?;
+        // It is not more than asked for.
+        let size = u32::try_from(written).unwrap_or(size);
+        Ok(WriteOut { size, ..WriteOut::default() }.as_slice().to_vec())
+    }
+
+    fn make_unnamed(&self, header: InHeader, mut reader: Reader<'_>) -> Answer {
+        let CreateIn { flags, mode, umask, .. } = reader.read_obj()?;
+        let (entry, fh) = self.host.make_unnamed(header.into(), header.nodeid, flags, mode, umask)?;
+        let open = OpenOut { fh, ..OpenOut::default() };
+        Ok([EntryOut::from(entry).as_slice(), open.as_slice()].concat())
+    }
+
+    fn inode_flags(&self, header: InHeader, mut reader: Reader<'_>) -> Answer {
+        let IoctlIn { fh, cmd, in_size, out_size, .. } = reader.read_obj()?;
+        let mut input = vec![0; (in_size as usize).min(MOST_INPUT)];
+        reader.read_exact(&mut input)?;
+        let Some(request) = Request::new(cmd, &input, out_size as usize) else {
+            return Err(io::Error::from_raw_os_error(libc::ENOTTY));
+        };
+        let output = self.host.inode_flags(header.into(), header.nodeid, fh, request)?;
+        Ok([IoctlOut::default().as_slice(), &output].concat())
+    }
+
+    fn statx(&self, header: InHeader, mut reader: Reader<'_>) -> Answer {
+        // struct fuse_statx_in: getattr_flags, reserved, fh, sx_flags, sx_mask.
+        let [flags, _, low, high, ..]: [u32; 6] = reader.read_obj()?;
+        let fh = u64::from(high) << 32 | u64::from(low);
+        let (ctx, inode) = (Context::from(header), header.nodeid);
+        if let Some(told) = replay::attributes(&self.host, ctx, inode) {
+            let (attr, valid) = told?;
+            return Ok(statx_out(&attr, None, valid));
+        }
+        let (attr, birth) = self.host.statx(ctx, inode, (flags & GETATTR_FH != 0).then_some(fh))?;
+        Ok(statx_out(&attr, birth, super::CACHE_TIME))
+    }
+}
+
+fn invalid<T>() -> io::Result<T> {
+    Err(io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+fn reply(mut writer: Writer<'_>, unique: u64, answer: Answer) -> io::Result<usize> {
+    let (error, payload) = match answer {
+        Ok(payload) => (0, payload),
+        Err(error) => (-error.raw_os_error().unwrap_or(libc::EIO), Vec::new()),
+    };
+    let length = size_of::<OutHeader>() + payload.len();
+    let len = u32::try_from(length).map_err(io::Error::other)?;
+    writer.write_all(OutHeader { len, error, unique }.as_slice())?;
+    writer.write_all(&payload)?;
+    Ok(length)
+}
+
+/// `struct fuse_statx_out`.
+fn statx_out(attr: &Attr, birth: Option<Birth>, valid: Duration) -> Vec<u8> {
+    use virtiofsd::soft_idmap::Id;
+    let mask = libc::STATX_BASIC_STATS | birth.map_or(0, |_| libc::STATX_BTIME);
+    let mut out = Vec::with_capacity(288);
+    let longs = |out: &mut Vec<u8>, values: &[u64]| values.iter().for_each(|v| out.extend(v.to_le_bytes()));
+    let words = |out: &mut Vec<u8>, values: &[u32]| values.iter().for_each(|v| out.extend(v.to_le_bytes()));
+    longs(&mut out, &[valid.as_secs()]);
+    words(&mut out, &[valid.subsec_nanos(), 0]);
+    longs(&mut out, &[0, 0]);
+    // struct fuse_statx: which fields there are, block size, attributes, links, owners, mode ...
+    words(&mut out, &[mask, attr.blksize]);
+    longs(&mut out, &[0]);
+    words(&mut out, &[attr.nlink, attr.uid.into_inner(), attr.gid.into_inner(), attr.mode & 0xffff]);
+    longs(&mut out, &[attr.ino, attr.size, attr.blocks, 0]);
+    // ... and the times of access, birth, change and modification, with their nanoseconds.
+    let born = birth.unwrap_or_default();
+    for (seconds, nanoseconds) in [
+        (attr.atime, attr.atimensec),
+        (born.seconds.cast_unsigned(), born.nanoseconds),
+        (attr.ctime, attr.ctimensec),
+        (attr.mtime, attr.mtimensec),
+    ] {
+        longs(&mut out, &[seconds]);
+        words(&mut out, &[nanoseconds, 0]);
+    }
+    words(&mut out, &[libc::major(attr.rdev.into()), libc::minor(attr.rdev.into()), 0, 0]);
+    longs(&mut out, &[0; 14]);
+    out
+}
