@@ -171,10 +171,10 @@ fn the_full_kernel_can_be_looked_into() {
     }
     let scratch = Scratch::new();
     let installed = Configuration::installed();
-    let kernel = katana_tests::environment::bin()
-        .join("../share/kata-containers/vmlinux-full.container")
-        .canonicalize()
-        .expect("the full kernel");
+    let kernel = katana_tests::environment::bin().join("../share/kata-containers/vmlinux-full.container");
+    let Ok(kernel) = kernel.canonicalize() else {
+        return katana_tests::environment::say_skipped("the full kernel is not built: KATANA_FULL_KERNEL=1");
+    };
     let configuration = installed
         .set("hypervisor.katana.kernel", kernel.display().to_string())
         .set("factory.enable_template", false);
