@@ -1,9 +1,11 @@
 //! `kata-runtime factory`: the template from which machines go on. The first pod's start makes it as well; this is for hosts
 //! on which that one is to be as fast as the others.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,6 +13,8 @@ use std::process::{Child, Command, Stdio};
 use katana_config::Config;
 use katana_protocol::vmm::{self, CONTROL_FD, Event, Machine, Request, Template};
 use katana_template::{Draft, Store};
+use nix::errno::Errno;
+use nix::libc;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt::ReceiveTimeout};
@@ -74,6 +78,18 @@ pub(crate) fn destroy(config: Option<&Path>) -> Result<(), Error> {
     Ok(())
 }
 
+/// A copy of the mount that a directory is in, attached nowhere yet, as the VMM takes its root.
+fn detached(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    // SAFETY: a path that outlives the call, and integers.
+    let fd =
+        Errno::result(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for the caller.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Boots a machine that nobody uses, up to the point at which it is a template.
 fn make(config: &Config, draft: &Draft) -> Result<(), Error> {
     let hypervisor = &config.hypervisor;
@@ -83,17 +99,14 @@ fn make(config: &Config, draft: &Draft) -> Result<(), Error> {
     setsockopt(&ours, ReceiveTimeout, &limit).map_err(|e| Error::System("SO_RCVTIMEO", e.into()))?;
     let mut kvm = File::options();
     kvm.read(true).write(true);
-    let [kvm, kernel, image, share] = [
-        (kvm, Path::new("/dev/kvm")),
-        (readable(), &hypervisor.kernel),
-        (readable(), &hypervisor.image),
-        // It becomes the VMM's root, of which a guest without a pod has no use.
-        (readable(), &config.factory.template_path),
-    ]
-    .map(|(options, path)| {
-        options.open(path).map_err(|source| Error::File { path: path.to_owned(), source })
-    });
-    let files = [kvm?, kernel?, image?, share?];
+    let [kvm, kernel, image] =
+        [(kvm, Path::new("/dev/kvm")), (readable(), &hypervisor.kernel), (readable(), &hypervisor.image)]
+            .map(|(options, path)| {
+                options.open(path).map_err(|source| Error::File { path: path.to_owned(), source })
+            });
+    // It becomes the VMM's root, of which a guest without a pod has no use.
+    let share = detached(&config.factory.template_path).map_err(|e| Error::System("open_tree", e))?;
+    let files: [OwnedFd; 4] = [kvm?.into(), kernel?.into(), image?.into(), share];
     let mut vmm = Vmm { outer: spawn(&hypervisor.path, theirs)?, jailed: None };
     let machine =
         Machine { guest_cid: GUEST_CID, template: Template::Make, ..katana_template::machine(config) };
@@ -128,8 +141,8 @@ fn spawn(program: &Path, control: OwnedFd) -> Result<Child, Error> {
     command.env_clear().current_dir("/").stdin(Stdio::null()).stdout(Stdio::null());
     let place = move || {
         // SAFETY: the number is free or a descriptor of this process's own, which exec would close anyway.
-        let placed = unsafe { nix::libc::dup2(std::os::fd::AsRawFd::as_raw_fd(&control), CONTROL_FD) };
-        nix::errno::Errno::result(placed)?;
+        let placed = unsafe { libc::dup2(std::os::fd::AsRawFd::as_raw_fd(&control), CONTROL_FD) };
+        Errno::result(placed)?;
         Ok(unshare(CloneFlags::CLONE_NEWNET)?)
     };
     // SAFETY: between fork and exec the closure makes two system calls and allocates nothing.
