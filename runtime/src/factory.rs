@@ -110,7 +110,7 @@ fn make(config: &Config, draft: &Draft) -> Result<(), Error> {
     let mut vmm = Vmm { outer: spawn(&hypervisor.path, theirs)?, jailed: None };
     let machine =
         Machine { guest_cid: GUEST_CID, template: Template::Make, ..katana_template::machine(config) };
-    let fds: Vec<_> = files.iter().chain([draft.file()]).map(AsFd::as_fd).collect();
+    let fds: Vec<_> = files.iter().map(AsFd::as_fd).chain([draft.file().as_fd()]).collect();
     vmm::send(&ours, &Request::Boot(machine), &fds)?;
     loop {
         let event = match vmm::receive(&ours) {
