@@ -87,7 +87,20 @@ fn detached(path: &Path) -> io::Result<OwnedFd> {
         Errno::result(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })?;
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for the caller.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let mount = unsafe { OwnedFd::from_raw_fd(fd) };
+    // pivot_root(2) takes none that is shared.
+    let attr = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
+    let (flags, size) = (libc::AT_EMPTY_PATH, size_of::<libc::mount_attr>());
+    // SAFETY: an empty path, and a structure of the given size that outlives the call.
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), flags, &raw const attr, size)
+    })?;
+    Ok(mount)
 }
 
 /// Boots a machine that nobody uses, up to the point at which it is a template.
