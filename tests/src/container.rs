@@ -222,6 +222,15 @@ impl Container {
         assert!(come, "{} is {:?}, and does not become {status:?}", self.id, self.status());
     }
 
+    /// Waits until it has a task.
+    ///
+    /// # Panics
+    /// When none comes.
+    #[track_caller]
+    pub fn wait_for_task(&self) {
+        assert!(crate::host::eventually(|| self.status().is_some()), "{} has no task", self.id);
+    }
+
     /// Deletes its task, which has ended with this exit code. `ctr` tells the code as its own, or in a warning.
     ///
     /// # Panics
