@@ -19,6 +19,7 @@ build: ## build programs, guest kernel and image, laid out below target/katana/
 install: ## install what was built to $(DESTDIR)$(PREFIX)
 	scripts/install "$(DESTDIR)" "$(PREFIX)"
 
+dist: export KATANA_FULL_KERNEL = 1
 dist: build ## pack target/kata-static-VERSION-x86_64.tar.xz
 	scripts/dist $(VERSION)
 
