@@ -141,7 +141,9 @@ fn map_ids(pid: i32) -> Result<(), Error> {
     fs::write(format!("/proc/{pid}/gid_map"), IDENTITY).map_err(step("map group ids"))
 }
 
-/// As many descriptors as the host allows, and no core files: they would hold the guest's memory.
+/// As many descriptors as the host allows, and no core files: they would hold the guest's memory. A limit of processes
+/// (RLIMIT_NPROC) would be none: the kernel does not hold the host's root to it (`copy_process` in kernel/fork.c), who this still is in its
+/// user namespace. What starts is threads only, by seccomp, and their number the pod's cgroup limits.
 fn set_limits() -> Result<(), Error> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(step("descriptor limit"))?;
     let raised = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS);
