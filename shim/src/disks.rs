@@ -12,6 +12,7 @@ use nix::sys::stat::{major, minor};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::handed;
 use crate::rootfs::Layer;
 use crate::spec::{Device, Source, Spec};
 
@@ -119,7 +120,7 @@ impl Wanted {
     /// Opens it. Blocks.
     pub fn open(self) -> Result<Opened> {
         let failed = |e: &io::Error| Error::io(format_args!("disk {}", self.path.display()), e);
-        let file = File::options().read(true).write(!self.read_only).open(&self.path);
+        let file = handed::open(&self.path, File::options().read(true).write(!self.read_only));
         let file = file.map_err(|e| failed(&e))?;
         let status = file.metadata().map_err(|e| failed(&e))?;
         let numbers = |number| {

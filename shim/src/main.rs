@@ -18,6 +18,7 @@ mod fds;
 mod features;
 mod file_system;
 mod follow;
+mod handed;
 mod hooks;
 mod layout;
 mod logger;

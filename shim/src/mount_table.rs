@@ -39,6 +39,12 @@ impl Mounted {
         Self { point, ..self.clone() }
     }
 
+    /// The same without some flags.
+    pub fn without(&self, flags: &[&str]) -> Self {
+        let left: Vec<_> = self.flags.split(',').filter(|flag| !flags.contains(flag)).collect();
+        Self { flags: left.join(","), ..self.clone() }
+    }
+
     /// The flags that are for the guest's kernel to heed, as options. What is read-only the host's kernel sees to.
     pub fn restrictions(&self) -> Vec<String> {
         let restricts = |flag: &&str| ["nosuid", "nodev", "noexec"].contains(flag);

@@ -3,19 +3,26 @@
 //! What the guest sees is mounted in the VMM's mount namespace only. In the host's it would keep directories busy that others
 //! want to remove, and a copy of what is mounted there would be one more for everybody. So each mount is made without a place,
 //! in the host's namespace, where its source is; then a thread that goes into the VMM's namespace gives it its place.
+//!
+//! Whatever the source is like, nothing can be executed there with somebody else's rights, and no device can be opened: it is the guest's kernel that
+//! does so, when a container opens a device node or executes a set-user-ID file that it finds there. To it these are flags of the host's
+//! mount all the same, so it is told of those that the source has itself ([`Hardened`]).
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::stat::Mode;
+use nix::sys::statvfs::{FsFlags, fstatvfs};
 use nix::unistd::fchdir;
 
 use crate::mount_table::{self, Mounted};
@@ -55,6 +62,12 @@ pub fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
 /// anybody can see it.
 #[derive(Debug)]
 pub struct Detached(OwnedFd);
+
+impl AsFd for Detached {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 impl From<OwnedFd> for Detached {
     fn from(fd: OwnedFd) -> Self {
@@ -121,6 +134,74 @@ impl Detached {
     }
 }
 
+/// What every mount for a VMM is.
+const HARDENED: [(&str, FsFlags); 2] = [("nosuid", FsFlags::ST_NOSUID), ("nodev", FsFlags::ST_NODEV)];
+
+/// The flags that mounts of a namespace have beyond those of the host's mounts that they are copies of, by their places.
+#[derive(Debug, Default)]
+pub struct Hardened(Mutex<BTreeMap<PathBuf, Vec<&'static str>>>);
+
+impl Hardened {
+    /// Hardens a mount that is to get this place, with all that is mounted in it. Whether it is `nosuid` and `nodev` as it is, the
+    /// mount of the host tells that it is a copy of, or its file system, which may have to answer.
+    fn harden(&self, place: &Path, mount: &Detached, original: Option<&Mounted>) -> io::Result<()> {
+        let had = match original {
+            Some(original) => original.restrictions(),
+            None => {
+                let flags = fstatvfs(mount)?.flags();
+                let had = HARDENED.iter().filter(|(_, flag)| flags.contains(*flag));
+                had.map(|(name, _)| (*name).to_owned()).collect()
+            }
+        };
+        mount.set(libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV, 0, 0, true)?;
+        self.note(Path::new("/").join(place), &had);
+        Ok(())
+    }
+
+    fn note(&self, point: PathBuf, had: &[String]) {
+        let added =
+            HARDENED.map(|(name, _)| name).into_iter().filter(|name| !had.iter().any(|had| had == name));
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(point, added.collect());
+    }
+
+    /// A place of a tree, and the directory of the host that it is a copy of: notes the mounts in it.
+    fn note_tree(&self, all: &[Mounted], place: &Path, source: &Path) -> io::Result<()> {
+        let root = Path::new("/").join(place);
+        let inner = |mounted: &&Mounted| mounted.point != root;
+        let mut seen = mount_table::tree(all, &root).into_iter().filter(inner).peekable();
+        if seen.peek().is_none() {
+            return Ok(());
+        }
+        let (source, host) = (std::fs::canonicalize(source)?, mount_table::host()?);
+        let originals = mount_table::tree(&host, &source);
+        for mounted in seen {
+            let Ok(below) = mounted.point.strip_prefix(&root) else { continue };
+            let point = source.join(below);
+            // One that has gone meanwhile was as strict as could be.
+            if let Some(original) = originals.iter().find(|original| original.point == point) {
+                self.note(mounted.point.clone(), &original.restrictions());
+            }
+        }
+        Ok(())
+    }
+
+    /// The mounts of the namespace as they would be if none had been hardened.
+    fn undone(&self, all: &[Mounted]) -> Vec<Mounted> {
+        let noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let undone = |mounted: &Mounted| {
+            let added = noted.get(&mounted.point);
+            added.map_or_else(|| mounted.clone(), |added| mounted.without(added))
+        };
+        all.iter().map(undone).collect()
+    }
+
+    /// What was at or in a place is gone.
+    pub fn forget(&self, place: &Path) {
+        let root = Path::new("/").join(place);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|point, _| !point.starts_with(&root));
+    }
+}
+
 /// What is to be done in a mount namespace, at a path relative to its root.
 enum Step {
     Mount(PathBuf, Detached),
@@ -136,21 +217,24 @@ pub struct Place<'a> {
     namespace: BorrowedFd<'a>,
     /// Its root, the share.
     root: BorrowedFd<'a>,
+    hardened: &'a Hardened,
     steps: Vec<Step>,
+    /// Places of whole trees, and what they are copies of.
+    trees: Vec<(PathBuf, PathBuf)>,
     /// Whether what is recursive is to be copied mount by mount, see [`Place::add_tree`].
     piecewise: bool,
 }
 
 impl<'a> Place<'a> {
     /// Nothing is to be done yet.
-    pub fn new(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>) -> Self {
-        Self { namespace, root, steps: Vec::new(), piecewise: false }
+    pub fn new(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>, hardened: &'a Hardened) -> Self {
+        Self { namespace, root, hardened, steps: Vec::new(), trees: Vec::new(), piecewise: false }
     }
 
     /// The same, for a second attempt after the kernel has refused a tree with ELOOP: a mount namespace takes none in which there
     /// is a file that stands for an older mount namespace (`check_for_nsfs_mounts` in fs/namespace.c).
-    pub fn piecewise(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>) -> Self {
-        Self { piecewise: true, ..Self::new(namespace, root) }
+    pub fn piecewise(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>, hardened: &'a Hardened) -> Self {
+        Self { piecewise: true, ..Self::new(namespace, root, hardened) }
     }
 
     /// Has a private copy of `source` wait for its place.
@@ -162,30 +246,40 @@ impl<'a> Place<'a> {
         access: Access,
     ) -> io::Result<()> {
         if !(self.piecewise && recursive) {
-            self.add(place, Detached::bound(source, recursive, false, access)?);
-            return Ok(());
+            return self.add_copy(place, source, Detached::bound(source, recursive, false, access)?);
         }
         // As the kernel does where it copies mounts by itself, without such files.
         let source = std::fs::canonicalize(source)?;
-        self.add(place.clone(), Detached::bound(&source, false, false, access)?);
+        self.add(place.clone(), Detached::bound(&source, false, false, access)?)?;
         let access = if access == Access::ReadOnly { Access::Inherited } else { access };
         for mounted in mount_table::tree(&mount_table::host()?, &source) {
             let Ok(below) = mounted.point.strip_prefix(&source) else { continue };
             if !below.as_os_str().is_empty() && !mounted.is_mount_namespace() {
-                self.try_to_add(place.join(below), Detached::bound(&mounted.point, false, false, access)?);
+                let copy = Detached::bound(&mounted.point, false, false, access)?;
+                self.try_to_add(place.join(below), copy, mounted)?;
             }
         }
         Ok(())
     }
 
-    /// Has a mount wait for its place, a path relative to the share.
-    pub fn add(&mut self, place: PathBuf, mount: Detached) {
-        self.steps.push(Step::Mount(place, mount));
+    /// Has a copy of a directory or file of the host, with what is mounted there, wait for its place.
+    pub fn add_copy(&mut self, place: PathBuf, source: &Path, mount: Detached) -> io::Result<()> {
+        self.trees.push((place.clone(), source.to_owned()));
+        self.add(place, mount)
     }
 
-    /// The same for a place that is in a volume, where it may be gone.
-    pub fn try_to_add(&mut self, place: PathBuf, mount: Detached) {
+    /// Has a mount wait for its place, a path relative to the share.
+    pub fn add(&mut self, place: PathBuf, mount: Detached) -> io::Result<()> {
+        self.hardened.harden(&place, &mount, None)?;
+        self.steps.push(Step::Mount(place, mount));
+        Ok(())
+    }
+
+    /// The same for a copy of a mount of the host, and a place that is in a volume, where it may be gone.
+    pub fn try_to_add(&mut self, place: PathBuf, mount: Detached, original: &Mounted) -> io::Result<()> {
+        self.hardened.harden(&place, &mount, Some(original))?;
         self.steps.push(Step::Try(place, mount));
+        Ok(())
     }
 
     /// Has a mount be unmounted, with all below it.
@@ -193,7 +287,7 @@ impl<'a> Place<'a> {
         self.steps.push(Step::Unmount(place));
     }
 
-    /// Does all that is to be done. The answer is what is mounted in the namespace then. Blocks.
+    /// Does all that is to be done. The answer is what is mounted in the namespace then, as the host's mounts are. Blocks.
     pub fn settle(&mut self) -> io::Result<Vec<Mounted>> {
         let steps = std::mem::take(&mut self.steps);
         // Whoever has entered a mount namespace has its root and working directory, which threads otherwise share. This one
@@ -221,9 +315,15 @@ impl<'a> Place<'a> {
             let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
             mount_table::read(File::from(openat(&thread, "mountinfo", flags, Mode::empty())?))
         };
-        std::thread::scope(|scope| {
+        let all = std::thread::scope(|scope| {
             scope.spawn(work).join().unwrap_or_else(|_| Err(io::Error::other("the thread has panicked")))
-        })
+        })?;
+        for (place, source) in self.trees.drain(..) {
+            if let Err(e) = self.hardened.note_tree(&all, &place, &source) {
+                log::warn!("what is mounted in {}: {e}", source.display());
+            }
+        }
+        Ok(self.hardened.undone(&all))
     }
 
     /// What is in volumes is the guest's to change: no link is followed.

@@ -1,5 +1,6 @@
 //! A container's root file system on the host.
 
+use std::io;
 use std::path::Path;
 
 use containerd_shim_protos::api::Mount;
@@ -45,7 +46,7 @@ pub fn mount(
 ) -> Result<()> {
     if layers.is_empty() {
         let root = spec.root.as_ref().map_or(Path::new("rootfs"), |root| &root.path);
-        place.add(target.to_owned(), bind(&bundle.join(root), true, false)?);
+        bind(&bundle.join(root), true, false, target, place)?;
     }
     for layer in layers {
         if !layer.target.is_empty() {
@@ -57,17 +58,22 @@ pub fn mount(
         }
         let has = |name: &str| layer.options.iter().any(|option| option == name);
         if layer.kind == "bind" || has("bind") || has("rbind") {
-            place.add(target.to_owned(), bind(Path::new(&layer.source), has("rbind"), has("ro"))?);
+            bind(Path::new(&layer.source), has("rbind"), has("ro"), target, place)?;
         } else {
             let made = file_system::make(&layer.kind, &layer.source, &layer.options, point)?;
-            place.add(target.to_owned(), made);
+            place.add(target.to_owned(), made).map_err(|e| failed(&layer.source, &e))?;
         }
     }
     Ok(())
 }
 
-fn bind(source: &Path, recursive: bool, read_only: bool) -> Result<Detached> {
+fn bind(source: &Path, recursive: bool, read_only: bool, target: &Path, place: &mut Place<'_>) -> Result<()> {
     let access = if read_only { Access::ReadOnly } else { Access::Inherited };
-    Detached::bound(source, recursive, true, access)
-        .map_err(|e| Error::io(format_args!("root file system {}", source.display()), &e))
+    let bound = Detached::bound(source, recursive, true, access);
+    let added = bound.and_then(|bound| place.add_copy(target.to_owned(), source, bound));
+    added.map_err(|e| failed(&source.display(), &e))
+}
+
+fn failed(source: &dyn std::fmt::Display, error: &io::Error) -> Error {
+    Error::io(format_args!("root file system {source}"), error)
 }

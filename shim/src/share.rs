@@ -15,7 +15,7 @@ use katana_protocol::SHARED_VOLUMES;
 use crate::error::{Error, Result};
 use crate::layout::create_private;
 use crate::mount_table::{self, Mounted};
-use crate::mounts::{self, Detached, Place};
+use crate::mounts::{self, Detached, Hardened, Place};
 use crate::rootfs;
 use crate::spec::{Source, Spec};
 use crate::volumes::{self, Changes, Volumes};
@@ -26,6 +26,7 @@ pub struct Share {
     path: PathBuf,
     /// The read-only mount of it, which becomes the VMM's root.
     root: Arc<OwnedFd>,
+    hardened: Hardened,
     volumes: Mutex<Volumes>,
 }
 
@@ -54,10 +55,12 @@ impl Share {
         }
         fs::create_dir(path)?;
         let mount = Detached::copy(path, false)?;
-        mount.set(libc::MOUNT_ATTR_RDONLY, 0, libc::MS_PRIVATE, false)?;
+        // There are only places for mounts in it.
+        let nothing = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+        mount.set(libc::MOUNT_ATTR_RDONLY | nothing, 0, libc::MS_PRIVATE, false)?;
         fs::create_dir(path.join(SHARED_VOLUMES))?;
         let root = Arc::new(OwnedFd::from(mount));
-        Ok(Self { path: path.to_owned(), root, volumes: Mutex::default() })
+        Ok(Self { path: path.to_owned(), root, hardened: Hardened::default(), volumes: Mutex::default() })
     }
 
     /// For the VMM, whose root it becomes: what is mounted in it is found below it ever after.
@@ -77,11 +80,11 @@ impl Share {
         namespace: BorrowedFd<'_>,
     ) -> Result<Added> {
         let wanted = sources.to_vec();
-        let mut place = Place::new(namespace, self.root.as_fd());
+        let mut place = Place::new(namespace, self.root.as_fd(), &self.hardened);
         match self.try_add(id, bundle, spec, layers, sources, &mut place) {
             Err(Failed::Loop) => {
                 sources.clone_from_slice(&wanted);
-                let mut place = Place::piecewise(namespace, self.root.as_fd());
+                let mut place = Place::piecewise(namespace, self.root.as_fd(), &self.hardened);
                 Ok(self.try_add(id, bundle, spec, layers, sources, &mut place)?)
             }
             added => Ok(added?),
@@ -157,7 +160,7 @@ impl Share {
         if !volumes.any_follows() {
             return Ok(Changes::default());
         }
-        let mut place = Place::new(namespace, self.root.as_fd());
+        let mut place = Place::new(namespace, self.root.as_fd(), &self.hardened);
         let changes = volumes.follow(&mount_table::host()?, Path::new(SHARED_VOLUMES), &mut place);
         if changes != Changes::default() {
             place.settle()?;
@@ -181,7 +184,14 @@ impl Share {
             log::error!("remove {}: {e}", self.path.join(id).display());
         }
         let released = self.volumes().release(id, &self.path.join(SHARED_VOLUMES));
-        released.iter().map(|number| Path::new(SHARED_VOLUMES).join(number.to_string())).collect()
+        let released = released.iter().map(|number| Path::new(SHARED_VOLUMES).join(number.to_string()));
+        let released: Vec<_> = released.collect();
+        released
+            .iter()
+            .map(PathBuf::as_path)
+            .chain([Path::new(id)])
+            .for_each(|place| self.hardened.forget(place));
+        released
     }
 }
 

@@ -211,12 +211,10 @@ impl Volumes {
                 }
                 come.push(mounted.id);
                 let access = if *access == Access::RecursivelyReadOnly { *access } else { Access::Inherited };
-                match Detached::bound(&mounted.point, false, false, access) {
-                    Ok(copy) => place.try_to_add(root.join(&path), copy),
-                    Err(e) => {
-                        log::info!("{}: {e}", mounted.point.display());
-                        continue;
-                    }
+                let copied = Detached::bound(&mounted.point, false, false, access);
+                if let Err(e) = copied.and_then(|copy| place.try_to_add(root.join(&path), copy, mounted)) {
+                    log::info!("{}: {e}", mounted.point.display());
+                    continue;
                 }
                 changes.come.push(mounted.at(root.join(&path)));
                 mounts.insert(path, mounted.id);

@@ -4,6 +4,8 @@
 //! shim's direct child; that one makes the pod's shared directory the root of all it can see. What the guest is to see in
 //! there, the shim mounts in this mount namespace later, and nowhere else.
 
+mod landlock;
+
 use std::ffi::CStr;
 use std::fs;
 use std::io;
@@ -11,11 +13,10 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use libc::{c_int, c_ulong};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::stat::Mode;
-use nix::unistd::{chdir, fchdir, pipe2, pivot_root, read, setgroups, write};
+use nix::unistd::{chdir, dup2_stdin, dup2_stdout, fchdir, pipe2, pivot_root, read, setgroups, write};
 
 /// Every namespace but those of cgroups, time and the network. CLONE_PARENT: the shim reaps the VMM itself.
 ///
@@ -63,7 +64,8 @@ pub enum Side {
 
 /// The inside of the jail. Its root is the shared directory.
 pub struct Room {
-    /// /proc/self/fd of the jailed process, which has no /proc: virtiofsd opens files anew through it.
+    /// /proc/self/fd of the jailed process, which has no /proc: virtiofsd opens files anew through it. A mount of this
+    /// directory alone: `..` does not lead out of it.
     pub proc_self_fd: OwnedFd,
 }
 
@@ -139,12 +141,21 @@ fn map_ids(pid: i32) -> Result<(), Error> {
     fs::write(format!("/proc/{pid}/gid_map"), IDENTITY).map_err(step("map group ids"))
 }
 
-/// As many descriptors as the host allows, and no core files: they would hold the guest's memory.
+/// As many descriptors as the host allows, and no core files: they would hold the guest's memory. A limit of processes
+/// (RLIMIT_NPROC) would be none: the kernel does not hold the host's root to it (`copy_process` in kernel/fork.c), who this still is in its
+/// user namespace. What starts is threads only, by seccomp, and their number the pod's cgroup limits.
 fn set_limits() -> Result<(), Error> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(step("descriptor limit"))?;
     let raised = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS);
     raised.or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard)).map_err(step("descriptor limit"))?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("core limit"))
+}
+
+/// Input and output are the host's /dev/null, and whoever holds a descriptor of a file that root owns can change its mode
+/// here. Of the standard streams, this process only uses the one for errors, which is a pipe.
+fn drop_standard_streams() -> nix::Result<()> {
+    dup2_stdin(io::stderr())?;
+    dup2_stdout(io::stderr())
 }
 
 /// The table grows with the number, and stays when that is free again.
@@ -158,17 +169,52 @@ fn make_room_for_descriptors() -> Result<(), Error> {
 
 /// The inner process's way in, in this order.
 fn lock_up(share: &OwnedFd) -> Result<Room, Error> {
-    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let proc_self_fd = open("/proc/self/fd", flags, Mode::empty()).map_err(step("open /proc/self/fd"))?;
+    let proc_self_fd = own_descriptors().map_err(step("copy the mount of /proc/self/fd"))?;
     setgroups(&[]).map_err(step("drop groups"))?;
+    drop_standard_streams().map_err(step("standard streams"))?;
     change_root(share)?;
     make_room_for_descriptors()?;
     drop_capabilities()?;
     prctl("no new privileges", libc::PR_SET_NO_NEW_PRIVS, 1)?;
     prctl("not dumpable", libc::PR_SET_DUMPABLE, 0)?;
+    landlock::restrict(share).map_err(step("restrict files to the share (Landlock)"))?;
     // The end of the control socket tells as well; this also ends a VMM that does not listen any more.
     prctl("parent death signal", libc::PR_SET_PDEATHSIG, libc::SIGKILL as c_ulong)?;
     Ok(Room { proc_self_fd })
+}
+
+/// A mount of /proc/self/fd that is attached nowhere: the directory is all there is of it. Simply opened, it would be a
+/// place in the host's procfs, and `../..` the host's settings, processes and memory.
+///
+/// It cannot be a procfs of the jail's own: the kernel makes one only for those who see one already that nothing is
+/// mounted over (`mount_too_revealing` in fs/namespace.c), and it would be a superblock for each pod. And it is needed: to open a file by its
+/// descriptor (openat(2) knows no AT_EMPTY_PATH), the library has no other way.
+fn own_descriptors() -> io::Result<OwnedFd> {
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    // SAFETY: the path is a constant string; the call touches no memory of this process.
+    let mount =
+        unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c"/proc/self/fd".as_ptr(), flags) };
+    if mount < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    let mount = unsafe { OwnedFd::from_raw_fd(mount as c_int) };
+    // The directory itself has an owner and times.
+    let attributes =
+        libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let (fd, size) = (mount.as_raw_fd(), size_of_val(&attributes));
+    // SAFETY: an empty path, and a structure of the given size that outlives the call.
+    let set = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            fd,
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size,
+        )
+    };
+    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(mount) }
 }
 
 /// Makes the share, a mount that is attached nowhere yet, the root.

@@ -166,4 +166,187 @@ mod tests {
             assert!(matches!(fate, WaitStatus::Signaled(_, SIGSYS, _)), "{kind:?}, {call:?}: {fate:?}");
         }
     }
+
+    fn expect(kind: Kind, call: [c_long; 4], allowed: bool) {
+        let fate = fate(kind, call);
+        let as_expected = match fate {
+            WaitStatus::Exited(_, 0) => allowed,
+            WaitStatus::Signaled(_, SIGSYS, _) => !allowed,
+            _ => false,
+        };
+        assert!(as_expected, "{kind:?}, {call:?}: {fate:?}");
+    }
+
+    const WORKERS: [Kind; 5] = [Kind::Vcpu, Kind::TemplateVcpu, Kind::Main, Kind::Fs, Kind::Starter];
+
+    /// What a thread could do with a descriptor of /dev/kvm, of the machine, of a vCPU, a tap, a disk or a terminal beyond its
+    /// own work.
+    #[test]
+    fn descriptors_take_the_requests_that_are_used_and_no_others() {
+        let none = c_long::from(-1_i8);
+        for request in [
+            // KVM_CREATE_VM, CHECK_EXTENSION, GET_SUPPORTED_CPUID.
+            0xae01,
+            0xae03,
+            0xc008_ae05,
+            // KVM_SET_USER_MEMORY_REGION and the second of its name, SET_TSS_ADDR, CREATE_IRQCHIP, CREATE_PIT2, ENABLE_CAP,
+            // CREATE_DEVICE, MEMORY_ENCRYPT_OP.
+            0x4020_ae46,
+            0x40a0_ae49,
+            0xae47,
+            0xae60,
+            0x4040_ae77,
+            0x4068_aea3,
+            0xc00c_aee0,
+            0xc008_aeba,
+            // KVM_SET_REGS, SET_SREGS, INTERRUPT, SET_GUEST_DEBUG, SET_NESTED_STATE.
+            0x4090_ae82,
+            0x4138_ae84,
+            0x4004_ae86,
+            0x4048_ae9b,
+            0x4080_aebf,
+            // TUNSETIFF, TUNSETPERSIST, TUNSETOWNER, TUNATTACHFILTER; BLKROSET, SG_IO, FITRIM, FICLONE; SIOCSIFFLAGS.
+            0x4004_54ca,
+            0x4004_54cb,
+            0x4004_54cc,
+            0x4010_54d5,
+            0x125d,
+            0x2285,
+            0xc018_5879,
+            0x4004_9409,
+            0x8914,
+        ] {
+            for kind in WORKERS {
+                expect(kind, [libc::SYS_ioctl, none, request, 0], false);
+            }
+        }
+        // KVM_RUN, KVM_SIGNAL_MSI, KVM_CREATE_VCPU, KVM_IOEVENTFD, KVM_GET_MSRS.
+        for (request, able) in [
+            (0xae80, &[Kind::Vcpu, Kind::TemplateVcpu, Kind::Starter][..]),
+            (0x4020_aea5, &WORKERS),
+            (0xae41, &[Kind::Starter]),
+            (0x4040_ae79, &[Kind::Main]),
+            (0xc008_ae88, &[Kind::TemplateVcpu]),
+        ] {
+            for kind in WORKERS {
+                expect(kind, [libc::SYS_ioctl, none, request, 0], able.contains(&kind));
+            }
+        }
+    }
+
+    #[test]
+    fn descriptors_take_the_commands_that_are_used_and_no_others() {
+        let none = c_long::from(-1_i8);
+        for (command, able) in [
+            (libc::F_GETFD, &WORKERS[..]),
+            (libc::F_GETFL, &[Kind::Main]),
+            (libc::F_SETFL, &[Kind::Main]),
+            (libc::F_DUPFD_CLOEXEC, &[Kind::Fs]),
+            (libc::F_DUPFD, &[]),
+            (libc::F_SETFD, &[]),
+            (libc::F_SETOWN, &[]),
+            (10, &[]),
+            (libc::F_SETLK, &[]),
+            (libc::F_SETLEASE, &[]),
+            (libc::F_NOTIFY, &[]),
+            (libc::F_SETPIPE_SZ, &[]),
+            (libc::F_ADD_SEALS, &[]),
+        ] {
+            for kind in WORKERS {
+                expect(kind, [libc::SYS_fcntl, none, command.into(), 0], able.contains(&kind));
+            }
+        }
+    }
+
+    /// Threads of the file server may call what `jail/tests/escape.rs` tries, and the others nothing that takes a path.
+    #[test]
+    fn calls_that_take_paths_are_for_the_file_server() {
+        let tried = [
+            libc::SYS_openat,
+            libc::SYS_openat2,
+            libc::SYS_newfstatat,
+            libc::SYS_statx,
+            libc::SYS_readlinkat,
+            libc::SYS_mkdirat,
+            libc::SYS_mknodat,
+            libc::SYS_symlinkat,
+            libc::SYS_linkat,
+            libc::SYS_unlinkat,
+            libc::SYS_renameat,
+            libc::SYS_renameat2,
+            libc::SYS_fchmodat,
+            libc::SYS_fchownat,
+            libc::SYS_utimensat,
+            libc::SYS_getxattr,
+            libc::SYS_setxattr,
+            libc::SYS_listxattr,
+            libc::SYS_removexattr,
+            libc::SYS_fchdir,
+        ];
+        let others = [
+            libc::SYS_open,
+            libc::SYS_creat,
+            libc::SYS_stat,
+            libc::SYS_lstat,
+            libc::SYS_access,
+            libc::SYS_faccessat,
+            libc::SYS_faccessat2,
+            libc::SYS_truncate,
+            libc::SYS_chdir,
+            libc::SYS_chroot,
+            libc::SYS_rename,
+            libc::SYS_mkdir,
+            libc::SYS_rmdir,
+            libc::SYS_link,
+            libc::SYS_unlink,
+            libc::SYS_symlink,
+            libc::SYS_readlink,
+            libc::SYS_chmod,
+            libc::SYS_chown,
+            libc::SYS_lchown,
+            libc::SYS_utime,
+            libc::SYS_utimes,
+            libc::SYS_futimesat,
+            libc::SYS_mknod,
+            libc::SYS_statfs,
+            libc::SYS_pivot_root,
+            libc::SYS_mount,
+            libc::SYS_umount2,
+            libc::SYS_swapon,
+            libc::SYS_acct,
+            libc::SYS_quotactl,
+            libc::SYS_lsetxattr,
+            libc::SYS_lgetxattr,
+            libc::SYS_llistxattr,
+            libc::SYS_lremovexattr,
+            libc::SYS_name_to_handle_at,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_inotify_add_watch,
+            libc::SYS_fanotify_mark,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_bind,
+            libc::SYS_connect,
+            libc::SYS_open_tree,
+            libc::SYS_move_mount,
+            libc::SYS_fsopen,
+            libc::SYS_fspick,
+            libc::SYS_mount_setattr,
+            libc::SYS_io_uring_setup,
+            libc::SYS_pidfd_getfd,
+            libc::SYS_process_vm_writev,
+            libc::SYS_ptrace,
+            libc::SYS_bpf,
+        ];
+        let none = c_long::from(-1_i8);
+        for call in tried {
+            expect(Kind::Fs, [call, none, 0, 0], true);
+            expect(Kind::Main, [call, none, 0, 0], matches!(call, libc::SYS_statx));
+            expect(Kind::Vcpu, [call, none, 0, 0], false);
+        }
+        for call in others {
+            expect(Kind::Fs, [call, none, 0, 0], false);
+            expect(Kind::Main, [call, none, 0, 0], false);
+        }
+    }
 }

@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 
 use katana_protocol::netlink::{self, Body, CREATE, EXCLUSIVE, Socket, kind, u32_at};
 use katana_protocol::vmm::MOST_NET_PAIRS;
@@ -13,6 +14,7 @@ use nix::errno::Errno;
 
 use super::scan::Interface;
 use crate::error::{Error, Result};
+use crate::handed;
 
 const IFLA_MTU: u16 = 4;
 // linux/rtnetlink.h, linux/pkt_sched.h, linux/pkt_cls.h, linux/tc_act/tc_mirred.h
@@ -87,7 +89,7 @@ pub fn vhosts(queues: usize) -> Vec<OwnedFd> {
 
 fn vhost() -> Option<OwnedFd> {
     const PATH: &str = "/dev/vhost-net";
-    match File::options().read(true).write(true).open(PATH) {
+    match handed::open(Path::new(PATH), File::options().read(true).write(true)) {
         Ok(file) => Some(file.into()),
         Err(e) => {
             // Without the module there is no such file, or no device behind it.
@@ -111,7 +113,7 @@ fn create(name: &str, queues: u8) -> io::Result<Vec<OwnedFd>> {
 /// A queue of a tap; its first one makes it.
 fn open(name: &str, flags: libc::c_int) -> io::Result<OwnedFd> {
     const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
-    let file = File::options().read(true).write(true).open("/dev/net/tun")?;
+    let file = handed::open(Path::new("/dev/net/tun"), File::options().read(true).write(true))?;
     // SAFETY: struct ifreq holds plain integers and pointers, for all of which zero is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {

@@ -1,7 +1,8 @@
 //! These mount for real, in a mount namespace of their own, and need root.
 
 use super::*;
-use crate::mount_table::below;
+use crate::mount_table::{Mounted, below};
+use crate::mounts::Hardened;
 use crate::spec::Pod;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -148,7 +149,8 @@ fn a_container_comes_and_goes_and_leaves_the_users_files() {
         assert_eq!(pod.share.remove("c1"), gone);
         assert_eq!(names(&pod.at("")), [".volumes"]);
         assert_eq!(names(&pod.at(".volumes")), [""; 0]);
-        let left = Place::new(pod.namespace.as_fd(), pod.share.root.as_fd()).settle().unwrap();
+        let hardened = Hardened::default();
+        let left = Place::new(pod.namespace.as_fd(), pod.share.root.as_fd(), &hardened).settle().unwrap();
         assert_eq!(left.len(), 1, "{left:?}");
         assert_eq!(fs::read_to_string(top.join("data/file")).unwrap(), "data/file");
         assert_eq!(fs::read_to_string(top.join("bundle/rootfs/init")).unwrap(), "bundle/rootfs/init");
@@ -186,6 +188,77 @@ fn what_a_volume_has_mounted_is_not_busy_on_the_host() {
         assert!(pod.at(".volumes/0/sub/deep/file").exists());
         fs::remove_dir(data.join("sub")).unwrap();
         assert_eq!(names(&pod.at(".volumes/0")), [""; 0]);
+        pod.end();
+    });
+}
+
+/// What is mounted in a pod, with the flags that the VMM's kernel heeds.
+fn hardened(pod: &Machine) -> Vec<(PathBuf, bool)> {
+    let none = Hardened::default();
+    let all = Place::new(pod.namespace.as_fd(), pod.share.root.as_fd(), &none).settle().unwrap();
+    let both = |mounted: &Mounted| {
+        ["nosuid", "nodev"].iter().all(|flag| mounted.restrictions().iter().any(|had| had == flag))
+    };
+    let mut all: Vec<_> = all.iter().map(|mounted| (mounted.relative().point, both(mounted))).collect();
+    all.sort();
+    all
+}
+
+/// The guest is told what the host's mounts are like; in the VMM's namespace no device can be opened in any of them.
+#[test]
+fn devices_of_the_host_cannot_be_opened_where_a_guest_sees_them() {
+    in_namespace("devices", |top| {
+        let (bundle, data, node) = (top.join("bundle"), top.join("data"), top.join("node"));
+        fs::create_dir_all(bundle.join("rootfs")).unwrap();
+        fs::create_dir(&data).unwrap();
+        let mounted = |place: &str, flags| {
+            fs::create_dir_all(data.join(place)).unwrap();
+            mount(Some("none"), &data.join(place), Some("tmpfs"), flags, None::<&str>).unwrap();
+        };
+        mounted("", MsFlags::empty());
+        mount::<str, _, str, str>(None, &data, None, MsFlags::MS_SHARED, None).unwrap();
+        mounted("open", MsFlags::MS_NODEV);
+        mounted("open/inner", MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC);
+        // A container may have it, and then it is the guest's device of these numbers.
+        let zero = |place: &Path| {
+            let mode = Mode::from_bits_truncate(0o666);
+            nix::sys::stat::mknod(place, nix::sys::stat::SFlag::S_IFCHR, mode, libc::makedev(1, 5)).unwrap();
+        };
+        for place in [&bundle.join("rootfs/zero"), &data.join("zero"), &data.join("open/inner/zero"), &node] {
+            zero(place);
+        }
+        let spec = spec(&json!([
+            {"destination": "/data", "type": "bind", "source": data, "options": ["rbind"]},
+            {"destination": "/dev/node", "type": "bind", "source": node, "options": ["bind", "rprivate"]}]));
+        let pod = Machine::new(top);
+        let told = |id: &str| {
+            let added = pod.add(id, &bundle, &spec, &mut spec.sources(&bundle, &Pod::default())).unwrap();
+            let told = added.mounts.iter().map(|mount| (mount.point.clone(), mount.restrictions().join(",")));
+            told.collect::<Vec<_>>()
+        };
+        let expected = [(".volumes/0/open", "nodev"), (".volumes/0/open/inner", "nosuid,nodev,noexec")];
+        let expected = expected.map(|(point, flags)| (PathBuf::from(point), flags.to_owned()));
+        assert_eq!(told("c1"), expected);
+        for place in ["c1/rootfs/zero", ".volumes/0/zero", ".volumes/0/open/inner/zero", ".volumes/1"] {
+            let opened = fs::File::open(pod.at(place)).unwrap_err();
+            assert_eq!(opened.raw_os_error(), Some(libc::EACCES), "{place}");
+            assert_eq!(fs::metadata(pod.at(place)).unwrap().rdev(), libc::makedev(1, 5));
+        }
+        // The same volumes, and the same is told.
+        assert_eq!(told("c2"), expected);
+        // What comes later as well.
+        mounted("later", MsFlags::empty());
+        zero(&data.join("later/zero"));
+        let came = pod.share.follow(pod.namespace.as_fd()).unwrap().come;
+        let later = vec![(PathBuf::from(".volumes/0/later"), String::new())];
+        assert_eq!(
+            came.iter()
+                .map(|mount| (mount.point.clone(), mount.restrictions().join(",")))
+                .collect::<Vec<_>>(),
+            later
+        );
+        assert!(hardened(&pod).iter().all(|(_, both)| *both), "{:?}", hardened(&pod));
+        assert_eq!(told("c3"), [later, expected.to_vec()].concat());
         pod.end();
     });
 }

@@ -14,6 +14,7 @@ mod failures;
 mod guest;
 mod host_namespaces;
 mod io;
+mod jail;
 mod kernel;
 mod leaks;
 mod mounts;

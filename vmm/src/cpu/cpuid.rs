@@ -5,18 +5,133 @@ use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// Bits in leaf 1.
 mod leaf1 {
+    pub const ECX_DTES64: u32 = 1 << 2;
+    pub const ECX_MONITOR: u32 = 1 << 3;
+    pub const ECX_DS_CPL: u32 = 1 << 4;
     pub const ECX_VMX: u32 = 1 << 5;
+    pub const ECX_SMX: u32 = 1 << 6;
+    pub const ECX_PDCM: u32 = 1 << 15;
     pub const ECX_TSC_DEADLINE: u32 = 1 << 24;
     pub const ECX_HYPERVISOR: u32 = 1 << 31;
+    pub const EDX_DS: u32 = 1 << 21;
     pub const EDX_HTT: u32 = 1 << 28;
+}
+/// Bits in leaf 6.
+mod leaf6 {
+    pub const EAX_ARAT: u32 = 1 << 2;
+}
+/// Bits in leaf 7, index 0 and 1.
+mod leaf7 {
+    pub const EBX_SGX: u32 = 1 << 2;
+    pub const EBX_RDT_M: u32 = 1 << 12;
+    pub const EBX_RDT_A: u32 = 1 << 15;
+    pub const EBX_PROCESSOR_TRACE: u32 = 1 << 25;
+    pub const ECX_WAITPKG: u32 = 1 << 5;
+    pub const ECX_TME: u32 = 1 << 13;
+    pub const ECX_SGX_LC: u32 = 1 << 30;
+    pub const EDX_SGX_KEYS: u32 = 1 << 1;
+    pub const EDX_PCONFIG: u32 = 1 << 18;
+    pub const EDX_ARCH_LBR: u32 = 1 << 19;
+    /// KVM makes up the register on AMD processors, of which none has it.
+    pub const EDX_ARCH_CAPABILITIES: u32 = 1 << 29;
+    pub const EDX_AMX: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+    pub const EAX1_AMX_FP16: u32 = 1 << 21;
+    pub const EDX1_AMX_COMPLEX: u32 = 1 << 8;
 }
 /// Bits in leaf 0x80000001.
 mod leaf8000_0001 {
     pub const ECX_CMP_LEGACY: u32 = 1 << 1;
     pub const ECX_SVM: u32 = 1 << 2;
+    pub const ECX_EXTAPIC: u32 = 1 << 3;
+    pub const ECX_IBS: u32 = 1 << 10;
+    pub const ECX_SKINIT: u32 = 1 << 12;
+    pub const ECX_WDT: u32 = 1 << 13;
+    pub const ECX_LWP: u32 = 1 << 15;
     pub const ECX_PERF_CORE: u32 = 1 << 23;
     pub const ECX_PERF_NB: u32 = 1 << 24;
+    pub const ECX_PERF_TSC: u32 = 1 << 27;
+    pub const ECX_PERF_LLC: u32 = 1 << 28;
+    pub const ECX_MWAITX: u32 = 1 << 29;
 }
+/// Bits in leaf 0x80000007.
+mod leaf8000_0007 {
+    pub const EDX_INVARIANT_TSC: u32 = 1 << 8;
+}
+/// Leaves that are not there; the processor answers zeros for those below the highest one.
+/// * 0x1F and 0x80000026 are other forms of 0xB; only that one is given.
+/// * 0xA, 0x1C, 0x80000022 and 0x8000001B: counters and samples of what the processor does. KVM has them emulated by the host's perf,
+///   and they tell of neighbours.
+/// * 0xF and 0x10: shares of caches and memory, which are the host's to give.
+/// * 0x12, 0x14, 0x1D and 0x1E: enclaves, processor trace, and AMX, whose state is not kept (`state.rs`).
+/// * 0x8000000A and 0x8000001F: nested SVM, and memory encryption, which this is not.
+const DROPPED: &[u32] = &[
+    0xa,
+    0xb,
+    0xf,
+    0x10,
+    0x12,
+    0x14,
+    0x1c,
+    0x1d,
+    0x1e,
+    0x1f,
+    0x8000_000a,
+    0x8000_001b,
+    0x8000_001f,
+    0x8000_0022,
+    0x8000_0026,
+];
+/// Bits that are clear, by leaf and index, in EAX, EBX, ECX and EDX: what belongs to the leaves that are not there, and
+/// * MONITOR, MWAITX and WAITPKG: to wait for memory, which does nothing good where the host may run somebody else meanwhile;
+/// * PDCM, DTES64, DS_CPL and DS: what counters can, and their records in memory;
+/// * VMX, SMX, SVM and SKINIT: to be a host;
+/// * all of leaf 6 but ARAT, and of 0x80000007 but the invariant TSC: power, frequency and temperature.
+const CLEARED: &[(u32, u32, [u32; 4])] = {
+    use leaf1::{ECX_DS_CPL, ECX_DTES64, ECX_MONITOR, ECX_PDCM, ECX_SMX, ECX_VMX, EDX_DS};
+    use leaf7::{
+        EAX1_AMX_FP16, EBX_PROCESSOR_TRACE, EBX_RDT_A, EBX_RDT_M, EBX_SGX, ECX_SGX_LC, ECX_TME, ECX_WAITPKG,
+        EDX_AMX, EDX_ARCH_LBR, EDX_PCONFIG, EDX_SGX_KEYS, EDX1_AMX_COMPLEX,
+    };
+    use leaf8000_0001 as extended;
+    &[
+        (1, 0, [0, 0, ECX_DTES64 | ECX_MONITOR | ECX_DS_CPL | ECX_VMX | ECX_SMX | ECX_PDCM, EDX_DS]),
+        (6, 0, [!leaf6::EAX_ARAT, !0, !0, !0]),
+        (
+            7,
+            0,
+            [
+                0,
+                EBX_SGX | EBX_RDT_M | EBX_RDT_A | EBX_PROCESSOR_TRACE,
+                ECX_WAITPKG | ECX_TME | ECX_SGX_LC,
+                EDX_SGX_KEYS | EDX_PCONFIG | EDX_ARCH_LBR | EDX_AMX,
+            ],
+        ),
+        (7, 1, [EAX1_AMX_FP16, 0, 0, EDX1_AMX_COMPLEX]),
+        (
+            0x8000_0001,
+            0,
+            [
+                0,
+                0,
+                extended::ECX_SVM
+                    | extended::ECX_EXTAPIC
+                    | extended::ECX_IBS
+                    | extended::ECX_SKINIT
+                    | extended::ECX_WDT
+                    | extended::ECX_LWP
+                    | extended::ECX_PERF_CORE
+                    | extended::ECX_PERF_NB
+                    | extended::ECX_PERF_TSC
+                    | extended::ECX_PERF_LLC
+                    | extended::ECX_MWAITX,
+                0,
+            ],
+        ),
+        (0x8000_0007, 0, [!0, 0, !0, !leaf8000_0007::EDX_INVARIANT_TSC]),
+    ]
+};
+/// How the names of AMD and Hygon begin, in EBX of leaf 0.
+const AMD: [u32; 2] = [u32::from_le_bytes(*b"Auth"), u32::from_le_bytes(*b"Hygo")];
 /// Leaf 0xB, level types.
 const LEVEL_SMT: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -30,11 +145,9 @@ pub struct Topology {
 impl Topology {
     /// The leaves of one vCPU.
     pub fn apply(&self, supported: &[kvm_cpuid_entry2], vcpu: u8) -> Vec<kvm_cpuid_entry2> {
-        // 0x1F and 0x80000026 are other forms of 0xB; only that one is given. Without 0xA and 0x80000022 there
-        // are no performance counters, and without 0x8000000A there is no nested SVM.
-        let dropped = [0xb, 0x1f, 0x8000_0026, 0xa, 0x8000_0022, 0x8000_000a];
-        let kept = supported.iter().filter(|leaf| !dropped.contains(&leaf.function)).copied();
-        let mut leaves: Vec<_> = kept.map(|leaf| self.adapt(leaf, vcpu)).collect();
+        let kept = supported.iter().filter(|leaf| !DROPPED.contains(&leaf.function)).copied();
+        let amd = supported.iter().any(|leaf| leaf.function == 0 && AMD.contains(&leaf.ebx));
+        let mut leaves: Vec<_> = kept.map(|leaf| self.adapt(clear(leaf, amd), vcpu)).collect();
         leaves.extend(self.extended_topology(vcpu));
         leaves
     }
@@ -50,7 +163,7 @@ impl Topology {
             0 => leaf.eax = leaf.eax.max(0xb),
             1 => {
                 leaf.ebx = leaf.ebx & 0xffff | vcpus << 16 | vcpu << 24;
-                leaf.ecx = leaf.ecx & !leaf1::ECX_VMX | leaf1::ECX_HYPERVISOR | leaf1::ECX_TSC_DEADLINE;
+                leaf.ecx |= leaf1::ECX_HYPERVISOR | leaf1::ECX_TSC_DEADLINE;
                 leaf.edx = leaf.edx & !leaf1::EDX_HTT | if vcpus > 1 { leaf1::EDX_HTT } else { 0 };
             }
             // Deterministic caches: the last level is shared by all cores, the others by none.
@@ -65,8 +178,8 @@ impl Topology {
                 leaf.eax = leaf.eax & 0x3fff | sharing << 14;
             }
             0x8000_0001 => {
-                use leaf8000_0001::{ECX_CMP_LEGACY, ECX_PERF_CORE, ECX_PERF_NB, ECX_SVM};
-                leaf.ecx &= !(ECX_SVM | ECX_PERF_CORE | ECX_PERF_NB | ECX_CMP_LEGACY);
+                use leaf8000_0001::ECX_CMP_LEGACY;
+                leaf.ecx &= !ECX_CMP_LEGACY;
                 // An AMD bit; Intel CPUs have it clear.
                 if vcpus > 1 && leaf.ecx & 1 << 22 != 0 {
                     leaf.ecx |= ECX_CMP_LEGACY;
@@ -98,6 +211,21 @@ impl Topology {
         let vcpus = u32::from(self.vcpus);
         [level(0, 0, 1, LEVEL_SMT), level(1, self.core_bits(), vcpus, LEVEL_CORE), level(2, 0, 0, 0)]
     }
+}
+
+fn clear(mut leaf: kvm_cpuid_entry2, amd: bool) -> kvm_cpuid_entry2 {
+    if amd && (leaf.function, leaf.index) == (7, 0) {
+        leaf.edx &= !leaf7::EDX_ARCH_CAPABILITIES;
+    }
+    let cleared =
+        CLEARED.iter().filter(|(function, index, _)| (*function, *index) == (leaf.function, leaf.index));
+    for (_, _, [eax, ebx, ecx, edx]) in cleared {
+        leaf.eax &= !eax;
+        leaf.ebx &= !ebx;
+        leaf.ecx &= !ecx;
+        leaf.edx &= !edx;
+    }
+    leaf
 }
 
 #[cfg(test)]
@@ -153,5 +281,54 @@ mod tests {
         let leaves = Topology { vcpus: 4 }.apply(&host, 0);
         assert_eq!(find(&leaves, 4, 0)[0], 3 << 26 | 0x121);
         assert_eq!(find(&leaves, 4, 3)[0], 3 << 26 | 3 << 14 | 0x163);
+    }
+
+    /// What a host offers that has everything: of each leaf, what a guest must not see is clear, and nothing else.
+    #[test]
+    fn a_guest_has_no_counters_no_waiting_no_enclaves_and_is_no_host() {
+        let all = [!0; 4];
+        let leaves: Vec<_> =
+            [1, 6, 7, 0xa, 0xf, 0x10, 0x12, 0x14, 0x1c, 0x1d, 0x1e, 0x8000_0001, 0x8000_0007, 0x8000_000a]
+                .into_iter()
+                .chain([0x8000_001b, 0x8000_001f, 0x8000_0022])
+                .map(|function| leaf(function, 0, all))
+                .chain([leaf(7, 1, all), leaf(7, 2, all)])
+                .collect();
+        let leaves = Topology { vcpus: 2 }.apply(&leaves, 0);
+        let cleared = |function, index| find(&leaves, function, index).map(|register| !register);
+        let bits = |numbers: &[u32]| numbers.iter().fold(0, |bits, number| bits | 1 << number);
+        // The numbers are those of the manuals (Intel SDM 2A, tables 3-8 and following; AMD APM 3, E.3 and E.4).
+        assert_eq!(cleared(1, 0)[2..], [bits(&[2, 3, 4, 5, 6, 15]), bits(&[21])]);
+        assert_eq!(find(&leaves, 6, 0), [bits(&[2]), 0, 0, 0]);
+        assert_eq!(
+            cleared(7, 0),
+            [0, bits(&[2, 12, 15, 25]), bits(&[5, 13, 30]), bits(&[1, 18, 19, 22, 24, 25])]
+        );
+        assert_eq!(cleared(7, 1), [bits(&[21]), 0, 0, bits(&[8])]);
+        assert_eq!(cleared(7, 2), [0; 4]);
+        assert_eq!(cleared(0x8000_0001, 0), [0, 0, bits(&[2, 3, 10, 12, 13, 15, 23, 24, 27, 28, 29]), 0]);
+        assert_eq!(find(&leaves, 0x8000_0007, 0), [0, !0, 0, bits(&[8])]);
+        let left: Vec<_> = leaves.iter().map(|leaf| (leaf.function, leaf.index)).collect();
+        let kept = [
+            (1, 0),
+            (6, 0),
+            (7, 0),
+            (0x8000_0001, 0),
+            (0x8000_0007, 0),
+            (7, 1),
+            (7, 2),
+            (0xb, 0),
+            (0xb, 1),
+            (0xb, 2),
+        ];
+        assert_eq!(left, kept);
+    }
+
+    #[test]
+    fn amd_has_no_register_of_intels_capabilities() {
+        for (name, expected) in [(*b"Auth", 0), (*b"Hygo", 0), (*b"Genu", 1 << 29)] {
+            let host = [leaf(0, 0, [0xd, u32::from_le_bytes(name), 0, 0]), leaf(7, 0, [0, 0, 0, 1 << 29])];
+            assert_eq!(find(&Topology { vcpus: 1 }.apply(&host, 0), 7, 0)[3], expected);
+        }
     }
 }

@@ -1,11 +1,14 @@
 //! The jail as a process in it sees it. Each test forks: the jail is for a process with one thread.
 
+mod escape;
+
 use super::*;
 use nix::errno::Errno;
+use nix::fcntl::{open, openat};
 use nix::sched::{CloneFlags, setns, unshare};
-use nix::sys::stat::{SFlag, mknod};
+use nix::sys::stat::{Mode, SFlag, mknod};
 use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, Uid, fork, getpid};
+use nix::unistd::{ForkResult, Pid, Uid, dup2_stderr, fork, getpid};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::UdpSocket;
@@ -58,6 +61,7 @@ fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
     fs::write(share.join("marker"), "here").unwrap();
 
     let directory = copy_of_mount(share);
+    stand_alone(&[tell.as_raw_fd(), directory.as_raw_fd()]);
     let (mounted, say_mounted) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let (done, say_done) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let announced = tell.try_clone().unwrap();
@@ -74,8 +78,9 @@ fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
             // As the shim does it: made here, mounted there.
             mount(none, &later, Some("tmpfs"), MsFlags::empty(), none).unwrap();
             fs::write(later.join("hello"), "from outside").unwrap();
-            let made = copy_of_mount(&later);
             let pid = *jailed.lock().unwrap();
+            fs::copy(format!("/proc/{pid}/status"), later.join("status")).unwrap();
+            let made = copy_of_mount(&later);
             setns(File::open(format!("/proc/{pid}/ns/mnt")).unwrap(), CloneFlags::CLONE_NEWNS).unwrap();
             move_mount(&made, c"/later");
             drop((say_mounted, say_done));
@@ -92,6 +97,28 @@ fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
         }
     }
     0
+}
+
+/// Closes what the test runner has open but for these, as the VMM closes what the shim has; gives this process the standard
+/// streams of a VMM; and opens what the shim hands over, see [`escape`].
+fn stand_alone(kept: &[c_int]) {
+    let mut kept = kept.to_vec();
+    kept.sort_unstable();
+    let mut first = 3;
+    for next in kept.into_iter().chain([c_int::MAX]) {
+        if first < next {
+            // SAFETY: nothing in this process uses what is closed here: it is a copy that only runs this test.
+            unsafe { libc::close_range(first as libc::c_uint, (next - 1) as libc::c_uint, 0) };
+        }
+        first = next.saturating_add(1);
+    }
+    let null = File::options().read(true).write(true).open("/dev/null").unwrap();
+    dup2_stdin(&null).unwrap();
+    dup2_stdout(&null).unwrap();
+    // The shim reads what a VMM says from a pipe. Nobody reads this one.
+    let (_, errors) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    dup2_stderr(&errors).unwrap();
+    escape::hand_over();
 }
 
 /// open_tree(2)
@@ -159,7 +186,7 @@ fn files_can_be_opened_anew_without_a_proc() {
     let findings = in_jail(|room| {
         let path = open("/marker", OFlag::O_PATH, Mode::empty()).unwrap();
         let name = path.as_raw_fd().to_string();
-        let opened = nix::fcntl::openat(&room.proc_self_fd, name.as_str(), OFlag::O_RDONLY, Mode::empty());
+        let opened = openat(&room.proc_self_fd, name.as_str(), OFlag::O_RDONLY, Mode::empty());
         let mut text = String::new();
         File::from(opened.map_err(|error| error.to_string())?).read_to_string(&mut text).unwrap();
         same("content", text, "here".to_owned())
@@ -169,10 +196,8 @@ fn files_can_be_opened_anew_without_a_proc() {
 
 #[test]
 fn descriptors_have_room_before_there_are_threads() {
-    let findings = in_jail(|room| {
-        let status = nix::fcntl::openat(&room.proc_self_fd, "../status", OFlag::O_RDONLY, Mode::empty());
-        let mut text = String::new();
-        File::from(status.map_err(|error| error.to_string())?).read_to_string(&mut text).unwrap();
+    let findings = in_jail(|_| {
+        let text = fs::read_to_string("/later/status").unwrap();
         let size = text.lines().find_map(|line| line.strip_prefix("FDSize:")).map(str::trim);
         same("size of the table", size, Some("512"))
     });

@@ -103,7 +103,6 @@ const MAIN: &[c_long] = &[
     libc::SYS_sendto,
     libc::SYS_recvfrom,
     libc::SYS_shutdown,
-    libc::SYS_fcntl,
     // For an irqfd.
     libc::SYS_eventfd2,
 ];
@@ -195,7 +194,6 @@ const FS: &[c_long] = &[
     libc::SYS_fdatasync,
     libc::SYS_syncfs,
     libc::SYS_flock,
-    libc::SYS_fcntl,
     libc::SYS_fchdir,
     libc::SYS_getxattr,
     libc::SYS_setxattr,
@@ -314,8 +312,16 @@ fn usual_rules(
         )?;
         add(libc::SYS_seccomp, Rule::Without(1, u32::MAX))?;
     }
-    // A debug build looks whether a descriptor that it closes is open.
-    rules.entry(libc::SYS_fcntl as u32).or_insert(Rule::OneOf(1, vec![libc::F_GETFD as u32]));
+    // A debug build looks whether a descriptor that it closes is open. None of the others has a signal sent, takes a lock or a
+    // lease, or changes how large a pipe is.
+    let commands: &[_] = match name {
+        // A tap must not block.
+        "main" => &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL],
+        // What is open once more.
+        "fs" => &[libc::F_GETFD, libc::F_DUPFD_CLOEXEC],
+        _ => &[libc::F_GETFD],
+    };
+    add(libc::SYS_fcntl, Rule::OneOf(1, commands.iter().map(|command| command.cast_unsigned()).collect()))?;
     Ok(rules)
 }
 

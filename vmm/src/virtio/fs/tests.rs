@@ -1,6 +1,7 @@
 mod access;
 mod calls;
 mod replays;
+mod special;
 
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
