@@ -52,7 +52,7 @@ fn main() -> ExitCode {
         // a virtual machine.
         ["serve", directory] => {
             let served = console::start(log::LevelFilter::Info)
-                .and_then(|()| service::serve(&Transport::Unix(directory.into())));
+                .and_then(|()| service::serve(&Transport::unix(directory.into())));
             served.map_or_else(|error| report(&error), |never| match never {})
         }
         ["--version"] => {
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         _ if getpid().as_raw() == 1 => {
-            let Err(error) = boot::boot().and_then(|()| service::serve(&Transport::Vsock));
+            let Err(error) = boot::boot().and_then(|()| service::serve(&Transport::vsock()));
             boot::power_off(&error)
         }
         _ => {

@@ -42,6 +42,9 @@ pub enum Error {
     /// An id that is not one.
     #[error("container id {0:?} is not valid")]
     BadId(String),
+    /// Not what the host says on its side.
+    #[error("a stream key of {0} bytes")]
+    Key(usize),
     /// The network cannot be made.
     #[error(transparent)]
     Network(#[from] network::Error),
@@ -103,6 +106,14 @@ impl Sandbox {
             names: Names::default(),
             replayer: Replayer::default(),
         }
+    }
+
+    /// What to say on connections to the host, from now on. A host that has no key is one that tests the agent.
+    pub fn set_key(&self, key: &[u8]) -> Result<()> {
+        if !key.is_empty() {
+            self.pod.transport.set_key(key.try_into().map_err(|_| Error::Key(key.len()))?);
+        }
+        Ok(())
     }
 
     /// Makes the network be this one.

@@ -50,7 +50,7 @@ async fn run(transport: Transport) -> Result<Never, StartError> {
     let reaper = Reaper::default();
     let spares = Spares::default();
     let sandbox = Arc::new(Sandbox::new(transport.clone(), reaper.clone(), spares.clone()));
-    if matches!(transport, Transport::Vsock) {
+    if transport.is_guest() {
         // Without them, processes are started when they are asked for.
         if let Err(error) = spares.prepare(SPARES) {
             log::warn!("{error}");
@@ -59,7 +59,7 @@ async fn run(transport: Transport) -> Result<Never, StartError> {
     }
     let first = first_connection(&transport).await;
     let first = first.map_err(|e| StartError::new(format!("connect to the host's port {AGENT_PORT}"), &e))?;
-    if matches!(transport, Transport::Vsock) && boot::wants_debug_console() {
+    if transport.is_guest() && boot::wants_debug_console() {
         tokio::spawn(console::serve_shells(DEBUG_CONSOLE_PORT));
     }
     let service = create_agent(Arc::new(Service { sandbox }));
@@ -147,7 +147,7 @@ fn status(error: &sandbox::Error) -> ttrpc::Error {
     let code = match error {
         sandbox::Error::NoContainer(_) => Code::NOT_FOUND,
         sandbox::Error::ContainerExists(_) => Code::ALREADY_EXISTS,
-        sandbox::Error::BadId(_) => Code::INVALID_ARGUMENT,
+        sandbox::Error::BadId(_) | sandbox::Error::Key(_) => Code::INVALID_ARGUMENT,
         sandbox::Error::Guest(..) | sandbox::Error::Network(_) | sandbox::Error::Names(_) => Code::INTERNAL,
         sandbox::Error::Port(..) => Code::UNAVAILABLE,
         sandbox::Error::Container(error) => match error {
@@ -199,6 +199,7 @@ async fn to_the_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 's
 impl Agent for Service {
     async fn create_sandbox(&self, _: &TtrpcContext, request: CreateSandboxRequest) -> ttrpc::Result<Empty> {
         let CreateSandboxRequest { hostname, clock_ns, entropy, share_tag, network, shm_bytes, .. } = request;
+        self.sandbox.set_key(&request.stream_key).map_err(|e| status(&e))?;
         let settings = Settings { hostname, clock_ns, entropy, share_tag, shm_bytes };
         sandbox::configure(&settings).map_err(|e| status(&e))?;
         match network.into_option() {

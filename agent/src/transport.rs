@@ -3,15 +3,25 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 
+use katana_protocol::{FIRST_STREAM_PORT, STREAM_KEY};
 use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrLike, UnixAddr, VsockAddr, sockopt};
+use tokio::io::AsyncWriteExt;
 
 use crate::streams::Stream;
 
+/// The way to the host's ports. Clones share the key.
+#[derive(Debug, Clone)]
+pub struct Transport {
+    place: Place,
+    key: Arc<OnceLock<[u8; STREAM_KEY]>>,
+}
+
 /// Where the host's ports are.
 #[derive(Debug, Clone)]
-pub enum Transport {
+enum Place {
     /// Ports of the host, CID 2.
     Vsock,
     /// Sockets `<port>.sock` in this directory.
@@ -19,15 +29,45 @@ pub enum Transport {
 }
 
 impl Transport {
-    /// Connects to a port of the host.
+    /// Out of a guest.
+    pub fn vsock() -> Self {
+        Self { place: Place::Vsock, key: Arc::default() }
+    }
+
+    /// To sockets `<port>.sock` in this directory.
+    pub fn unix(directory: PathBuf) -> Self {
+        Self { place: Place::Unix(directory), key: Arc::default() }
+    }
+
+    /// Whether this is a guest.
+    pub fn is_guest(&self) -> bool {
+        matches!(self.place, Place::Vsock)
+    }
+
+    /// The host has told by what it knows the agent. Only the first one counts.
+    pub fn set_key(&self, key: [u8; STREAM_KEY]) {
+        // Another one would be the same: the host has one.
+        let _ = self.key.set(key);
+    }
+
+    /// Connects to a port of the host, and says the key once there is one.
     pub async fn connect(&self, port: u32) -> io::Result<Stream> {
-        match self {
-            Self::Vsock => connect(AddressFamily::Vsock, &VsockAddr::new(libc::VMADDR_CID_HOST, port)).await,
-            Self::Unix(directory) => {
-                let address = UnixAddr::new(&directory.join(format!("{port}.sock")))?;
-                connect(AddressFamily::Unix, &address).await
+        let mut stream = match &self.place {
+            Place::Vsock => {
+                connect(AddressFamily::Vsock, &VsockAddr::new(libc::VMADDR_CID_HOST, port)).await?
             }
+            Place::Unix(directory) => {
+                let address = UnixAddr::new(&directory.join(format!("{port}.sock")))?;
+                connect(AddressFamily::Unix, &address).await?
+            }
+        };
+        // The port to which the agent connects first is the one where it learns the key.
+        if port >= FIRST_STREAM_PORT
+            && let Some(key) = self.key.get()
+        {
+            stream.write_all(key).await?;
         }
+        Ok(stream)
     }
 }
 

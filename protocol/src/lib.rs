@@ -44,6 +44,9 @@ pub const AGENT_PORT: u32 = 1024;
 pub const DEBUG_CONSOLE_PORT: u32 = 1026;
 /// Ports on the host from here on are handed out by the shim for standard streams and the like.
 pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
+/// Bytes of what the agent says first on each connection to one of those ports. The shim tells it in
+/// [`agent::CreateSandboxRequest`]; no other process of the guest has it.
+pub const STREAM_KEY: usize = 16;
 /// Parameters of the guest's kernel that say how it is to use transparent huge pages, each with its file below
 /// `/sys/kernel/mm/transparent_hugepage`. The kernel itself knows the first one.
 pub const TRANSPARENT_HUGE_PAGES: [(&str, &str); 3] = [

@@ -6,8 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use katana_protocol::SHARE_TAG;
 use katana_protocol::agent as api;
+use katana_protocol::{SHARE_TAG, STREAM_KEY};
 use tokio::sync::watch;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{Context, with_duration};
@@ -81,8 +81,14 @@ impl Agent {
         }
     }
 
-    /// Clock, entropy, name, share, shared memory and network of the pod.
-    pub async fn create_sandbox(&self, hostname: &str, shm_bytes: u64, network: api::Network) -> Result<()> {
+    /// Clock, entropy, name, share, shared memory and network of the pod, and the key to the host's ports.
+    pub async fn create_sandbox(
+        &self,
+        hostname: &str,
+        shm_bytes: u64,
+        network: api::Network,
+        key: [u8; STREAM_KEY],
+    ) -> Result<()> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let request = api::CreateSandboxRequest {
             hostname: hostname.into(),
@@ -92,6 +98,7 @@ impl Agent {
             share_tag: SHARE_TAG.into(),
             network: Some(network).into(),
             shm_bytes,
+            stream_key: key.to_vec(),
             ..Default::default()
         };
         let client = self.client.clone();

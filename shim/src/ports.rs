@@ -1,18 +1,37 @@
 //! The vsock ports on the host: who waits for the guest to connect to which.
+//!
+//! Any process of the guest can connect to any port, also one in a container without privileges, and the numbers are easy to
+//! guess. So whoever connects has to say the machine's key first, which only the agent has. Until then, and if it is another
+//! one, the port goes on waiting. The exceptions are ports below [`FIRST_STREAM_PORT`]: the agent connects there before it
+//! is told the key, and before there is any container.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
-use katana_protocol::FIRST_STREAM_PORT;
+use katana_protocol::{FIRST_STREAM_PORT, STREAM_KEY};
+use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
+
+use crate::error::Result;
 
 /// Connections to a listener that nobody has taken yet; those beyond are closed.
 const BACKLOG: usize = 32;
+/// How long a connection may take to say the key.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Connections at once that have not said the key yet. With one more, the oldest is closed: the agent, which says it at once,
+/// is among the youngest.
+const MOST_STRANGERS: usize = 256;
 
 /// The ports that the guest may connect to: each once, but for those of listeners.
 #[derive(Debug)]
-pub struct Ports(Mutex<Table>);
+pub struct Ports {
+    table: Mutex<Table>,
+    key: OnceLock<[u8; STREAM_KEY]>,
+}
 
 #[derive(Debug)]
 struct Table {
@@ -20,6 +39,10 @@ struct Table {
     listening: HashMap<u32, mpsc::Sender<UnixStream>>,
     next: u32,
     closed: bool,
+    /// Who has yet to say the key, the oldest first.
+    strangers: VecDeque<AbortHandle>,
+    /// Connections that nobody has taken.
+    strays: u64,
 }
 
 /// Takes what the guest connects to a port. Dropped, the port is closed.
@@ -41,16 +64,28 @@ pub struct Waiter {
 impl Ports {
     /// No ports.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Table {
+        let table = Mutex::new(Table {
             waiting: HashMap::new(),
             listening: HashMap::new(),
             next: FIRST_STREAM_PORT,
             closed: false,
-        })))
+            strangers: VecDeque::new(),
+            strays: 0,
+        });
+        Arc::new(Self { table, key: OnceLock::new() })
+    }
+
+    /// What the agent is to say on its connections.
+    pub fn key(&self) -> Result<[u8; STREAM_KEY]> {
+        if let Some(key) = self.key.get() {
+            return Ok(*key);
+        }
+        let key = crate::random()?;
+        Ok(*self.key.get_or_init(|| key))
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Opens a given port.
@@ -80,19 +115,50 @@ impl Ports {
         Listener { ports: Arc::clone(self), port, connections }
     }
 
-    /// The guest has connected. A connection that nobody waits for is closed.
-    pub fn connected(&self, port: u32, connection: UnixStream) {
+    /// The guest has connected. A connection that nobody waits for is closed, and so is one without the key.
+    pub fn connected(self: &Arc<Self>, port: u32, connection: UnixStream) {
+        if port < FIRST_STREAM_PORT || !self.table().is_open(port) {
+            return self.deliver(port, connection);
+        }
+        let ports = Arc::clone(self);
+        let greeted = tokio::spawn(async move {
+            match tokio::time::timeout(PATIENCE, ports.greet(connection)).await {
+                Ok(Ok(Some(connection))) => ports.deliver(port, connection),
+                // Nothing is told of these to the log, which a guest could fill.
+                _ => log::debug!("a process of the guest connected to port {port} without the key"),
+            }
+        });
+        let mut table = self.table();
+        table.strangers.retain(|stranger| !stranger.is_finished());
+        table.strangers.push_back(greeted.abort_handle());
+        let most = if table.closed { 0 } else { MOST_STRANGERS };
+        while table.strangers.len() > most {
+            table.strangers.pop_front().inspect(AbortHandle::abort);
+        }
+    }
+
+    /// The connection if it begins with the key.
+    async fn greet(&self, connection: UnixStream) -> io::Result<Option<UnixStream>> {
+        connection.set_nonblocking(true)?;
+        let mut connection = tokio::net::UnixStream::from_std(connection)?;
+        let mut said = [0; STREAM_KEY];
+        connection.read_exact(&mut said).await?;
+        let known = self.key.get().is_some_and(|key| is_same(key, &said));
+        if known { connection.into_std().map(Some) } else { Ok(None) }
+    }
+
+    fn deliver(&self, port: u32, connection: UnixStream) {
         let mut table = self.table();
         if let Some(listening) = table.listening.get(&port) {
             if listening.try_send(connection).is_err() {
-                log::warn!("too many connections of the guest to port {port}");
+                table.stray("too many connections", port);
             }
             return;
         }
         let waiting = table.waiting.remove(&port);
         drop(table);
         if waiting.is_none_or(|sender| sender.send(connection).is_err()) {
-            log::warn!("the guest connected to port {port}, for which nothing waits");
+            self.table().stray("nothing waits for connections", port);
         }
     }
 
@@ -102,14 +168,35 @@ impl Ports {
         table.closed = true;
         table.waiting.clear();
         table.listening.clear();
+        table.strangers.drain(..).for_each(|stranger| stranger.abort());
     }
 }
 
+/// Takes the same time wherever the difference is.
+pub fn is_same<const N: usize>(one: &[u8; N], other: &[u8; N]) -> bool {
+    one.iter().zip(other).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+}
+
 impl Table {
+    /// Tells of a connection that was closed, or only counts it: a guest can make any number of them.
+    fn stray(&mut self, why: &str, port: u32) {
+        self.strays = self.strays.saturating_add(1);
+        if self.strays.is_power_of_two() {
+            log::warn!(
+                "{} connections of the guest were closed: {why}, the last one to port {port}",
+                self.strays
+            );
+        }
+    }
+
+    fn is_open(&self, port: u32) -> bool {
+        self.waiting.contains_key(&port) || self.listening.contains_key(&port)
+    }
+
     fn free_port(&mut self) -> u32 {
         let mut port = self.next;
         // After four thousand million streams the numbers start again.
-        while self.waiting.contains_key(&port) || self.listening.contains_key(&port) {
+        while self.is_open(port) {
             port = following(port);
         }
         self.next = following(port);
@@ -159,16 +246,34 @@ impl Drop for Waiter {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
     use super::*;
+
+    /// Connects as the agent does; the guest's end.
+    fn connect(ports: &Arc<Ports>, port: u32, says: &[u8]) -> UnixStream {
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        guest.write_all(says).unwrap();
+        ports.connected(port, host);
+        guest
+    }
+
+    async fn all_are_known(ports: &Ports) {
+        while ports.table().strangers.iter().any(|stranger| !stranger.is_finished()) {
+            tokio::task::yield_now().await;
+        }
+    }
 
     #[tokio::test]
     async fn a_listener_gets_every_connection_up_to_its_backlog() {
         let ports = Ports::new();
+        let key = ports.key().unwrap();
         let mut listener = ports.listen_any();
         for _ in 0..BACKLOG + 5 {
-            ports.connected(listener.port(), UnixStream::pair().unwrap().0);
+            connect(&ports, listener.port(), &key);
         }
         assert_ne!(ports.open_any().port(), listener.port());
+        all_are_known(&ports).await;
         ports.close();
         let mut count = 0;
         while listener.connection().await.is_some() {
@@ -184,9 +289,8 @@ mod tests {
         let port = listener.port();
         drop(listener);
         assert!(ports.table().listening.is_empty());
-        let (mut mine, theirs) = UnixStream::pair().unwrap();
-        ports.connected(port, theirs);
-        assert_eq!(std::io::Read::read(&mut mine, &mut [0]).unwrap(), 0);
+        let mut guest = connect(&ports, port, &ports.key().unwrap());
+        assert_eq!(guest.read(&mut [0]).unwrap_or(0), 0);
     }
 
     #[tokio::test]
@@ -194,17 +298,61 @@ mod tests {
         let ports = Ports::new();
         let (a, b) = (ports.open_any(), ports.open_any());
         assert_ne!(a.port(), b.port());
-        let (mine, theirs) = UnixStream::pair().unwrap();
-        let (port, unknown) = (b.port(), UnixStream::pair().unwrap().0);
-        ports.connected(9, unknown);
-        ports.connected(port, theirs);
-        let connection = b.connection().await.unwrap();
-        assert_eq!(mine.local_addr().unwrap().as_pathname(), connection.local_addr().unwrap().as_pathname());
+        let port = b.port();
+        connect(&ports, 9, &[]);
+        let mut guest = connect(&ports, port, &ports.key().unwrap());
+        b.connection().await.unwrap().write_all(b"x").unwrap();
+        assert_eq!(guest.read(&mut [0; 64]).unwrap(), 1);
         drop(a);
         assert!(ports.table().waiting.is_empty());
         let left = ports.open_any();
         ports.close();
         assert!(left.connection().await.is_none());
         assert!(ports.open_any().connection().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn whoever_comes_first_without_the_key_gets_nothing() {
+        let ports = Ports::new();
+        // Before the agent is told it, nobody has it.
+        let waiter = ports.open_any();
+        connect(&ports, waiter.port(), &[0; STREAM_KEY]);
+        all_are_known(&ports).await;
+        let key = ports.key().unwrap();
+        assert_eq!(ports.key().unwrap(), key);
+        assert_ne!(Ports::new().key().unwrap(), key);
+        let mut other = key;
+        other[STREAM_KEY - 1] ^= 1;
+        let mut thieves = Vec::new();
+        for says in [&other[..], &key[..STREAM_KEY - 1], &[], &[0; 64]] {
+            thieves.push(connect(&ports, waiter.port(), says));
+        }
+        let mut guest = connect(&ports, waiter.port(), &[&key[..], b"output"].concat());
+        let mut connection = waiter.connection().await.unwrap();
+        connection.set_nonblocking(false).unwrap();
+        connection.write_all(b"secret").unwrap();
+        let (mut from_guest, mut from_host) = ([0; 6], [0; 6]);
+        connection.read_exact(&mut from_guest).unwrap();
+        guest.read_exact(&mut from_host).unwrap();
+        assert_eq!((&from_guest, &from_host), (b"output", b"secret"));
+        ports.close();
+        all_are_known(&ports).await;
+        tokio::task::yield_now().await;
+        for mut thief in thieves {
+            assert_eq!(thief.read(&mut [0; 64]).unwrap_or(0), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn those_who_say_nothing_do_not_shut_the_agent_out() {
+        let ports = Ports::new();
+        let (waiter, key) = (ports.open_any(), ports.key().unwrap());
+        let mut silent: Vec<_> =
+            (0..MOST_STRANGERS + 10).map(|_| connect(&ports, waiter.port(), b"")).collect();
+        assert_eq!(ports.table().strangers.len(), MOST_STRANGERS);
+        connect(&ports, waiter.port(), &key);
+        assert!(waiter.connection().await.is_some());
+        assert_eq!(silent[0].read(&mut [0]).unwrap_or(0), 0);
+        assert!(ports.table().strangers.len() <= MOST_STRANGERS);
     }
 }

@@ -241,7 +241,7 @@ impl Sandbox {
             self.vmm.add_vcpus(vcpus).await?;
             agent.set_cpus(vcpus).await?;
         }
-        agent.create_sandbox(hostname, shm_bytes, network.clone()).await?;
+        agent.create_sandbox(hostname, shm_bytes, network.clone(), self.ports.key()?).await?;
         log::debug!("timeline: pod introduced");
         *told = network;
         Ok(agent)

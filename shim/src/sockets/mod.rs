@@ -31,7 +31,7 @@ use tokio::task::JoinSet;
 use self::connect::{Kind, Place};
 use crate::error::{Error, Result, reason};
 use crate::mounts;
-use crate::ports::{Listener, Ports};
+use crate::ports::{Listener, Ports, is_same};
 use crate::spec::{Source, Spec};
 
 /// Connections to a socket at once. More wait in the guest.
@@ -192,11 +192,6 @@ impl Target {
             Err(refused("a caller from another user namespace"))
         }
     }
-}
-
-/// Takes the same time wherever the difference is.
-fn is_same(one: &[u8; SECRET], other: &[u8; SECRET]) -> bool {
-    one.iter().zip(other).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
 }
 
 /// The host's ids that processes of a container can have; all, without a user namespace.

@@ -64,7 +64,8 @@ impl Guest {
     }
 
     fn connect(&self) -> UnixStream {
-        let (ours, theirs) = StdStream::pair().unwrap();
+        let (mut ours, theirs) = StdStream::pair().unwrap();
+        ours.write_all(&self.ports.key().unwrap()).unwrap();
         self.ports.connected(self.message.port, theirs);
         ours.set_nonblocking(true).unwrap();
         UnixStream::from_std(ours).unwrap()

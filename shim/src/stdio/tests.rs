@@ -29,8 +29,9 @@ impl Drop for Directory {
     }
 }
 
-fn guest(ports: &ports::Ports, port: u32) -> StdStream {
-    let (guest, host) = StdStream::pair().unwrap();
+fn guest(ports: &Arc<ports::Ports>, port: u32) -> StdStream {
+    let (mut guest, host) = StdStream::pair().unwrap();
+    guest.write_all(&ports.key().unwrap()).unwrap();
     ports.connected(port, host);
     guest
 }

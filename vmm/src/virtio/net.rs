@@ -354,9 +354,10 @@ impl Tap {
         queue.quiet(memory);
         while self.readable {
             if !room.grow(memory, queue, mergeable) {
-                // Buffers that come from now on are announced; a packet waits in the tap until then.
+                // Buffers that come from now on are announced; a packet waits in the tap until then. Those that have
+                // come meanwhile may be of no use either, and others are to have their turn.
                 if queue.sleep(memory) {
-                    continue;
+                    queue.kick_again();
                 }
                 break;
             }
@@ -421,7 +422,8 @@ struct Room<'m> {
 impl<'m> Room<'m> {
     /// Takes chains until any packet fits. False if the driver has too few of them.
     fn grow(&mut self, memory: &'m GuestMemory, queue: &mut DeviceQueue, mergeable: bool) -> bool {
-        loop {
+        // A ring full at most: a driver can make one useless chain available after the other.
+        for _ in 0..=queue.size() {
             // Without mergeable buffers the driver has promised that each chain is long enough. A ring full of
             // small ones is all that this driver will ever have.
             let enough = if mergeable { self.bytes >= LONGEST_PACKET } else { !self.chains.is_empty() };
@@ -439,6 +441,7 @@ impl<'m> Room<'m> {
             self.pieces += chain.writable.pieces();
             self.chains.push_back(chain);
         }
+        false
     }
 
     fn buffers(&self) -> Buffers<'m> {

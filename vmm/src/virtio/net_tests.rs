@@ -1,4 +1,6 @@
 use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -85,6 +87,33 @@ fn bad_packets_are_dropped() {
     bench.rings[RECEIVE].publish(1);
     bench.kick(RECEIVE);
     assert_eq!((bench.used(RECEIVE), bench.used(RECEIVE)), (Some((0, 0)), Some((1, 60))));
+}
+
+/// On one processor, the guest makes useless buffers available while another one waits for the device thread.
+#[test]
+fn a_driver_that_never_stops_does_not_hold_the_thread() {
+    for (queue, piece) in [(RECEIVE, (BUFFERS, 11, WRITE)), (TRANSMIT, (BUFFERS, 11, READ))] {
+        for malformed in [false, true] {
+            let (mut bench, near) = bench(MERGE);
+            near.send(&[7; 60]).unwrap();
+            // A descriptor that is its own successor, or one that is too short.
+            let next = u16::from(malformed);
+            bench.rings[queue].describe(0, (piece.0, piece.1, piece.2 | next), 0);
+            let stop = Arc::new(AtomicBool::new(false));
+            let publishing = std::thread::spawn(bench.rings[queue].publish_for_ever(Arc::clone(&stop)));
+            let mut worked = 0;
+            while worked < 20 && !publishing.is_finished() {
+                let before = bench.rings[queue].peek_used();
+                bench.rings[queue].kick.write(1).unwrap();
+                bench.wake_ups(1);
+                let done = bench.rings[queue].peek_used().wrapping_sub(before);
+                assert!(done <= 257, "{done} chains at once, queue {queue}, malformed {malformed}");
+                worked += usize::from(done > 0);
+            }
+            stop.store(true, Ordering::Relaxed);
+            assert!(publishing.join().unwrap(), "queue {queue}, malformed {malformed}");
+        }
+    }
 }
 
 #[test]

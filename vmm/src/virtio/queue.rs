@@ -51,12 +51,13 @@ impl DeviceQueue {
         &mut self.complaints
     }
 
-    /// The next chain that is well-formed.
+    /// The next chain. None if there is none, and for each that is malformed: a driver that makes one after the other
+    /// available does not hold the caller, who finds by [`Self::sleep`] that there are more.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Option<Chain<'m>> {
         self.pop_checked(memory, |raw| Chain::new(memory, raw))
     }
 
-    /// The next chain of proper shape, for whom reads its descriptors on his own.
+    /// As [`Self::pop`], of a chain of proper shape, for whom reads its descriptors on his own.
     pub fn pop_raw<'m>(&mut self, memory: &'m GuestMemory) -> Option<DescriptorChain<&'m GuestMemory>> {
         self.pop_checked(memory, |raw| chain::check(raw.clone()).map(|()| raw))
     }
@@ -69,25 +70,20 @@ impl DeviceQueue {
         if self.broken {
             return None;
         }
-        // So many at most: a driver that makes one bad chain available after the other does not hold the caller.
-        for _ in 0..self.rings.size() {
-            let raw = match self.rings.iter(memory) {
-                Ok(mut available) => available.next()?,
-                Err(error) => return self.fail(&error),
-            };
-            let head = raw.head_index();
-            if head >= self.rings.size() {
-                return self.fail(&"the available ring names a descriptor beyond the table");
-            }
-            match check(raw) {
-                Ok(chain) => return Some(chain),
-                Err(error) => {
-                    self.complaints.add(&format_args!("a malformed chain: {error}"));
-                    self.push(memory, head, 0);
-                }
-            }
+        let raw = match self.rings.iter(memory) {
+            Ok(mut available) => available.next()?,
+            Err(error) => return self.fail(&error),
+        };
+        let head = raw.head_index();
+        if head >= self.rings.size() {
+            return self.fail(&"the available ring names a descriptor beyond the table");
         }
-        None
+        check(raw)
+            .inspect_err(|error| {
+                self.complaints.add(&format_args!("a malformed chain: {error}"));
+                self.push(memory, head, 0);
+            })
+            .ok()
     }
 
     fn fail<T>(&mut self, why: &dyn Display) -> Option<T> {

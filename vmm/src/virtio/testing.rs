@@ -1,6 +1,6 @@
 //! A driver's side for tests: a device in a real event manager, with real queues in real memory.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
@@ -118,6 +118,22 @@ impl Ring {
         index.wrapping_sub(self.next_used)
     }
 
+    /// What another processor of the guest does all the time: makes the chain at 0 available as often as there is room for
+    /// it, until it is told to stop or has done so very often; answers whether it was told.
+    pub fn publish_for_ever(&self, stop: Arc<AtomicBool>) -> impl FnOnce() -> bool + Send + use<> {
+        let (memory, size, avail, used) = (self.memory.clone(), self.size, self.avail, self.used);
+        move || {
+            let read = |at| memory.read_obj::<u16>(GuestAddress(at + 2)).unwrap();
+            for _ in 0..20_000_000 {
+                if stop.load(Ordering::Relaxed) {
+                    return true;
+                }
+                memory.write_obj(read(used).wrapping_add(size), GuestAddress(avail + 2)).unwrap();
+            }
+            false
+        }
+    }
+
     /// The next returned chain: head and length.
     pub fn used(&mut self) -> Option<(u16, u32)> {
         if self.peek_used() == 0 {
@@ -212,7 +228,12 @@ impl<D: VirtioDevice + MutEventSubscriber> Bench<D> {
 
     /// Lets the device thread work until it has nothing more to do.
     pub fn run(&mut self) {
-        while self.manager.run_with_timeout(0).unwrap() > 0 {}
+        assert!(self.wake_ups(100_000) < 100_000, "it never rests");
+    }
+
+    /// How many times the device thread is woken before it has nothing more to do, or as many as `most`.
+    pub fn wake_ups(&mut self, most: usize) -> usize {
+        (0..most).take_while(|_| self.manager.run_with_timeout(0).unwrap() > 0).count()
     }
 
     /// Like `run`, but waits a moment for something to happen.

@@ -5,6 +5,7 @@ use katana_tests::cri::{Container, Pod, shared_pod};
 use serde_json::{Value, json};
 
 use super::cases;
+use crate::guest;
 
 cases! {
     /// run_as_user, run_as_group, supplemental_groups
@@ -23,6 +24,8 @@ cases! {
     paths_are_masked_and_read_only,
     /// Everything is allowed, and nothing is hidden.
     2: a_privileged_container_may_everything,
+    /// Whoever is first at the guest's way to the host
+    streams_are_not_another_containers,
 }
 
 /// A container of the shared pod with this security context.
@@ -119,4 +122,28 @@ fn a_privileged_container_may_everything(handler: &str) {
     container.sh("mkdir /sys/fs/cgroup/own && rmdir /sys/fs/cgroup/own").ok();
     container.sh("echo 1 > /proc/sys/net/ipv4/ip_forward && echo 0 > /proc/sys/net/ipv4/ip_forward").ok();
     container.sh("test -c /dev/null && echo > /dev/null").ok();
+}
+
+/// A container without privileges connects to all vsock ports that the streams of others may have.
+fn streams_are_not_another_containers(handler: &str) {
+    let pod = Pod::run(handler);
+    let program = std::env::current_exe().unwrap();
+    let thief = pod.start(json!({
+        "command": guest::command("guest::vsock", "/tmp"),
+        "mounts": [{"host_path": program, "container_path": guest::PROGRAM, "readonly": true}],
+        "linux": {"security_context": {"run_as_user": {"value": 65534}}},
+    }));
+    thief.wait_for_output("running 1 test");
+    let victim = pod.start(json!({}));
+    for number in 0..8 {
+        assert_eq!(victim.sh(&format!("echo out {number}")).ok(), format!("out {number}"));
+        let mut session =
+            victim.exec_streaming(&["sh", "-c", "read line; echo \"got $line\""], false).unwrap();
+        session.write("a password\n");
+        assert_eq!(session.exit_code(), 0);
+        assert_eq!(session.stdout, "got a password\n");
+    }
+    thief.sh("touch /tmp/stop").ok();
+    assert_eq!(thief.ended().exit_code, 0, "{}", thief.output());
+    assert!(thief.output().contains("1 passed"), "{}", thief.output());
 }

@@ -15,6 +15,7 @@ mod seccomp;
 mod sockets;
 mod special_bits;
 mod unnamed;
+mod vsock;
 mod watch;
 
 use std::io;
@@ -24,7 +25,7 @@ use std::path::{Path, PathBuf};
 use katana_tests::{Output, Run};
 
 /// Where containers find this program.
-const PROGRAM: &str = "/check";
+pub const PROGRAM: &str = "/check";
 const DIRECTORY: &str = "KATANA_CHECK_DIRECTORY";
 
 /// A container with this program in it.

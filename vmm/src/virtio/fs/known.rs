@@ -111,7 +111,7 @@ impl Known {
 
     /// A directory is remembered no more. Answers the references to be dropped.
     #[must_use]
-    pub fn drop(&self, directory: u64) -> Vec<References> {
+    pub fn forsake(&self, directory: u64) -> Vec<References> {
         let mut state = lock(&self.0);
         let names = state.take(directory);
         names.into_iter().filter_map(|inode| state.release(inode)).collect()
@@ -169,7 +169,7 @@ mod tests {
         assert_eq!(known.learn(1, names(&[(c"c", 6)])), []);
         assert_eq!(known.forget(1, 7), (1, 7));
         assert!(known.has(1));
-        assert_eq!(known.drop(1), [(6, 1)]);
+        assert_eq!(known.forsake(1), [(6, 1)]);
         assert_eq!(known.find(1, c"c"), Name::Unknown);
         assert_eq!(lock(&known.0).names, 0);
     }

@@ -10,12 +10,13 @@ use std::time::Duration;
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::filesystem::{Context, FileSystem};
 use virtiofsd::fuse::{
-    Attr, CreateIn, EntryOut, GETATTR_FH, InHeader, IoctlIn, IoctlOut, Opcode, OpenOut, OutHeader,
-    WRITE_CACHE, WRITE_KILL_PRIV, WRITE_LOCKOWNER, WriteIn, WriteOut,
+    Attr, BatchForgetIn, CreateIn, EntryOut, ForgetIn, ForgetOne, GETATTR_FH, InHeader, IoctlIn, IoctlOut,
+    Opcode, OpenOut, OutHeader, WRITE_CACHE, WRITE_KILL_PRIV, WRITE_LOCKOWNER, WriteIn, WriteOut,
 };
 use virtiofsd::server::Server;
 use vm_memory::ByteValued;
 
+use super::checks;
 use super::host::{Birth, Host};
 use super::inode_flags::Request;
 use super::replay::{self, Replaying};
@@ -23,8 +24,6 @@ use super::transfer::Written;
 
 /// FUSE_STATX, which the library has no name for.
 const STATX: u32 = 52;
-/// Most bytes of a write, as the library announces it to the guest.
-const MOST_WRITTEN: usize = 1 << 20;
 /// Most bytes that are read of what comes with an ioctl(2).
 const MOST_INPUT: usize = 64;
 
@@ -33,13 +32,15 @@ type Answer = io::Result<Vec<u8>>;
 /// All that serves requests.
 pub struct Messages {
     server: Server<Replaying>,
+    replaying: Replaying,
     host: Arc<Host>,
 }
 
 impl Messages {
     pub fn new(host: Host) -> Self {
         let host = Arc::new(host);
-        Self { server: Server::new(Replaying::new(Arc::clone(&host))), host }
+        let replaying = Replaying::new(Arc::clone(&host));
+        Self { server: Server::new(replaying.clone()), replaying, host }
     }
 
     /// The guest is gone.
@@ -51,10 +52,18 @@ impl Messages {
     ///
     /// The header is read twice, and may have changed in between. Then the library gets what it does not know or loses the
     /// count of a write: the guest has deceived itself.
+    ///
+    /// # Errors
+    /// When it cannot be answered, or not be made sense of: then nothing has been written.
     pub fn handle(&self, mut reader: Reader<'_>, writer: Writer<'_>) -> Result<usize, virtiofsd::Error> {
-        let read =
-            |reader: &mut Reader<'_>| reader.read_obj::<InHeader>().map_err(virtiofsd::Error::DecodeMessage);
-        let header = read(&mut reader.clone())?;
+        if reader.available_bytes().max(writer.available_bytes()) > checks::MOST_BYTES {
+            return Err(nonsense("it is longer than any"));
+        }
+        if writer.available_bytes() < size_of::<OutHeader>() {
+            // The library relies on this room, whatever the request is.
+            return self.take(reader).map(|()| 0);
+        }
+        let header = read::<InHeader>(&mut reader.clone())?;
         let kind = Opcode::try_from(header.opcode);
         let replay = replay::is_one(&Context::from(header));
         let ours = header.opcode == STATX
@@ -63,7 +72,7 @@ impl Messages {
             // There is no shared memory window (DAX), hence no back-end to ask for one.
             return self.server.handle_message(reader, writer, None::<&mut ()>);
         }
-        let header = read(&mut reader)?;
+        let header = read::<InHeader>(&mut reader)?;
         let answer = match Opcode::try_from(header.opcode) {
             Ok(Opcode::Write) => self.write(header, reader),
             Ok(Opcode::TmpFile) => self.make_unnamed(header, reader),
@@ -74,13 +83,32 @@ impl Messages {
         reply(writer, header.unique, answer).map_err(virtiofsd::Error::EncodeMessage)
     }
 
+    /// Takes a request that has no answer.
+    fn take(&self, mut reader: Reader<'_>) -> Result<(), virtiofsd::Error> {
+        let header = read::<InHeader>(&mut reader)?;
+        let (ctx, inode) = (Context::from(header), header.nodeid);
+        match Opcode::try_from(header.opcode) {
+            Ok(Opcode::Forget) => {
+                self.replaying.forget(ctx, inode, read::<ForgetIn>(&mut reader)?.nlookup);
+            }
+            Ok(Opcode::BatchForget) => {
+                for _ in 0..read::<BatchForgetIn>(&mut reader)?.count {
+                    let ForgetOne { nodeid, nlookup } = read(&mut reader)?;
+                    self.replaying.forget(ctx, nodeid, nlookup);
+                }
+            }
+            // There is nothing that can be interrupted.
+            Ok(Opcode::Interrupt) => {}
+            _ => return Err(nonsense("there is no room for an answer")),
+        }
+        Ok(())
+    }
+
     fn write(&self, header: InHeader, mut reader: Reader<'_>) -> Answer {
         let WriteIn { fh, offset, size, write_flags, lock_owner, flags, .. } = reader.read_obj()?;
-        let end = usize::try_from(size).ok().filter(|size| *size <= MOST_WRITTEN);
-        let end =
-            end.filter(|_| offset.checked_add(size.into()).is_some_and(|end| i64::try_from(end).is_ok()));
+        checks::transfer(offset, size)?;
         // The library takes whole buffers: what is behind the data must not follow it.
-        if end.is_none_or(|size| reader.split_at(size).is_err()) {
+        if reader.split_at(size as usize).is_err() {
             return invalid();
         }
         let owner = (write_flags & WRITE_LOCKOWNER != 0).then_some(lock_owner);
@@ -123,6 +151,20 @@ impl Messages {
         let (attr, birth) = self.host.statx(ctx, inode, (flags & GETATTR_FH != 0).then_some(fh))?;
         Ok(statx_out(&attr, birth, super::CACHE_TIME))
     }
+}
+
+/// Answers what made no sense.
+pub fn refuse(mut reader: Reader<'_>, writer: Writer<'_>) -> io::Result<usize> {
+    let header = reader.read_obj::<InHeader>()?;
+    reply(writer, header.unique, invalid())
+}
+
+fn read<T: ByteValued>(reader: &mut Reader<'_>) -> Result<T, virtiofsd::Error> {
+    reader.read_obj().map_err(virtiofsd::Error::DecodeMessage)
+}
+
+fn nonsense(why: &'static str) -> virtiofsd::Error {
+    virtiofsd::Error::DecodeMessage(io::Error::new(io::ErrorKind::InvalidData, why))
 }
 
 fn invalid<T>() -> io::Result<T> {

@@ -10,6 +10,7 @@
 //! takes one chain at a time and first sees to it that another thread wakes up for the next one.
 
 mod acl;
+mod checks;
 mod host;
 mod inode_flags;
 mod known;
@@ -250,13 +251,16 @@ impl Shared {
         }
     }
 
-    fn handle(&self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) -> Result<usize, Error> {
-        let reader = Reader::new(memory, chain.clone())?;
-        let writer = Writer::new(memory, chain)?;
-        Ok(self.messages.handle(reader, writer)?)
+    /// Answers a request: the length of the answer, and what is wrong with the request.
+    fn handle(&self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) -> (usize, Option<Error>) {
+        let ends = || Ok((Reader::new(memory, chain.clone())?, Writer::new(memory, chain.clone())?));
+        let answered = ends().and_then(|(reader, writer)| Ok(self.messages.handle(reader, writer)?));
+        let Err(error) = answered else { return (answered.unwrap_or(0), None) };
+        let refused = ends().ok().and_then(|(reader, writer)| messages::refuse(reader, writer).ok());
+        (refused.unwrap_or(0), Some(error))
     }
 
-    fn finish(&self, number: u64, index: usize, head: u16, result: Result<usize, Error>) {
+    fn finish(&self, number: u64, index: usize, head: u16, (length, error): (usize, Option<Error>)) {
         let mut state = lock(&self.state);
         state.in_flight -= 1;
         if state.in_flight == 0 {
@@ -268,10 +272,9 @@ impl Shared {
         if let Some(session) = &mut state.session
             && let Some(queue) = session.queues.get_mut(index)
         {
-            let length = result.unwrap_or_else(|error| {
+            if let Some(error) = error {
                 queue.complaints().add(&error);
-                0
-            });
+            }
             queue.push(&session.memory, head, u32::try_from(length).unwrap_or(0));
             queue.interrupt(&session.memory);
         }

@@ -39,9 +39,10 @@ const MOST_NAMES: usize = 1024;
 const DIRECTORY_BUFFER: u32 = 32 << 10;
 
 /// The file server with this layer above it.
+#[derive(Clone)]
 pub struct Replaying {
     inner: Arc<Host>,
-    known: Known,
+    known: Arc<Known>,
 }
 
 /// Whether a request is a replay.
@@ -88,7 +89,7 @@ fn before(mut attr: Attr) -> Attr {
 
 impl Replaying {
     pub fn new(inner: Arc<Host>) -> Self {
-        Self { inner, known: Known::default() }
+        Self { inner, known: Arc::default() }
     }
 
     fn drop_references(&self, ctx: Context, references: Vec<References>) {
@@ -207,7 +208,7 @@ impl FileSystem for Replaying {
         self.inner.forget(ctx, inode, count);
         // What is in a directory is remembered for as long as the guest knows the directory.
         if self.known.has(inode) && self.inner.getattr(ctx, inode, None).is_err() {
-            self.drop_references(ctx, self.known.drop(inode));
+            self.drop_references(ctx, self.known.forsake(inode));
         }
     }
 

@@ -158,9 +158,6 @@ impl Unnamed {
 
     /// Gives one a name.
     pub fn link(&self, file: &File, directory: &File, name: &CStr) -> io::Result<()> {
-        if name.to_bytes().contains(&b'/') {
-            return error(libc::EINVAL);
-        }
         let number = CString::new(file.as_raw_fd().to_string())?;
         let (proc, directory) = (self.proc_self_fd.as_raw_fd(), directory.as_raw_fd());
         let flags = libc::AT_SYMLINK_FOLLOW;

@@ -305,11 +305,13 @@ pub struct Outlet {
     finished: bool,
     /// Whether the host's end takes nothing any more; data are dropped.
     broken: bool,
+    /// The halves that have been shut down: `SHUTDOWN_SEND` and `SHUTDOWN_RECEIVE`.
+    shut: u32,
 }
 
 impl Outlet {
     fn new(socket: UnixStream) -> Self {
-        Self { socket, backlog: VecDeque::new(), finished: false, broken: false }
+        Self { socket, backlog: VecDeque::new(), finished: false, broken: false, shut: 0 }
     }
 
     /// The socket.
@@ -388,16 +390,24 @@ impl Outlet {
         self.end();
     }
 
-    fn end(&self) {
+    fn end(&mut self) {
         if self.finished && self.backlog.is_empty() {
-            // If it fails, the other end is gone and needs to be told nothing.
-            let _ = self.socket.shutdown(Shutdown::Write);
+            self.shut_down(SHUTDOWN_SEND, Shutdown::Write);
         }
     }
 
     /// Nothing more will be received: whoever writes at the host's end learns of it.
-    pub fn refuse(&self) {
-        // As in `end`.
-        let _ = self.socket.shutdown(Shutdown::Read);
+    pub fn refuse(&mut self) {
+        self.shut_down(SHUTDOWN_RECEIVE, Shutdown::Read);
+    }
+
+    /// Once only: shutdown(2) is an event of the socket each time (`unix_shutdown` in net/unix/af_unix.c calls
+    /// `sk_state_change`), and what an event brings about must not be the next one.
+    fn shut_down(&mut self, half: u32, how: Shutdown) {
+        if self.shut & half == 0 {
+            self.shut |= half;
+            // If it fails, the other end is gone and needs to be told nothing.
+            let _ = self.socket.shutdown(how);
+        }
     }
 }

@@ -109,8 +109,12 @@ impl Vsock {
         let (sources, Some(Active { memory, queues, .. })) = base.split() else { return };
         let Some(queue) = queues.get_mut(RECEIVE) else { return };
         queue.quiet(memory);
-        for count in 1..=BUDGET {
+        for count in 1.. {
             if streams.is_idle() {
+                break;
+            }
+            if count > BUDGET {
+                sources.wake();
                 break;
             }
             let Some(mut chain) = queue.pop(memory) else {
@@ -134,9 +138,6 @@ impl Vsock {
             queue.push(memory, chain.head(), HEADER_LENGTH as u32 + header.len.to_native());
             if count % INTERRUPT_AFTER == 0 {
                 queue.interrupt(memory);
-            }
-            if count == BUDGET {
-                sources.wake();
             }
         }
         queue.interrupt(memory);

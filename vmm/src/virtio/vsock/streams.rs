@@ -248,7 +248,7 @@ impl Streams {
         if connection.queued {
             self.round.retain(|other| *other != key);
         }
-        let outlet = connection.into_outlet();
+        let mut outlet = connection.into_outlet();
         if outlet.is_done() {
             return;
         }

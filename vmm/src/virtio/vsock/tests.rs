@@ -503,6 +503,53 @@ fn thousands_of_connections_work_at_once_and_then_there_is_a_limit() {
     assert_eq!(hosts[4095].read(&mut [0]).unwrap(), 0);
 }
 
+/// An event must not bring about the next one, whichever half of a connection has ended.
+#[test]
+fn a_half_closed_connection_rests() {
+    for ends in [SHUTDOWN_SEND, SHUTDOWN_RECEIVE, 0] {
+        for host_ends in [None, Some(Shutdown::Write), Some(Shutdown::Read), Some(Shutdown::Both)] {
+            for backlog in [0, 200 << 10] {
+                let mut guest = guest();
+                let host = guest.connect();
+                if backlog > 0 {
+                    host.set_nonblocking(true).unwrap();
+                    let size = 16 << 10;
+                    (0..backlog / size).for_each(|_| guest.send(header(op::RW), &vec![1; size]));
+                }
+                if ends != 0 {
+                    guest.send(Header { flags: ends.into(), ..header(op::SHUTDOWN) }, &[]);
+                }
+                match host_ends {
+                    Some(how) => host.shutdown(how).unwrap(),
+                    None => drop(host.try_clone().unwrap()),
+                }
+                assert!(guest.bench.wake_ups(1000) < 10, "{ends} {host_ends:?} {backlog}");
+                drop(host);
+                assert!(guest.bench.wake_ups(1000) < 10, "{ends} {host_ends:?} {backlog}");
+                // Whatever the guest says once more is answered, and that is all.
+                for _ in 0..3 {
+                    guest.send(Header { flags: SHUTDOWN_RECEIVE.into(), ..header(op::SHUTDOWN) }, &[]);
+                    assert!(guest.bench.wake_ups(1000) < 10);
+                }
+            }
+        }
+    }
+}
+
+/// Nobody reads what is left of a connection that the guest has reset.
+#[test]
+fn what_lingers_rests() {
+    let mut guest = guest();
+    let host = guest.connect();
+    (0..14).for_each(|_| guest.send(header(op::RW), &[1; 16 << 10]));
+    guest.send(header(op::RST), &[]);
+    assert!(guest.bench.wake_ups(1000) < 10);
+    host.shutdown(Shutdown::Write).unwrap();
+    assert!(guest.bench.wake_ups(1000) < 10);
+    drop(host);
+    assert!(guest.bench.wake_ups(1000) < 10);
+}
+
 /// Bytes of a long stream, so that a lost, doubled or misplaced piece shows.
 fn pattern(position: usize) -> u8 {
     (position ^ position >> 8 ^ position >> 16).wrapping_mul(167) as u8

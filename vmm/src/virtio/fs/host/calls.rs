@@ -15,7 +15,7 @@ use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::passthrough::credentials::drop_effective_cap;
 
 use super::super::unnamed::{self, checked};
-use super::super::{CACHE_TIME, acl};
+use super::super::{CACHE_TIME, acl, checks};
 use super::{Handle, Host, Inode, error, is};
 
 /// How often it is tried to make or open a file that comes and goes.
@@ -36,6 +36,7 @@ impl FileSystem for Host {
     }
 
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        checks::name(name)?;
         self.inner.lookup(ctx, parent, name)
     }
 
@@ -65,6 +66,9 @@ impl FileSystem for Host {
         handle: Option<Handle>,
         valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
+        if valid.contains(SetattrValid::SIZE) {
+            checks::range(attr.size, 0)?;
+        }
         let Some(file) = self.unnamed.file(inode) else {
             return self.inner.setattr(ctx, inode, attr, handle, valid);
         };
@@ -87,6 +91,7 @@ impl FileSystem for Host {
         name: &CStr,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        checks::name(name)?;
         self.make_in(ctx, parent, extensions, |extensions| {
             self.inner.symlink(ctx, linkname, parent, name, extensions)
         })
@@ -102,6 +107,7 @@ impl FileSystem for Host {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        checks::name(name)?;
         self.make_in(ctx, parent, extensions, |extensions| {
             self.inner.mknod(ctx, parent, name, mode, rdev, umask, extensions)
         })
@@ -116,16 +122,19 @@ impl FileSystem for Host {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        checks::name(name)?;
         self.make_in(ctx, parent, extensions, |extensions| {
             self.inner.mkdir(ctx, parent, name, mode, umask, extensions)
         })
     }
 
     fn unlink(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        checks::name(name)?;
         self.inner.unlink(ctx, parent, name)
     }
 
     fn rmdir(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        checks::name(name)?;
         self.inner.rmdir(ctx, parent, name)
     }
 
@@ -138,10 +147,13 @@ impl FileSystem for Host {
         newname: &CStr,
         flags: u32,
     ) -> io::Result<()> {
+        checks::name(oldname)?;
+        checks::name(newname)?;
         self.inner.rename(ctx, olddir, oldname, newdir, newname, flags)
     }
 
     fn link(&self, ctx: Context, inode: Inode, newparent: Inode, newname: &CStr) -> io::Result<Entry> {
+        checks::name(newname)?;
         let Some(file) = self.unnamed.file(inode) else {
             return self.inner.link(ctx, inode, newparent, newname);
         };
@@ -158,6 +170,7 @@ impl FileSystem for Host {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<(Option<Handle>, OpenOptions)> {
+        let flags = checks::open_flags(flags);
         if unnamed::is_one(inode) {
             let handle = self.unnamed.open(inode, flags.cast_signed())?;
             return Ok((Some(handle), OpenOptions::empty()));
@@ -183,6 +196,8 @@ impl FileSystem for Host {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
+        checks::name(name)?;
+        let flags = checks::create_flags(flags);
         let exclusive = libc::O_EXCL.cast_unsigned();
         let mut result = error(libc::ESTALE);
         for _ in 0..CREATE_ATTEMPTS {
@@ -211,6 +226,7 @@ impl FileSystem for Host {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
+        checks::transfer(offset, size)?;
         match self.unnamed.opened(inode, handle)? {
             Some(file) => w.read_from_file_at(&file, size as usize, offset, None),
             None => self.inner.read(ctx, inode, handle, w, size, offset, lock_owner, flags),
@@ -230,6 +246,7 @@ impl FileSystem for Host {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
+        checks::transfer(offset, size)?;
         let Some(file) = self.unnamed.opened(inode, handle)? else {
             let inner = &self.inner;
             return inner.write(
@@ -275,6 +292,7 @@ impl FileSystem for Host {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
+        checks::allocation(mode, offset, length)?;
         let Some(file) = self.unnamed.opened(inode, handle)? else {
             return self.inner.fallocate(ctx, inode, handle, mode, offset, length);
         };
@@ -313,6 +331,7 @@ impl FileSystem for Host {
         flags: u32,
         mut extra_flags: SetxattrFlags,
     ) -> io::Result<()> {
+        checks::attribute(value, flags)?;
         if let Some(file) = self.unnamed.file(inode) {
             return unnamed::set_attribute(&file, name, value, flags.cast_signed());
         }
@@ -324,6 +343,7 @@ impl FileSystem for Host {
     }
 
     fn getxattr(&self, ctx: Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        let size = checks::attribute_room(size);
         let found = match self.unnamed.file(inode) {
             Some(file) => unnamed::attribute(&file, name, size),
             None if acl::is_one(name) => return self.get_acl(ctx, inode, name, size),
@@ -333,6 +353,7 @@ impl FileSystem for Host {
     }
 
     fn listxattr(&self, ctx: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply> {
+        let size = checks::attribute_room(size);
         match self.unnamed.file(inode) {
             Some(file) => unnamed::list_attributes(&file, size),
             None => self.inner.listxattr(ctx, inode, size),
@@ -347,6 +368,7 @@ impl FileSystem for Host {
     }
 
     fn opendir(&self, ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
+        let flags = checks::open_flags(flags);
         self.inner.opendir(ctx, inode, flags)
     }
 
@@ -374,6 +396,7 @@ impl FileSystem for Host {
     }
 
     fn lseek(&self, ctx: Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64> {
+        checks::seek(offset, whence)?;
         let Some(file) = self.unnamed.opened(inode, handle)? else {
             return self.inner.lseek(ctx, inode, handle, offset, whence);
         };
@@ -394,6 +417,7 @@ impl FileSystem for Host {
         len: u64,
         flags: u64,
     ) -> io::Result<usize> {
+        let len = checks::copy(offset_in, offset_out, len, flags)?;
         if unnamed::is_one(handle_in) || unnamed::is_one(handle_out) {
             // The guest's kernel then reads and writes.
             return error(libc::EXDEV);

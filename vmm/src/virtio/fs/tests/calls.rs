@@ -234,3 +234,135 @@ fn replays_do_none_of_it() {
     let (error, answer) = guest.answer(head);
     assert_eq!((error, &answer[..16], answer[32 + 16]), (0, &[0; 16][..], 2));
 }
+
+/// What is in a field that the library passes on as it is.
+#[test]
+fn requests_that_linux_does_not_make_get_an_error() {
+    let mut guest = guest();
+    std::fs::create_dir(guest.path().join("inside")).unwrap();
+    std::fs::write(guest.path().join("inside/file"), "contents").unwrap();
+    guest.init();
+    let words = |words: &[u32]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
+    let longs = |longs: &[u64]| longs.iter().flat_map(|long| long.to_le_bytes()).collect::<Vec<u8>>();
+    let inside = guest.lookup(b"inside").nodeid;
+    let (error, answer) = guest.request(Opcode::Lookup, inside, 0, &[b"file\0"]);
+    assert_eq!(error, 0);
+    let file = object::<EntryOut>(&answer).nodeid;
+    let fh = guest.open(file, libc::O_RDWR);
+
+    let create = CreateIn { flags: libc::O_RDWR.cast_unsigned(), mode: 0o600, ..CreateIn::default() };
+    let (file_number, inside_number) = (file.to_le_bytes(), inside.to_le_bytes());
+    for bad in [&b"../made\0"[..], b"/tmp/made\0", b"x/made\0", b"..\0", b".\0", b"\0"] {
+        let requests: [(Opcode, Vec<&[u8]>); 9] = [
+            (Opcode::Lookup, vec![bad]),
+            (Opcode::Symlink, vec![bad, b"anything\0"]),
+            (Opcode::Mknod, vec![&[0; 16], bad]),
+            (Opcode::Mkdir, vec![&[0; 8], bad]),
+            (Opcode::Unlink, vec![bad]),
+            (Opcode::Rmdir, vec![bad]),
+            (Opcode::Link, vec![&file_number[..], bad]),
+            (Opcode::Create, vec![create.as_slice(), bad]),
+            (Opcode::Rename, vec![&inside_number[..], b"file\0", bad]),
+        ];
+        for (opcode, payload) in requests {
+            assert_eq!(guest.request(opcode, inside, 0, &payload).0, libc::EINVAL, "{opcode:?} {bad:?}");
+        }
+        let rename = [&longs(&[inside, 0])[..], bad, b"name\0"];
+        assert_eq!(guest.request(Opcode::Rename2, inside, 0, &rename).0, libc::EINVAL);
+    }
+    assert_eq!(guest.path().read_dir().unwrap().count(), 1);
+
+    const BEYOND: u64 = 1 << 63;
+    let read = |offset, size| ReadIn { fh, offset, size, ..ReadIn::default() };
+    for (offset, size) in [(BEYOND, 1), (u64::MAX, 1), (BEYOND - 1, 8), (0, (1 << 20) + 1), (0, u32::MAX)] {
+        let (error, _) = guest.request(Opcode::Read, file, 0, &[read(offset, size).as_slice()]);
+        assert_eq!(error, libc::EINVAL, "{size} at {offset:#x}");
+    }
+    let size = SetattrIn { valid: 8, size: BEYOND, ..SetattrIn::default() };
+    let others: [(Opcode, Vec<u8>, i32); 10] = [
+        (Opcode::Setattr, size.as_slice().to_vec(), libc::EINVAL),
+        (Opcode::Lseek, [longs(&[fh, 0]), words(&[0, 0])].concat(), libc::EINVAL),
+        (Opcode::Lseek, [longs(&[fh, BEYOND]), words(&[3, 0])].concat(), libc::EINVAL),
+        (Opcode::Fallocate, [longs(&[fh, BEYOND, 1]), words(&[0, 0])].concat(), libc::EINVAL),
+        (Opcode::Fallocate, [longs(&[fh, 0, 4096]), words(&[8, 0])].concat(), libc::EOPNOTSUPP),
+        (Opcode::CopyFileRange, longs(&[fh, BEYOND, file, fh, 0, 1, 0]), libc::EINVAL),
+        (Opcode::CopyFileRange, longs(&[fh, 0, file, fh, 0, 1, 1]), libc::EINVAL),
+        (Opcode::CopyFileRange, longs(&[fh, 0, 999, fh, 0, 1, 0]), libc::EBADF),
+        (Opcode::Setxattr, [words(&[9, 0, 0, 0]), b"user.x\0value".to_vec()].concat(), libc::EINVAL),
+        (Opcode::Setxattr, [words(&[5, 4, 0, 0]), b"user.x\0value".to_vec()].concat(), libc::EINVAL),
+    ];
+    for (opcode, payload, expected) in others {
+        assert_eq!(guest.request(opcode, file, 0, &[&payload]).0, expected, "{opcode:?}");
+    }
+    // What the library makes no sense of is refused like all else.
+    for payload in [&b""[..], b"no end", b"an end\0 and more\0"] {
+        assert_eq!(guest.request(Opcode::Lookup, ROOT, 0, &[payload]).0, libc::EINVAL);
+    }
+    assert_eq!(std::fs::read(guest.path().join("inside/file")).unwrap(), b"contents");
+    let (error, answer) = guest.request(Opcode::Read, file, 0, &[read(0, 100).as_slice()]);
+    assert_eq!((error, &answer[..]), (0, &b"contents"[..]));
+}
+
+#[test]
+fn there_is_always_room_for_the_header_of_an_answer_and_never_for_more_than_the_longest() {
+    let mut guest = guest();
+    guest.init();
+    let directory = guest.open(ROOT, libc::O_RDONLY | libc::O_DIRECTORY);
+    let read = ReadIn { fh: directory, size: 8, ..ReadIn::default() };
+    let header = |opcode: u32, payload: &[u8]| {
+        let len = (size_of::<InHeader>() + payload.len()) as u32;
+        let header = InHeader { len, opcode, nodeid: ROOT, ..InHeader::default() };
+        [header.as_slice(), payload].concat()
+    };
+    // Every request there is, and READ and READDIR in particular.
+    for opcode in 0..64 {
+        let at = guest.bench.data(&header(opcode, &[read.as_slice(), &[0; 64]].concat()));
+        for room in [0, 1, 15] {
+            let length = (size_of::<InHeader>() + size_of::<ReadIn>() + 64) as u32;
+            let mut pieces = vec![(at, length, READ)];
+            pieces.extend((room > 0).then_some((0x10_0000, room, WRITE)));
+            for queue in [HIGH_PRIORITY, REQUESTS] {
+                guest.bench.rings[queue].chain(0, &pieces);
+                guest.bench.rings[queue].publish(0);
+                guest.bench.kick(queue);
+                assert_eq!(guest.wait(queue), (0, 0), "{opcode} {room}");
+            }
+        }
+    }
+    // More than any transfer has, in memory that is there many times.
+    for flags in [READ, WRITE] {
+        let at = guest.bench.data(&header(Opcode::Statfs as u32, &[]));
+        let mut pieces = vec![(at, size_of::<InHeader>() as u32, READ)];
+        pieces.extend([(0x10_0000, 0x1_0000, flags); 17]);
+        pieces.push((0x30_0000, 4096, WRITE));
+        guest.bench.rings[REQUESTS].chain(0, &pieces);
+        guest.bench.rings[REQUESTS].publish(0);
+        guest.bench.kick(REQUESTS);
+        assert_eq!(guest.wait(REQUESTS), (0, size_of::<OutHeader>() as u32));
+    }
+    assert_eq!(guest.init().major, 7);
+}
+
+/// Linux has no room for an answer to these.
+#[test]
+fn what_is_forgotten_without_room_for_an_answer_is_forgotten() {
+    let mut guest = guest();
+    guest.init();
+    for (opcode, payload) in [(Opcode::Forget, 1_u64.to_le_bytes().to_vec()), (Opcode::BatchForget, vec![])] {
+        let path = guest.path().join("file");
+        std::fs::write(&path, "").unwrap();
+        let nodeid = guest.lookup(b"file").nodeid;
+        assert!(is_open(&path));
+        let one = [nodeid.to_le_bytes(), 1_u64.to_le_bytes()].concat();
+        let batch = [&1_u32.to_le_bytes()[..], &[0; 4], &one].concat();
+        let payload = if payload.is_empty() { batch } else { payload };
+        let len = (size_of::<InHeader>() + payload.len()) as u32;
+        let header = InHeader { len, opcode: opcode as u32, nodeid, ..InHeader::default() };
+        let at = guest.bench.data(&[header.as_slice(), &payload].concat());
+        guest.bench.rings[HIGH_PRIORITY].chain(0, &[(at, len, READ)]);
+        guest.bench.rings[HIGH_PRIORITY].publish(0);
+        guest.bench.kick(HIGH_PRIORITY);
+        assert_eq!(guest.wait(HIGH_PRIORITY), (0, 0));
+        assert!(!is_open(&path), "{opcode:?}");
+    }
+}
