@@ -94,7 +94,9 @@ impl Container {
     async fn try_create(parts: Parts, sandbox: Arc<Sandbox>, events: Arc<Publisher>) -> Result<Arc<Self>> {
         let Parts { id, namespace, bundle, spec, layers, paths, pod, first, limits } = parts;
         let pause = spec.is_sandbox();
+        let ceiling = Arc::clone(&sandbox);
         let (found, mut sources, wanted) = crate::blocking(move || {
+            ceiling.see_sources(&spec);
             let sources = spec.sources(&bundle, &pod);
             let wanted = if pause { Vec::new() } else { disks::wanted(&spec, &sources, &layers)? };
             Ok(((spec, bundle, layers, pod), sources, wanted))

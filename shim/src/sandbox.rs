@@ -12,7 +12,7 @@ use katana_protocol::{AGENT_PORT, agent as api};
 use tokio::sync::watch;
 
 use crate::agent::Agent;
-use crate::ceiling::Ceiling;
+use crate::ceiling::{self, Ceiling};
 use crate::cgroup;
 use crate::cleanup;
 use crate::disks::{self, Place, Purpose, Slots, Wanted};
@@ -69,7 +69,7 @@ pub struct Sandbox {
     agent: watch::Receiver<Option<Result<Agent>>>,
     bounds: Bounds,
     size: tokio::sync::Mutex<Size>,
-    /// For the machine of a container that is in no pod.
+    /// On a host with cgroup v2.
     ceiling: Option<Arc<Ceiling>>,
     disks: tokio::sync::Mutex<Slots>,
     /// For the first volume that is watched.
@@ -157,8 +157,11 @@ impl Sandbox {
         log::info!("a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
         let directory = share.root();
         let cgroup = record.cgroup.as_deref().map(cgroup::make).transpose()?;
-        let ceiling = record.cgroup.clone().filter(|_| !spec.is_sandbox());
-        let ceiling = ceiling.map(|cgroup| Ceiling::new(cgroup, mib, &launch.limits, size));
+        let ceiling = record.cgroup.clone().map(|cgroup| {
+            let alone = cgroup::is_ours(&cgroup);
+            let machine = ceiling::Machine { base_mib: mib, is_pod: spec.is_sandbox(), alone };
+            Ceiling::new(cgroup, machine, &launch.limits, size)
+        });
         let [kvm, kernel, image] = &files;
         let files = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()];
         let files = files.into_iter().chain(start.file()).chain(cgroup.as_ref().map(AsFd::as_fd));
@@ -333,6 +336,14 @@ impl Sandbox {
         match &*self.vmm.ended().borrow() {
             Some(end) => Err(Error::Unavailable(end.to_string())),
             None => Ok(agent),
+        }
+    }
+
+    /// A container of these mounts is about to come. Blocks.
+    pub fn see_sources(&self, spec: &Spec) {
+        if let Some(ceiling) = &self.ceiling {
+            let binds = spec.mounts.iter().filter(|mount| mount.bind().is_some());
+            ceiling.see(binds.filter_map(|mount| mount.source.as_deref()));
         }
     }
 
