@@ -3,13 +3,15 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::protobuf::Message;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, socket};
+use nix::sys::stat::{Mode, fchmod};
 use protobuf::well_known_types::any::Any;
 use serde::Deserialize;
 
@@ -204,7 +206,7 @@ fn spawn(request: &Request, identity: &Identity, socket: &Path, bundle: &Path) -
     if let Some(parent) = socket.parent() {
         fs::create_dir_all(parent).map_err(|e| failed("directory of", &e))?;
     }
-    let listener = UnixListener::bind(socket).map_err(|e| failed("socket", &e))?;
+    let listener = listen(socket).map_err(|e| failed("socket", &e))?;
     let program = PathBuf::from("/proc/self/exe");
     let program = fs::read_link(&program).unwrap_or(program);
     let (ready, ready_writer) = fds::pipe().map_err(|e| failed("pipe for", &e))?;
@@ -245,6 +247,17 @@ fn spawn(request: &Request, identity: &Identity, socket: &Path, bundle: &Path) -
     let said = String::from_utf8_lossy(&said);
     let why = if said.is_empty() { format!("the shim ended with {status}") } else { said.into_owned() };
     Err(Error::Host(why))
+}
+
+/// Makes the socket, for nobody but root: whoever connects can do all that containerd can.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let listener = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    // Before there is a file, which gets this mode: unix_bind_bsd() of Linux takes that of the socket's own inode.
+    fchmod(&listener, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(listener.as_raw_fd(), &UnixAddr::new(path)?)?;
+    nix::sys::socket::listen(&listener, Backlog::MAXCONN)?;
+    Ok(listener.into())
 }
 
 /// Prints what this runtime is and can do, for containerd's introspection.

@@ -109,14 +109,14 @@ pub fn enable(path: &Path, controllers: &[&str]) -> io::Result<()> {
 /// Removes the pod's directory, and those above it that a shim made and nobody is in any more.
 pub fn remove(path: &Path) {
     let mut path = path;
-    while path.starts_with(ROOT) && path != Path::new(ROOT) && is_marked(path) && fs::remove_dir(path).is_ok()
-    {
+    while path.starts_with(ROOT) && path != Path::new(ROOT) && is_ours(path) && fs::remove_dir(path).is_ok() {
         let Some(parent) = path.parent() else { break };
         path = parent;
     }
 }
 
-fn is_marked(path: &Path) -> bool {
+/// Whether a shim has made the directory.
+pub fn is_ours(path: &Path) -> bool {
     let Ok(name) = CString::new(path.as_os_str().as_bytes()) else { return false };
     // SAFETY: two strings that outlive the call; without a buffer only the length is asked for.
     unsafe { libc::getxattr(name.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }

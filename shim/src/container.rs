@@ -1,11 +1,13 @@
 //! A container: its first process, its execs, its place in the pod.
 
+mod kill;
+
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use containerd_shim_protos::events::task::{
     TaskExecAdded, TaskExecStarted, TaskExit, TaskPaused, TaskResumed, TaskStart,
@@ -27,9 +29,6 @@ use crate::sockets::{self, Sockets};
 use crate::spec::{Hook, Pod, Spec};
 use crate::stdio::{Paths, Streams};
 
-/// How long a killed process may take to end.
-const END_LIMIT: Duration = Duration::from_secs(10);
-
 /// A container.
 pub struct Container {
     /// Its id.
@@ -48,6 +47,8 @@ pub struct Container {
     events: Arc<Publisher>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     paused: AtomicBool,
+    /// Whether it was sent SIGKILL.
+    killed: AtomicBool,
     /// Until it is deleted.
     sockets: Mutex<Sockets>,
     /// Held by what changes the container's state: Start, Pause, Resume, Delete. True once it is deleted.
@@ -84,6 +85,7 @@ impl Container {
         if created.is_err() {
             sandbox.release_disks(&id).await;
             sandbox.release_pid(&id).await;
+            sandbox.members.remove(&id);
             sandbox.remove_from_share(id).await;
         }
         created
@@ -92,7 +94,9 @@ impl Container {
     async fn try_create(parts: Parts, sandbox: Arc<Sandbox>, events: Arc<Publisher>) -> Result<Arc<Self>> {
         let Parts { id, namespace, bundle, spec, layers, paths, pod, first, limits } = parts;
         let pause = spec.is_sandbox();
+        let ceiling = Arc::clone(&sandbox);
         let (found, mut sources, wanted) = crate::blocking(move || {
+            ceiling.see_sources(&spec);
             let sources = spec.sources(&bundle, &pod);
             let wanted = if pause { Vec::new() } else { disks::wanted(&spec, &sources, &layers)? };
             Ok(((spec, bundle, layers, pod), sources, wanted))
@@ -133,6 +137,7 @@ impl Container {
             init: Process::new(name, paths, Map::new()),
             execs: Mutex::default(),
             paused: AtomicBool::new(false),
+            killed: AtomicBool::new(false),
             sockets: Mutex::new(sockets),
             changing: tokio::sync::Mutex::default(),
             id,
@@ -151,6 +156,7 @@ impl Container {
             container.sandbox.update_network(&container.spec).await?;
         }
         let uses = Uses { disks, sockets: stand_ins, mounts: added.mounts };
+        container.sandbox.members.add(&container.id);
         let pid =
             container.agent.create_container(&container.id, guest_spec, streams.ports(), pause, uses).await?;
         log::debug!("timeline: container created");
@@ -372,9 +378,10 @@ impl Container {
             Phase::Created => self.discard().await?,
         };
         // A machine that ends takes all else with it, but not what is to be written to disks.
-        if (guest_goes_on || self.sandbox.has_disks(&self.id).await)
+        let has_disks = self.sandbox.has_disks(&self.id).await;
+        if (guest_goes_on || has_disks)
             && !self.sandbox.is_dead()
-            && let Err(e) = self.agent.remove_container(&self.id).await
+            && let Err(e) = self.agent.remove_container(&self.id, has_disks).await
         {
             log::error!("remove container {}: {e}", self.id);
         }
@@ -385,35 +392,9 @@ impl Container {
             log::warn!("container {}: {e}", self.id);
         }
         self.sandbox.release_pid(&self.id).await;
+        self.sandbox.members.remove(&self.id);
         *deleted = true;
         Ok(exit)
-    }
-
-    /// Ends a first process that was never started.
-    async fn discard(&self) -> Result<Exit> {
-        if let Err(e) = self.agent.signal_process(&self.init.name, SIGKILL.unsigned_abs(), true).await {
-            log::debug!("container {}: {e}", self.id);
-        }
-        let ended = tokio::time::timeout(END_LIMIT, self.init.wait()).await;
-        ended.map_err(|_| Error::DeadlineExceeded(format!("container {} does not end", self.id)))
-    }
-
-    /// Signals a process, or all of the container.
-    pub async fn kill(&self, exec: &str, signal: u32, all: bool) -> Result<()> {
-        let process = self.process(exec)?;
-        match process.phase() {
-            Phase::Stopped(_) => return Err(Error::already_finished()),
-            Phase::Created if !exec.is_empty() => {
-                return Err(Error::FailedPrecondition(format!("process {exec} is not started")));
-            }
-            _ => {}
-        }
-        match self.agent.signal_process(&process.name, signal, all).await {
-            Err(Error::Agent { code: ttrpc::Code::NOT_FOUND, .. } | Error::Unavailable(_)) => {
-                Err(Error::already_finished())
-            }
-            outcome => outcome,
-        }
     }
 
     /// Freezes the container.
@@ -467,7 +448,27 @@ impl Container {
         if self.init.exit().is_some() {
             return Ok(Vec::new());
         }
-        self.agent.list_processes(&self.id).await
+        let listed = self.agent.list_processes(&self.id).await;
+        let execs: Vec<_> = self.execs().values().cloned().collect();
+        match listed {
+            Ok(mut processes) => {
+                for (_, exec) in &mut processes {
+                    if !execs.iter().any(|known| known.name.exec == *exec) {
+                        exec.clear();
+                    }
+                }
+                Ok(processes)
+            }
+            // What is known without asking: a containerd that starts takes a shim that answers with nothing for a useless one,
+            // and ends it.
+            Err(Error::DeadlineExceeded(why)) => {
+                log::warn!("{why}");
+                let running = execs.iter().chain([&self.init]).filter(|process| process.exit().is_none());
+                let known = running.filter(|process| process.guest_pid() != 0);
+                Ok(known.map(|process| (process.guest_pid(), process.name.exec.clone())).collect())
+            }
+            Err(e) => Err(e),
+        }
     }
 
     /// The container's cgroup files.

@@ -94,14 +94,58 @@ pub fn reason(error: &io::Error) -> String {
     error.raw_os_error().map_or_else(|| error.to_string(), |code| Errno::from_raw(code).desc().into())
 }
 
-/// Clients print an error as one line, so it must be one.
+/// Longest text of an error, bytes. Guests have a say in some.
+const LONGEST: usize = 4096;
+
+/// Clients print an error as one line, so it must be one; on terminals, which must not take any of it for more than text.
 pub fn one_line(text: &str) -> String {
-    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
+    cut(plain(&lines), LONGEST)
+}
+
+/// A text in which all that is not for reading is escaped: control characters (C0, DEL and C1), and those that change the order or
+/// the lines in which a text is shown (Unicode 16, 5.8 and 23.2).
+pub fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
+                plain.extend(character.escape_unicode());
+            }
+            '\t' => plain.push(' '),
+            _ if character.is_control() => plain.extend(character.escape_default()),
+            _ => plain.push(character),
+        }
+    }
+    plain
+}
+
+/// No more than so many bytes of a text.
+pub fn cut(mut text: String, limit: usize) -> String {
+    if text.len() > limit {
+        text.truncate(text.floor_char_boundary(limit));
+        text.push_str("...");
+    }
+    text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn texts_of_guests_are_only_text() {
+        let hostile = "a\x1b[2J\u{9b}31m\x7f\rb\u{202e}c\u{2028}d\0\te\n\n f";
+        let expected = "a\\u{1b}[2J\\u{9b}31m\\u{7f}\\rb\\u{202e}c\\u{2028}d\\u{0} e; f";
+        assert_eq!(one_line(hostile), expected);
+        assert_eq!(one_line(expected), expected);
+        let long = one_line(&"\u{e4}\x1b".repeat(100_000));
+        assert!(long.len() <= LONGEST + 3 && long.ends_with("..."), "{}", long.len());
+        let ttrpc::Error::RpcStatus(status) = ttrpc::Error::from(Error::Host(hostile.into())) else {
+            panic!()
+        };
+        assert_eq!(status.message, expected);
+    }
 
     #[test]
     fn codes_and_texts_reach_the_client() {

@@ -23,6 +23,9 @@ use ttrpc::context::with_duration;
 
 /// How many events wait while containerd is away. Then the oldest are lost: State and Wait still know.
 const CAPACITY: usize = 4096;
+/// The longest event, bytes: that which fits into a message of ttrpc (4 MiB) with what is around it. A longer one would never
+/// go, nor any that stands behind it.
+const LONGEST: u64 = (4 << 20) - 4096;
 /// How long containerd may take over one event.
 const LIMIT: Duration = Duration::from_secs(10);
 /// Longest pause between two attempts to reach containerd.
@@ -99,15 +102,41 @@ impl Publisher {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The topics of what waits.
+    #[cfg(test)]
+    pub fn topics(&self) -> Vec<String> {
+        self.queue().iter().map(|envelope| envelope.topic.clone()).collect()
+    }
+
     /// Queues an event. Never waits, so that what happens in order is published in order.
     pub fn publish<E: Topic>(&self, event: &E) {
-        let envelope = Envelope {
+        self.queue_up(self.envelope(event));
+    }
+
+    /// Queues an event, unless the same one waits already: for what may be told any number of times, but need not be.
+    pub fn publish_once<E: Topic>(&self, event: &E) {
+        let envelope = self.envelope(event);
+        let waits = |other: &Envelope| other.topic == envelope.topic && other.event == envelope.event;
+        if !self.queue().iter().any(waits) {
+            self.queue_up(envelope);
+        }
+    }
+
+    fn envelope<E: Topic>(&self, event: &E) -> Envelope {
+        Envelope {
             timestamp: Some(timestamp(SystemTime::now())).into(),
             namespace: self.namespace.clone(),
             topic: E::TOPIC.into(),
             event: Some(any(event)).into(),
             ..Default::default()
-        };
+        }
+    }
+
+    fn queue_up(&self, envelope: Envelope) {
+        let length = envelope.compute_size();
+        if length > LONGEST {
+            return log::error!("{} of {length} bytes is too long for containerd and lost", envelope.topic);
+        }
         let mut queue = self.queue();
         if queue.len() == CAPACITY
             && let Some(lost) = queue.pop_front()

@@ -1,17 +1,46 @@
 //! Log lines into the FIFO that containerd reads, in the form its own log has.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{LevelFilter, Log, Metadata, Record};
+
+use crate::error::cut;
+use crate::rate::Sparing;
+
+/// The target of lines that the VMM has written. With `enable_debug` the guest's kernel tells its boot there.
+pub const VMM: &str = "kata-vmm";
+/// Of the VMM's lines at once, and of those of any other place in this program.
+const BURSTS: (u32, u32) = (1000, 100);
+/// In a second from one place after these.
+const PER_SECOND: u32 = 2;
+/// Longest text, bytes.
+const LONGEST: usize = 4096;
 
 struct FifoLogger {
     fifo: File,
     sandbox: String,
+    places: Mutex<Places>,
+}
+
+/// How much each place in this program has logged. Guests can cause many lines to be logged over and over; they shall neither
+/// fill the host's disk nor have lines of other places left out.
+#[derive(Default)]
+struct Places(HashMap<(&'static str, u32), Sparing>);
+
+impl Places {
+    /// If the line is to be written: how many of its place have been left out before it.
+    fn admit(&mut self, record: &Record<'_>, now: Instant) -> Option<u64> {
+        let (Some(file), Some(line)) = (record.file_static(), record.line()) else { return Some(0) };
+        let burst = if record.target() == VMM { BURSTS.0 } else { BURSTS.1 };
+        self.0.entry((file, line)).or_insert_with(|| Sparing::new(burst, PER_SECOND)).admit(now)
+    }
 }
 
 /// Logs to `fifo` from now on. Without the FIFO (a shim started by hand) nothing is logged.
@@ -21,7 +50,7 @@ struct FifoLogger {
 pub fn init(fifo: &Path, sandbox: &str, debug: bool) {
     let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(fifo);
     let Ok(fifo) = opened else { return };
-    let logger = FifoLogger { fifo, sandbox: sandbox.to_owned() };
+    let logger = FifoLogger { fifo, sandbox: sandbox.to_owned(), places: Mutex::default() };
     if log::set_boxed_logger(Box::new(logger)).is_ok() {
         set_debug(debug);
     }
@@ -39,8 +68,13 @@ impl Log for FifoLogger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if self.enabled(record.metadata()) {
-            let line = line(SystemTime::now(), record, &self.sandbox);
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let left_out =
+            self.places.lock().unwrap_or_else(PoisonError::into_inner).admit(record, Instant::now());
+        if let Some(left_out) = left_out {
+            let line = line(SystemTime::now(), record, left_out, &self.sandbox);
             // One write per line: containerd copies the bytes of all shims into one log.
             let _ = (&self.fifo).write(line.as_bytes());
         }
@@ -49,20 +83,26 @@ impl Log for FifoLogger {
     fn flush(&self) {}
 }
 
-fn line(now: SystemTime, record: &Record<'_>, sandbox: &str) -> String {
+fn line(now: SystemTime, record: &Record<'_>, left_out: u64, sandbox: &str) -> String {
     let level = match record.level() {
         log::Level::Warn => "warning",
         log::Level::Error => "error",
         log::Level::Info => "info",
         log::Level::Debug | log::Level::Trace => "debug",
     };
-    let message = quote(&record.args().to_string());
+    let mut text = cut(record.args().to_string(), LONGEST);
+    if left_out > 0 {
+        let _ = write!(text, " (and {left_out} lines like this one before it)");
+    }
+    let message = quote(&text);
     format!("time=\"{}\" level={level} msg={message} runtime=kata sandbox={sandbox}\n", rfc3339(now))
 }
 
-/// Quotes as Go's logrus does, so that no text can end its field or its line.
+/// Quotes as Go's logrus does, so that no text can end its field or its line, or do anything to a terminal.
 fn quote(text: &str) -> String {
-    serde_json::to_string(text).unwrap_or_default()
+    let quoted = serde_json::to_string(text).unwrap_or_default();
+    // JSON leaves DEL, C1 and what turns a text around as they are.
+    crate::error::plain(&quoted)
 }
 
 /// The time in UTC as RFC 3339, by the days-to-civil rule of the proleptic Gregorian calendar.
@@ -102,12 +142,35 @@ mod tests {
     fn a_message_cannot_forge_a_line() {
         let text = line(
             UNIX_EPOCH,
-            &Record::builder().level(log::Level::Warn).args(format_args!("a\" level=info\nb\u{1b}")).build(),
+            &Record::builder()
+                .level(log::Level::Warn)
+                .args(format_args!("a\" level=info\nb\u{1b}\u{9b}\u{202e}"))
+                .build(),
+            0,
             "s1",
         );
         assert_eq!(
             text,
-            "time=\"1970-01-01T00:00:00.000000000Z\" level=warning msg=\"a\\\" level=info\\nb\\u001b\" runtime=kata sandbox=s1\n"
+            "time=\"1970-01-01T00:00:00.000000000Z\" level=warning msg=\"a\\\" level=info\\nb\\u001b\\u{9b}\\u{202e}\" runtime=kata sandbox=s1\n"
         );
+    }
+
+    #[test]
+    fn a_place_that_logs_on_and_on_is_cut_short_and_counted_and_no_other() {
+        let (mut places, now) = (Places::default(), Instant::now());
+        let mut admit = |target: &str, line: u32, now| {
+            let mut record = Record::builder();
+            record.target(target).file_static(Some("f.rs")).line(Some(line)).args(format_args!("x"));
+            places.admit(&record.build(), now)
+        };
+        let admitted = (0..1000).filter(|_| admit("ports", 1, now).is_some()).count();
+        assert_eq!(admitted, BURSTS.1 as usize);
+        assert_eq!(admit("ports", 2, now), Some(0));
+        assert_eq!((0..1000).filter(|_| admit(VMM, 3, now).is_some()).count(), 1000);
+        let later = now + Duration::from_secs(1);
+        assert_eq!(admit("ports", 1, later), Some(900));
+        let record = Record::builder().level(log::Level::Info).args(format_args!("x")).build();
+        let text = line(UNIX_EPOCH, &record, 900, "s");
+        assert!(text.contains("msg=\"x (and 900 lines like this one before it)\""), "{text}");
     }
 }

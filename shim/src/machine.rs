@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use katana_config::Config;
@@ -60,5 +60,7 @@ fn expect_magic(
 }
 
 fn open(what: &str, path: &Path) -> Result<File> {
-    File::open(path).map_err(|e| Error::io(format_args!("{what} \"{}\"", path.display()), &e))
+    // Nobody is waited for at the other end of a FIFO.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    file.map_err(|e| Error::io(format_args!("{what} \"{}\"", path.display()), &e))
 }

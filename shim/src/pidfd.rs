@@ -25,11 +25,24 @@ impl ProcessId {
         let start = start_time(&stat).ok_or(io::ErrorKind::InvalidData)?;
         Ok(Self { pid, start })
     }
+
+    /// The same, if it is a child of this process.
+    pub fn of_child(pid: i32) -> io::Result<Self> {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let start = start_time(&stat).ok_or(io::ErrorKind::InvalidData)?;
+        let is_child = field::<u32>(&stat, 4) == Some(std::process::id());
+        if is_child { Ok(Self { pid, start }) } else { Err(io::ErrorKind::PermissionDenied.into()) }
+    }
 }
 
-/// The command's name stands in parentheses and may hold anything, so count behind the last one.
 fn start_time(stat: &str) -> Option<u64> {
-    stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()
+    field(stat, 22)
+}
+
+/// A field by its number in proc(5), from the third on. The command's name, the second, stands in parentheses and may hold
+/// anything, so count behind the last one.
+fn field<T: std::str::FromStr>(stat: &str, number: usize) -> Option<T> {
+    stat.rsplit_once(") ")?.1.split(' ').nth(number.checked_sub(3)?)?.parse().ok()
 }
 
 /// The id of a process's thread that has this id in its own pid namespace.

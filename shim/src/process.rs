@@ -47,6 +47,8 @@ pub struct Process {
     pub starting: tokio::sync::Mutex<()>,
     phase: watch::Sender<Phase>,
     guest_pid: AtomicU32,
+    /// Whether it has ended in the guest; its output may still be on its way.
+    ended: AtomicBool,
     streams: OnceLock<Streams>,
     stdin_closed: AtomicBool,
     size: Mutex<Option<(u32, u32)>>,
@@ -62,6 +64,7 @@ impl Process {
             starting: tokio::sync::Mutex::default(),
             phase: watch::channel(Phase::Created).0,
             guest_pid: AtomicU32::new(0),
+            ended: AtomicBool::new(false),
             streams: OnceLock::new(),
             stdin_closed: AtomicBool::new(false),
             size: Mutex::default(),
@@ -104,6 +107,11 @@ impl Process {
     /// Its pid in the guest; 0 before it exists.
     pub fn guest_pid(&self) -> u32 {
         self.guest_pid.load(Ordering::Relaxed)
+    }
+
+    /// Whether it has ended in the guest, or with it.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
     }
 
     /// It runs, unless it has ended already.
@@ -164,6 +172,7 @@ impl Process {
     pub async fn follow(&self, agent: &Agent) -> Exit {
         let answer = agent.wait_process(&self.name).await;
         let at = SystemTime::now();
+        self.ended.store(true, Ordering::Relaxed);
         let streams = self.streams.get();
         match answer {
             Ok(answer) => {

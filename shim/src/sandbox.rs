@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use containerd_shim_protos::events::task::TaskOOM;
 use katana_config::{Config, HostNamespaces};
 use katana_protocol::{AGENT_PORT, agent as api};
 use tokio::sync::watch;
 
 use crate::agent::Agent;
-use crate::ceiling::Ceiling;
+use crate::ceiling::{self, Ceiling};
 use crate::cgroup;
 use crate::cleanup;
 use crate::disks::{self, Place, Purpose, Slots, Wanted};
@@ -22,6 +21,7 @@ use crate::events::Publisher;
 use crate::follow::Follower;
 use crate::layout::{Identity, Layout, State};
 use crate::machine;
+use crate::members::Members;
 use crate::network::{Cards, Loopback, Network, Record};
 use crate::pidfd::{PidFd, ProcessId};
 use crate::ports::{Ports, Waiter};
@@ -39,6 +39,8 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const PLUG_LIMIT: Duration = Duration::from_secs(10);
 /// How long the end of a killed VMM is waited for.
 const END_LIMIT: Duration = Duration::from_secs(10);
+/// How long the end of a thread of the VMM is waited for. Nothing depends on it.
+const UNPARK_LIMIT: Duration = Duration::from_secs(2);
 
 /// A pod's virtual machine.
 pub struct Sandbox {
@@ -50,6 +52,8 @@ pub struct Sandbox {
     pub shared_memory: Option<PathBuf>,
     /// What becomes of containers that ask for namespaces of the host.
     pub host_namespaces: HostNamespaces,
+    /// The containers that the agent may speak of.
+    pub members: Arc<Members>,
     vmm: Vmm,
     /// The VMM's threads that stand for containers, by the containers' ids.
     threads: watch::Sender<Threads>,
@@ -65,7 +69,7 @@ pub struct Sandbox {
     agent: watch::Receiver<Option<Result<Agent>>>,
     bounds: Bounds,
     size: tokio::sync::Mutex<Size>,
-    /// For the machine of a container that is in no pod.
+    /// On a host with cgroup v2.
     ceiling: Option<Arc<Ceiling>>,
     disks: tokio::sync::Mutex<Slots>,
     /// For the first volume that is watched.
@@ -153,8 +157,11 @@ impl Sandbox {
         log::info!("a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
         let directory = share.root();
         let cgroup = record.cgroup.as_deref().map(cgroup::make).transpose()?;
-        let ceiling = record.cgroup.clone().filter(|_| !spec.is_sandbox());
-        let ceiling = ceiling.map(|cgroup| Ceiling::new(cgroup, mib, &launch.limits, size));
+        let ceiling = record.cgroup.clone().map(|cgroup| {
+            let alone = cgroup::is_ours(&cgroup);
+            let machine = ceiling::Machine { base_mib: mib, is_pod: spec.is_sandbox(), alone };
+            Ceiling::new(cgroup, machine, &launch.limits, size)
+        });
         let [kvm, kernel, image] = &files;
         let files = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()];
         let files = files.into_iter().chain(start.file()).chain(cgroup.as_ref().map(AsFd::as_fd));
@@ -177,6 +184,7 @@ impl Sandbox {
             ports,
             shared_memory,
             host_namespaces: config.runtime.host_namespaces,
+            members: Arc::default(),
             vmm,
             threads,
             network,
@@ -201,7 +209,7 @@ impl Sandbox {
             let agent = connecting.connect(agent_port, limit, &hostname, shm_bytes, missing);
             let (agent, loopback) = tokio::join!(agent, loopback);
             if let Ok(agent) = &agent {
-                tokio::spawn(report_oom(agent.clone(), events));
+                tokio::spawn(Arc::clone(&connecting.members).report_oom(agent.clone(), events));
                 if let Some(loopback) = loopback {
                     connecting.serve_loopback(loopback, agent.clone());
                 }
@@ -328,6 +336,14 @@ impl Sandbox {
         match &*self.vmm.ended().borrow() {
             Some(end) => Err(Error::Unavailable(end.to_string())),
             None => Ok(agent),
+        }
+    }
+
+    /// A container of these mounts is about to come. Blocks.
+    pub fn see_sources(&self, spec: &Spec) {
+        if let Some(ceiling) = &self.ceiling {
+            let binds = spec.mounts.iter().filter(|mount| mount.bind().is_some());
+            ceiling.see(binds.filter_map(|mount| mount.source.as_deref()));
         }
     }
 
@@ -513,8 +529,10 @@ impl Sandbox {
         let Some(thread) = thread.filter(|_| !self.is_dead()) else { return };
         let sandbox = Arc::clone(self);
         let released = tokio::spawn(async move { sandbox.vmm.unpark(thread).await });
-        if let Ok(Err(e)) = released.await {
-            log::warn!("the pid of container {container}: {e}");
+        match tokio::time::timeout(UNPARK_LIMIT, released).await {
+            Ok(Ok(Err(e))) => log::warn!("the pid of container {container}: {e}"),
+            Err(_) => log::warn!("the pid of container {container}: kata-vmm does not answer"),
+            Ok(_) => {}
         }
     }
 
@@ -609,18 +627,6 @@ impl Written {
                 && let Err(e) = self.write(processes, pids)
             {
                 log::error!("{e}");
-            }
-        }
-    }
-}
-
-async fn report_oom(agent: Agent, events: Arc<Publisher>) {
-    loop {
-        match agent.next_oom().await {
-            Ok(container_id) => events.publish(&TaskOOM { container_id, ..Default::default() }),
-            Err(e) => {
-                log::debug!("out-of-memory reports end: {e}");
-                return;
             }
         }
     }

@@ -23,6 +23,9 @@ use crate::ports::{self, Waiter};
 
 /// After the end of a process, a client that takes nothing for this long does not get the rest of its output.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Nor does one that takes, or a guest that gives, so little at a time that it is not done after this. What is on its way when a
+/// process ends are the buffers in between: less than a MiB.
+const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
 /// Where containerd wants the streams, as in its requests.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -146,6 +149,7 @@ impl Drop for Streams {
 }
 
 async fn delivered(mut progress: watch::Receiver<Progress>, bytes: u64) {
+    let end = tokio::time::Instant::now() + DRAIN_LIMIT;
     loop {
         let now = *progress.borrow_and_update();
         if now.delivered >= bytes {
@@ -156,8 +160,11 @@ async fn delivered(mut progress: watch::Receiver<Progress>, bytes: u64) {
             log::warn!("{lost} bytes of output are lost: a stream ended early");
             return;
         }
-        if tokio::time::timeout(PATIENCE, progress.changed()).await.is_err() {
-            log::warn!("{lost} bytes of output are lost: nobody has read them for {} s", PATIENCE.as_secs());
+        let last = end.min(tokio::time::Instant::now() + PATIENCE);
+        if tokio::time::timeout_at(last, progress.changed()).await.is_err() {
+            log::warn!(
+                "{lost} bytes of output did not come or were not read in time after the process's end"
+            );
             return;
         }
     }

@@ -1,40 +1,38 @@
 //! The VMM process: started, told what to boot, listened to until it ends.
 
-use std::collections::VecDeque;
+mod listen;
+
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{ChildStderr, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use katana_protocol::vmm::{self, CONTROL_FD, Event, ExitReason, Machine, Request};
+use katana_protocol::vmm::{self, CONTROL_FD, Machine, Request};
 use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
-use nix::sys::wait::WaitStatus;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncBufReadExt, BufReader, Interest};
 use tokio::net::unix::pipe;
-use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::{oneshot, watch};
 
-use crate::error::{Error, Result, one_line};
+use crate::error::{Error, Result};
 use crate::fds;
 use crate::pidfd::{self, PidFd, ProcessId};
 use crate::ports::Ports;
+use listen::Listener;
 
-/// How long a VMM that has closed its control socket may take to end.
-const END_LIMIT: Duration = Duration::from_secs(5);
-/// Lines of the VMM's standard error and of the guest's console that an error shows.
-const TAIL: usize = 10;
+/// How long the VMM may take over a request. The host's kernel may have to wait for disks meanwhile.
+const LIMIT: Duration = Duration::from_secs(20);
 
 /// A VMM process.
 pub struct Vmm {
     control: Arc<AsyncFd<OwnedFd>>,
-    /// The answers to requests to attach and to park; whoever has asked takes the next one.
-    answers: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<Answer>>>,
+    /// Held by who asks, until there is an answer.
+    turn: Arc<tokio::sync::Mutex<()>>,
+    /// Who waits for an answer.
+    asked: Asked,
     processes: watch::Receiver<Vec<ProcessId>>,
     running: watch::Receiver<bool>,
     plugged: watch::Receiver<u64>,
@@ -49,6 +47,16 @@ type Made = std::result::Result<(), String>;
 
 /// The id of a thread that was asked for, otherwise 0; or what has failed.
 type Answer = std::result::Result<i32, String>;
+
+/// Who waits for the answer to a request to attach or to park: one at a time, as the VMM answers in the order of the requests. An
+/// answer for which nobody waits is none.
+type Asked = Arc<Mutex<Option<Waiting>>>;
+
+struct Waiting {
+    /// Whether the request is one for a thread.
+    parks: bool,
+    answer: oneshot::Sender<Answer>,
+}
 
 /// A thread of the VMM that does nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,9 +82,6 @@ impl std::fmt::Display for End {
         if self.tail.is_empty() { Ok(()) } else { write!(f, "; last console lines: {}", self.tail) }
     }
 }
-
-/// The last lines of the VMM's standard error.
-type Said = Arc<Mutex<VecDeque<String>>>;
 
 impl Vmm {
     /// Starts the VMM in a network namespace. `spawned` is called with its pid before it is told anything, so that all
@@ -129,9 +134,7 @@ impl Vmm {
         stderr: Option<ChildStderr>,
     ) -> io::Result<Self> {
         nonblocking(&control)?;
-        let said = Said::default();
         let stderr = stderr.map(|stderr| pipe::Receiver::from_owned_fd(stderr.into())).transpose()?;
-        let log = stderr.map(|stderr| tokio::spawn(log_lines(stderr, Arc::clone(&said))));
         // SAFETY: the descriptor is owned by what is registered, and never taken out of it.
         let control = Arc::new(unsafe { AsyncFd::register(control) }?);
         let ids = i32::try_from(pid).ok().and_then(|pid| ProcessId::of(pid).ok());
@@ -140,36 +143,31 @@ impl Vmm {
         let (plugs, plugged) = watch::channel(0);
         let (makes, template) = watch::channel(None);
         let (end, ended) = watch::channel(None);
-        let (answer, answers) = mpsc::unbounded_channel();
-        let listener = Listener {
-            control: Arc::clone(&control),
+        let asked = Asked::default();
+        let listener = Listener::new(
+            Arc::clone(&control),
             process,
-            ports,
-            said,
-            log,
-            machine: None,
-            pids,
-            runs,
-            plugs,
-            makes,
-            answer,
-        };
+            Arc::clone(&ports),
+            stderr,
+            listen::Told { pids, runs, plugs, makes, asked: Arc::clone(&asked) },
+        );
         let killed = Arc::new(AtomicBool::new(false));
-        let asked = Arc::clone(&killed);
+        let (is_ours, nobody) = (Arc::clone(&killed), Arc::clone(&asked));
         tokio::spawn(async move {
-            let ports = Arc::clone(&listener.ports);
             let told = listener.run().await;
-            if asked.load(Ordering::Relaxed) {
+            if is_ours.load(Ordering::Relaxed) {
                 log::debug!("timeline: VM gone");
             } else {
                 log::warn!("the VM has ended: {told}");
             }
             ports.close();
             end.send_replace(Some(Arc::new(told)));
+            drop(nobody.lock().unwrap_or_else(PoisonError::into_inner).take());
         });
         Ok(Self {
             control,
-            answers: Arc::new(answers.into()),
+            turn: Arc::default(),
+            asked,
             processes,
             running,
             plugged,
@@ -256,22 +254,34 @@ impl Vmm {
     /// Passes descriptors on, which are closed here before the answer comes. On a task of its own: the answer is taken even
     /// if nobody waits for it any more, so that the next one who asks does not take it for his.
     async fn ask(&self, request: Request, fds: Vec<OwnedFd>) -> Result<i32> {
-        let (control, answers, mut ended) =
-            (Arc::clone(&self.control), Arc::clone(&self.answers), self.ended());
-        let asked = tokio::spawn(async move {
-            let mut answers = answers.lock().await;
+        let (control, turn, asked, mut ended) =
+            (Arc::clone(&self.control), Arc::clone(&self.turn), Arc::clone(&self.asked), self.ended());
+        let parks = matches!(request, Request::Park);
+        let answered = tokio::spawn(async move {
+            let _turn = turn.lock().await;
+            let (answer, answered) = oneshot::channel();
+            *asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Waiting { parks, answer });
+            if let Some(end) = ended.borrow().clone() {
+                return Err(Error::Unavailable(end.to_string()));
+            }
             let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-            vmm::send(control.get_ref(), &request, &borrowed)
-                .map_err(|e| Error::Unavailable(format!("kata-vmm: {e}")))?;
+            if let Err(e) = vmm::send(control.get_ref(), &request, &borrowed) {
+                drop(asked.lock().unwrap_or_else(PoisonError::into_inner).take());
+                return Err(Error::Unavailable(format!("kata-vmm: {e}")));
+            }
             drop(borrowed);
             drop(fds);
-            match answers.recv().await {
-                Some(Ok(thread)) => Ok(thread),
-                Some(Err(why)) => Err(Error::Host(format!("kata-vmm: {}", one_line(&why)))),
-                None => Err(Error::Unavailable(wait_end(&mut ended).await.to_string())),
+            match answered.await {
+                Ok(Ok(thread)) => Ok(thread),
+                Ok(Err(why)) => Err(Error::Host(format!("kata-vmm: {why}"))),
+                Err(_) => Err(Error::Unavailable(wait_end(&mut ended).await.to_string())),
             }
         });
-        asked.await.map_err(|e| Error::Host(format!("kata-vmm: {e}")))?
+        let limit = LIMIT.as_secs();
+        let answer = tokio::time::timeout(LIMIT, answered).await;
+        let answer = answer
+            .map_err(|_| Error::DeadlineExceeded(format!("kata-vmm did not answer within {limit} s")))?;
+        answer.map_err(|e| Error::Host(format!("kata-vmm: {e}")))?
     }
 
     /// The VMM's process on the host, the jailed one once it is known.
@@ -334,153 +344,6 @@ fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     fcntl(fd, FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK))?;
     Ok(())
-}
-
-/// Passes the VMM's standard error on to the log, and remembers the last lines. Lines are cut at the buffer's
-/// size: what they say is decided in a process that runs hostile guests.
-async fn log_lines(stderr: pipe::Receiver, said: Said) {
-    let mut reader = BufReader::with_capacity(4096, stderr);
-    while let Ok(bytes) = reader.fill_buf().await
-        && !bytes.is_empty()
-    {
-        let length = bytes.iter().position(|byte| *byte == b'\n').map_or(bytes.len(), |at| at + 1);
-        let line = String::from_utf8_lossy(bytes.get(..length).unwrap_or_default()).trim_end().to_owned();
-        reader.consume(length);
-        let level = match line.split_once(' ') {
-            Some(("ERROR", _)) => log::Level::Error,
-            Some(("WARN", _)) => log::Level::Warn,
-            _ => log::Level::Info,
-        };
-        log::log!(level, "kata-vmm: {line}");
-        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
-        if said.len() == TAIL {
-            said.pop_front();
-        }
-        said.push_back(line);
-    }
-}
-
-/// Hears what the VMM says until it is gone.
-struct Listener {
-    control: Arc<AsyncFd<OwnedFd>>,
-    process: PidFd,
-    ports: Arc<Ports>,
-    said: Said,
-    log: Option<JoinHandle<()>>,
-    /// The machine in the kernel, once it runs.
-    machine: Option<OwnedFd>,
-    pids: watch::Sender<Vec<ProcessId>>,
-    runs: watch::Sender<bool>,
-    plugs: watch::Sender<u64>,
-    makes: watch::Sender<Option<Made>>,
-    answer: mpsc::UnboundedSender<Answer>,
-}
-
-impl Listener {
-    async fn run(mut self) -> End {
-        let told = loop {
-            match receive(&self.control).await {
-                // The last words; the process ends now.
-                Ok((Event::Exit { reason, console }, _)) => break Some(exit(&reason, &console)),
-                Ok((Event::Failed(why), _)) => {
-                    break Some(End { reason: one_line(&why), tail: String::new() });
-                }
-                Ok((Event::Jailed { pid }, _)) => self.jailed(pid),
-                Ok((Event::Connection { port }, fds)) => {
-                    if let Some(fd) = fds.into_iter().next() {
-                        self.ports.connected(port, UnixStream::from(fd));
-                    }
-                }
-                Ok((Event::Running, fds)) => {
-                    log::debug!("timeline: guest runs");
-                    self.machine = self.machine.take().or(fds.into_iter().next());
-                    self.runs.send_replace(true);
-                }
-                Ok((Event::MemoryPlugged { mib }, _)) => {
-                    self.plugs.send_replace(mib);
-                }
-                Ok((Event::TemplateMade(failed), _)) => {
-                    self.makes.send_replace(Some(failed.map_or(Ok(()), |why| Err(one_line(&why)))));
-                }
-                Ok((Event::Done(outcome), _)) => {
-                    // Without a receiver, nobody will ask again.
-                    let _ = self.answer.send(outcome.map_or(Ok(0), Err));
-                }
-                Ok((Event::Parked { thread }, _)) => {
-                    let _ = self.answer.send(Ok(thread));
-                }
-                Err(vmm::Error::Closed) => break None,
-                Err(e) => {
-                    log::error!("kata-vmm: {e}");
-                    self.process.kill();
-                    break None;
-                }
-            }
-        };
-        let status = end_of(&self.process).await;
-        // The kernel takes its time to undo it, and nobody needs to wait for that.
-        let machine = self.machine.take();
-        tokio::task::spawn_blocking(move || drop(machine));
-        if let Some(log) = self.log.take() {
-            // To its end, unless somebody else holds the pipe.
-            let _ = tokio::time::timeout(Duration::from_millis(500), log).await;
-        }
-        told.unwrap_or_else(|| self.unannounced(status))
-    }
-
-    /// The VMM has forked into its jail: its first process ends, the second one is ours to wait for.
-    fn jailed(&mut self, pid: i32) {
-        let Ok(process) = PidFd::open(pid) else { return };
-        let first = std::mem::replace(&mut self.process, process);
-        tokio::spawn(async move { end_of(&first).await });
-        if let Ok(id) = ProcessId::of(pid) {
-            self.pids.send_modify(|ids| ids.push(id));
-        }
-    }
-
-    /// The VMM ended without a word, so its exit status must do.
-    fn unannounced(&self, status: Option<WaitStatus>) -> End {
-        let reason = match status {
-            Some(WaitStatus::Signaled(_, signal, _)) => format!("kata-vmm was killed by {signal}"),
-            Some(WaitStatus::Exited(_, code)) => format!("kata-vmm ended with exit code {code}"),
-            _ => "kata-vmm ended".to_owned(),
-        };
-        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        let said = said.iter().map(String::as_str).collect::<Vec<_>>().join(" | ");
-        let reason = if said.is_empty() { reason } else { format!("{reason}: {said}") };
-        End { reason, tail: String::new() }
-    }
-}
-
-fn exit(reason: &ExitReason, console: &str) -> End {
-    // The guest chose these bytes, and a user's terminal will show them.
-    let plain: String = console.chars().filter(|c| !c.is_control() || *c == '\n').collect();
-    let lines: Vec<_> = plain.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    let tail = lines.iter().skip(lines.len().saturating_sub(TAIL)).copied().collect::<Vec<_>>().join(" | ");
-    End { reason: one_line(&reason.to_string()), tail }
-}
-
-/// Waits for a child to end, kills it when it does not, and takes its exit status.
-async fn end_of(process: &PidFd) -> Option<WaitStatus> {
-    if tokio::time::timeout(END_LIMIT, process.ended()).await.is_err() {
-        process.kill();
-        let _ = tokio::time::timeout(END_LIMIT, process.ended()).await;
-    }
-    process.reap()
-}
-
-async fn receive(control: &AsyncFd<OwnedFd>) -> std::result::Result<(Event, Vec<OwnedFd>), vmm::Error> {
-    loop {
-        let mut ready = control.ready(Interest::READABLE).await?;
-        match vmm::receive::<Event>(control.get_ref()) {
-            Err(vmm::Error::Socket(e)) if e.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
-            // A peer that was killed with unread messages in its socket.
-            Err(vmm::Error::Socket(e)) if e.kind() == io::ErrorKind::ConnectionReset => {
-                return Err(vmm::Error::Closed);
-            }
-            outcome => return outcome,
-        }
-    }
 }
 
 #[cfg(test)]

@@ -148,8 +148,14 @@ impl Run {
     pub fn start(self) -> Container {
         let container = Container::adopt(&self.id);
         // Its standard streams would be FIFOs that nobody reads.
-        self.ctr_run(&["--detach", "--null-io"]).output().ok();
+        self.detached().ok();
         container
+    }
+
+    /// `ctr run -d`, to its end. Nobody removes the container.
+    #[track_caller]
+    pub fn detached(self) -> Output {
+        self.ctr_run(&["--detach", "--null-io"]).output()
     }
 
     /// `ctr run -d` of a container that lives until these tests end. For tests that share it.
@@ -200,7 +206,25 @@ impl Container {
     /// `ctr tasks VERB CONTAINER`, with options after the verb.
     #[track_caller]
     pub fn task(&self, verb: &str, options: &[&str]) -> Output {
-        ctr_at(&self.containerd, &[&["tasks", verb], options, &[&self.id]].concat()).output()
+        self.task_command(verb, options).output()
+    }
+
+    /// The same, to be run.
+    pub fn task_command(&self, verb: &str, options: &[&str]) -> Command {
+        ctr_at(&self.containerd, &[&["tasks", verb], options, &[&self.id]].concat())
+    }
+
+    /// The pid that `ctr tasks ls` shows.
+    ///
+    /// # Panics
+    /// When it has none.
+    #[track_caller]
+    pub fn pid(&self) -> i32 {
+        let tasks = ctr_at(&self.containerd, &["tasks", "ls"]).output().ok().text();
+        let mut rows = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let row = rows.find(|row| row.first() == Some(&self.id.as_str()));
+        let pid = row.and_then(|row| row.get(1)?.parse().ok());
+        pid.unwrap_or_else(|| panic!("no pid of {} in\n{tasks}", self.id))
     }
 
     /// What `ctr tasks ls` says about its task: RUNNING, STOPPED, PAUSED..., or nothing when there is none.

@@ -87,3 +87,14 @@ fn containers_are_grouped_by_their_sandbox() {
     assert!(Identity::new("/a", "ns", &sandbox(&cri("container", "../../x"))).is_err());
     fs::remove_dir_all(bundle).unwrap();
 }
+
+#[test]
+fn the_socket_is_for_root_alone() {
+    let path = std::env::temp_dir().join(format!("katana-socket-{}", std::process::id()));
+    let listener = listen(&path).unwrap();
+    let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&path).unwrap());
+    assert_eq!(mode & 0o7777, 0o600);
+    let _client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    listener.accept().unwrap();
+    fs::remove_file(path).unwrap();
+}

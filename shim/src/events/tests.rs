@@ -74,6 +74,42 @@ async fn the_queue_is_bounded_and_flush_ends() {
     assert_eq!(TaskStart::parse_from_bytes(&first.event.value).unwrap().pid, 10);
 }
 
+/// An event that ttrpc does not take must not stay at the head of the queue for ever.
+#[tokio::test]
+async fn an_event_that_is_too_long_does_not_hold_up_those_behind_it() {
+    let path = std::env::temp_dir().join(format!("katana-events-long-{}", std::process::id()));
+    let (_server, mut events) = serve(&path).await;
+    let publisher = Publisher::start(path.to_str().unwrap().to_owned(), "ns");
+    let publish = |pid, length| {
+        publisher.publish(&TaskStart { container_id: "c".repeat(length), pid, ..Default::default() });
+    };
+    // The longest that goes is found out: it must arrive.
+    let rest = LONGEST as usize - 100;
+    [(1, 1), (2, 5 << 20), (4, 4 << 20), (5, rest), (6, 1)]
+        .into_iter()
+        .for_each(|(pid, length)| publish(pid, length));
+    let mut pids = Vec::new();
+    while pids.last() != Some(&6) {
+        let next = tokio::time::timeout(Duration::from_secs(180), events.recv()).await;
+        let envelope = next.expect("the last event comes").unwrap();
+        pids.push(TaskStart::parse_from_bytes(&envelope.event.value).unwrap().pid);
+    }
+    assert_eq!(pids, [1, 5, 6]);
+    std::fs::remove_file(path).unwrap();
+}
+
+#[tokio::test]
+async fn what_waits_already_is_not_queued_again() {
+    let publisher = Publisher::start("/nowhere".into(), "ns");
+    for round in 0..10 {
+        for id in ["a", "b"] {
+            publisher.publish_once(&TaskOOM { container_id: id.into(), ..Default::default() });
+        }
+        publisher.publish(&TaskStart { pid: round, ..Default::default() });
+    }
+    assert_eq!(publisher.queue().len(), 2 + 10);
+}
+
 #[test]
 fn types_have_the_names_of_their_descriptors() {
     fn check<M: Named + protobuf::MessageFull>() {

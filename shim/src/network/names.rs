@@ -4,8 +4,10 @@
 //!
 //! The guest reaches these servers and nothing else: addresses come from the file that the client gave the container.
 
+use std::fs::File;
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,12 +37,23 @@ const LONGEST_CONNECTION: Duration = Duration::from_secs(60);
 pub fn servers_of(spec: &Spec) -> Vec<Ipv4Addr> {
     let mut mounts = spec.mounts.iter().filter(|mount| mount.destination == Path::new("/etc/resolv.conf"));
     let Some(source) = mounts.next_back().and_then(|mount| mount.source.as_ref()) else { return Vec::new() };
-    let mut text = String::new();
-    let read = std::fs::File::open(source).and_then(|file| file.take(LONGEST_FILE).read_to_string(&mut text));
-    if let Err(e) = read {
+    let text = read_file(source).unwrap_or_else(|e| {
         log::warn!("{}: {e}", source.display());
-    }
+        String::new()
+    });
     loopback_servers(&text)
+}
+
+/// Reads a file that a container's author has named. It may be anything: a FIFO or a device is not waited for, as all of the pod
+/// would wait.
+fn read_file(path: &Path) -> io::Result<String> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("not a file"));
+    }
+    let mut text = String::new();
+    file.take(LONGEST_FILE).read_to_string(&mut text)?;
+    Ok(text)
 }
 
 fn loopback_servers(text: &str) -> Vec<Ipv4Addr> {
@@ -139,6 +152,25 @@ async fn inside<T: Send + 'static>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_no_file_is_not_waited_for() {
+        let path = std::env::temp_dir().join(format!("katana-resolv-{}", std::process::id()));
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let (source, (told, answer)) = (path.clone(), std::sync::mpsc::channel());
+        std::thread::spawn(move || {
+            let mount =
+                serde_json::json!({"destination": "/etc/resolv.conf", "type": "bind", "source": source});
+            let spec = serde_json::json!({"mounts": [mount]});
+            told.send(servers_of(&serde_json::from_value(spec).unwrap())).unwrap();
+        });
+        let servers = answer.recv_timeout(Duration::from_secs(180)).expect("nobody writes into the FIFO");
+        assert!(servers.is_empty());
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "nameserver 127.0.0.11\n").unwrap();
+        assert_eq!(read_file(&path).unwrap(), "nameserver 127.0.0.11\n");
+        std::fs::remove_file(path).unwrap();
+    }
 
     #[test]
     fn only_loopback_servers_are_passed_on() {

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -46,7 +46,8 @@ impl Namespace {
 
     fn open(path: &Path) -> Result<Self> {
         let failed = |e: io::Error| Error::io(format_args!("network namespace {}", path.display()), &e);
-        let file = File::open(path).map_err(failed)?;
+        // Nobody is waited for at the other end of a FIFO; it will not be taken for a namespace either.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
         let found = file.metadata().map_err(failed)?;
         let own = fs::metadata(OWN).map_err(failed)?;
         if (found.dev(), found.ino()) == (own.dev(), own.ino()) {

@@ -194,3 +194,27 @@ async fn files_are_appended_to_and_other_targets_are_named() {
         assert_eq!(error(paths).await, text);
     }
 }
+
+/// A guest that says there is more to come, and gives it byte by byte.
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_trickles_does_not_hold_the_exit_for_ever() {
+    let directory = Directory::new("trickle");
+    let paths = Paths { stdout: directory.fifo("out"), ..Paths::default() };
+    let (streams, ports) = open(&paths).await;
+    let _reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&paths.stdout).unwrap();
+    let mut writer = guest(&ports, streams.ports().stdout_port);
+    let trickle = tokio::spawn(async move {
+        loop {
+            writer.write_all(b"x").unwrap();
+            tokio::time::sleep(PATIENCE / 2).await;
+        }
+    });
+    let begin = tokio::time::Instant::now();
+    tokio::time::timeout(DRAIN_LIMIT * 10, streams.drain(u64::MAX, 0)).await.expect("it ends");
+    assert!(
+        begin.elapsed() >= PATIENCE && begin.elapsed() <= DRAIN_LIMIT + PATIENCE,
+        "{:?}",
+        begin.elapsed()
+    );
+    trickle.abort();
+}

@@ -1,7 +1,10 @@
 //! The VMM is a shell script here: what counts is what the shim makes of a process that ends in some way.
 
+use super::listen::TAIL;
 use super::*;
+use katana_protocol::vmm::{Event, ExitReason};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 fn program(name: &str, script: &str) -> PathBuf {
@@ -137,5 +140,163 @@ async fn an_answer_that_nobody_waits_for_is_nobody_elses() {
     vmm.add_vcpus(2).await.unwrap();
     assert_eq!(asked.join().unwrap(), Request::AddVcpus { count: 2 });
     vmm.kill();
+    let _ = child.wait();
+}
+
+/// A VMM that is this test, with the process by which the shim knows it.
+fn hostile() -> (Vmm, OwnedFd, std::process::Child, Arc<Ports>) {
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let child = Command::new("sleep").arg("1000").spawn().unwrap();
+    let ports = Ports::new();
+    let process = PidFd::open(child.id() as i32).unwrap();
+    let vmm = Vmm::listen(ours, process, child.id(), Arc::clone(&ports), None).unwrap();
+    (vmm, theirs, child, ports)
+}
+
+/// Whatever was told before has been heard when this returns: memory is told of in the order of messages.
+async fn heard(vmm: &Vmm, theirs: &OwnedFd, mark: u64) {
+    vmm::send(theirs, &Event::MemoryPlugged { mib: mark }, &[]).unwrap();
+    let mut plugged = vmm.plugged();
+    let come = plugged.wait_for(|mib| *mib == mark);
+    drop(tokio::time::timeout(Duration::from_secs(180), come).await.expect("it is heard").unwrap());
+}
+
+/// Kills, once it is dropped.
+struct Bystander(std::process::Child, i32);
+
+impl Bystander {
+    /// A process that is no child of this one, but of a shell.
+    fn new() -> Self {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "sleep 1000 & echo $!; wait"]).stdout(Stdio::piped());
+        let mut shell = shell.spawn().unwrap();
+        let mut line = String::new();
+        io::BufRead::read_line(&mut io::BufReader::new(shell.stdout.take().unwrap()), &mut line).unwrap();
+        Self(shell, line.trim().parse().unwrap())
+    }
+
+    fn lives(&self) -> bool {
+        let state = fs::read_to_string(format!("/proc/{}/stat", self.1)).unwrap_or_default();
+        state.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+    }
+}
+
+impl Drop for Bystander {
+    fn drop(&mut self) {
+        if let Ok(process) = PidFd::open(self.1) {
+            process.kill();
+        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test]
+async fn a_process_that_is_not_the_vmms_is_neither_taken_for_it_nor_killed() {
+    let (bystander, mut child_of_ours) =
+        (Bystander::new(), Command::new("sleep").arg("1000").spawn().unwrap());
+    let jailed = |pid| Event::Jailed { pid };
+    // No child of the shim, at the one time at which the message may come.
+    let (vmm, theirs, mut process, _ports) = hostile();
+    vmm::send(&theirs, &jailed(bystander.1), &[]).unwrap();
+    heard(&vmm, &theirs, 1).await;
+    assert_eq!(vmm.pid(), process.id() as i32);
+    vmm.kill();
+    drop(theirs);
+    wait_end(&mut vmm.ended()).await;
+    let _ = process.wait();
+    // Another child of the shim, when the machine runs.
+    let (vmm, theirs, mut process, _ports) = hostile();
+    vmm::send(&theirs, &Event::Running, &[]).unwrap();
+    vmm::send(&theirs, &jailed(child_of_ours.id() as i32), &[]).unwrap();
+    heard(&vmm, &theirs, 2).await;
+    assert_eq!(vmm.pid(), process.id() as i32);
+    vmm.kill();
+    drop(theirs);
+    wait_end(&mut vmm.ended()).await;
+    let _ = process.wait();
+    // The true one is taken, and nothing after it.
+    let (vmm, theirs, mut process, _ports) = hostile();
+    let mut inside = Command::new("sleep").arg("1000").spawn().unwrap();
+    vmm::send(&theirs, &jailed(inside.id() as i32), &[]).unwrap();
+    vmm::send(&theirs, &jailed(child_of_ours.id() as i32), &[]).unwrap();
+    heard(&vmm, &theirs, 3).await;
+    assert_eq!(vmm.pid(), inside.id() as i32);
+    vmm.kill();
+    drop(theirs);
+    wait_end(&mut vmm.ended()).await;
+    let _ = (process.wait(), inside.wait());
+    assert!(bystander.lives() && child_of_ours.try_wait().unwrap().is_none());
+    child_of_ours.kill().unwrap();
+    child_of_ours.wait().unwrap();
+}
+
+#[tokio::test]
+async fn answers_that_nobody_has_asked_for_are_dropped() {
+    let (vmm, theirs, mut child, _ports) = hostile();
+    for number in 0..100 {
+        vmm::send(&theirs, &Event::Done(Some(format!("{number} {}", "x".repeat(1000)))), &[]).unwrap();
+        heard(&vmm, &theirs, 1000 + number).await;
+    }
+    let asked = std::thread::spawn(move || {
+        assert!(matches!(vmm::receive::<Request>(&theirs).unwrap().0, Request::Park));
+        // Not what was asked for: a thread is.
+        vmm::send(&theirs, &Event::Done(None), &[]).unwrap();
+        vmm::send(&theirs, &Event::Done(Some("none\x1b[2J left".into())), &[]).unwrap();
+        theirs
+    });
+    assert_eq!(vmm.park().await.unwrap_err().to_string(), "kata-vmm: none\\u{1b}[2J left");
+    drop(asked.join().unwrap());
+    vmm.kill();
+    let _ = child.wait();
+}
+
+#[tokio::test]
+async fn a_vmm_that_does_not_answer_is_not_waited_for_for_ever() {
+    let (vmm, theirs, mut child, _ports) = hostile();
+    tokio::time::pause();
+    let told =
+        tokio::time::timeout(LIMIT * 10, vmm.detach_disk(0)).await.expect("it is given up").unwrap_err();
+    assert!(matches!(told, Error::DeadlineExceeded(_)), "{told}");
+    drop(theirs);
+    vmm.kill();
+    let _ = child.wait();
+}
+
+#[tokio::test]
+async fn what_is_no_connection_is_not_taken_for_one() {
+    let (vmm, theirs, mut child, ports) = hostile();
+    let waiter = ports.open(7);
+    let file = fs::File::open("/proc/self/comm").unwrap();
+    let (packets, _other) =
+        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let internet = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let connection = Event::Connection { port: 7 };
+    vmm::send(&theirs, &connection, &[]).unwrap();
+    for fd in [file.as_fd(), packets.as_fd(), internet.as_fd()] {
+        vmm::send(&theirs, &connection, &[fd]).unwrap();
+    }
+    heard(&vmm, &theirs, 1).await;
+    let (guest, host) = UnixStream::pair().unwrap();
+    vmm::send(&theirs, &connection, &[host.as_fd()]).unwrap();
+    drop(host);
+    drop(waiter.connection().await.expect("the port is still open"));
+    assert_eq!(io::Read::read(&mut &guest, &mut [0; 1]).unwrap(), 0);
+    vmm.kill();
+    let _ = child.wait();
+}
+
+#[tokio::test]
+async fn last_words_are_short_and_plain() {
+    let (vmm, theirs, mut child, _ports) = hostile();
+    let reason = ExitReason::Panic(format!("Kernel panic \x1b]0;owned\x07 {}", "p".repeat(20_000)));
+    let console = format!("\u{9b}2J{}\n", "c".repeat(1000)).repeat(30);
+    vmm::send(&theirs, &Event::Exit { reason, console }, &[]).unwrap();
+    drop(theirs);
+    vmm.kill();
+    let end = wait_end(&mut vmm.ended()).await.to_string();
+    assert!(end.contains("Kernel panic \\u{1b}]0;owned\\u{7} ppp") && end.contains("\\u{9b}2Jccc"), "{end}");
+    assert!(end.len() < 5000 && !end.contains(char::is_control), "{}", end.len());
     let _ = child.wait();
 }

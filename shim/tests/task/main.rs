@@ -13,5 +13,6 @@ mod stand_in;
 mod errors;
 mod life;
 mod sandbox;
+mod silent;
 mod sockets;
 mod streams;

@@ -8,8 +8,10 @@ use std::time::Duration;
 use katana_tests::host::{Host, eventually};
 use katana_tests::process::Process;
 use katana_tests::turn::alone;
-use katana_tests::{BUSYBOX, Command, Configuration, Events, Run, Scratch, ctr, environment};
+use katana_tests::{BUSYBOX, Command, Configuration, Container, Events, Run, Scratch, ctr, environment};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const KVM: &str = "/dev/kvm";
 
@@ -88,7 +90,7 @@ fn a_killed_vmm_ends_what_is_attached() {
     let id = katana_tests::container::new_id();
     let running = Run::new(BUSYBOX).id(&id).sh("echo started; sleep 10000").spawn();
     running.wait_for("started");
-    let container = katana_tests::Container::adopt(&id);
+    let container = Container::adopt(&id);
     let exec = container.exec_command(&[], &["sh", "-c", "echo started; sleep 10000"]).spawn();
     exec.wait_for("started");
     Process::vmm_of(&id).kill();
@@ -238,4 +240,55 @@ fn an_unusable_dev_kvm_is_named() {
             drop(covered);
         }
     }
+}
+
+/// The process on the host that is the container, or its machine, stands still: it answers nothing any more.
+fn stop(container: &Container) {
+    kill(Pid::from_raw(container.pid()), Signal::SIGSTOP).expect("SIGSTOP");
+}
+
+#[test]
+fn a_container_that_does_not_answer_is_killed_and_removed() {
+    let _turn = alone();
+    let before = Host::before();
+    let events = Events::follow();
+    let (stuck, other) = (
+        Run::new(BUSYBOX).command(&["sleep", "10000"]).start(),
+        Run::new(BUSYBOX).command(&["sleep", "10000"]).start(),
+    );
+    stop(&stuck);
+    // Looking at it comes to an end, and others are looked at.
+    stuck.task("metrics", &[]);
+    other.task("metrics", &[]).ok();
+    other.exec(&["echo", "alive"]).ok().expect_text("alive");
+    assert_eq!(stuck.status().as_deref(), Some("RUNNING"));
+    stuck.task("kill", &["--signal", "KILL"]).ok();
+    let exit = events.wait_for(stuck.id(), "/tasks/exit");
+    assert_eq!(exit.body["exit_status"].as_u64(), Some(137), "{exit:?}");
+    stuck.wait_for_status(Some("STOPPED"));
+    stuck.delete_task(137);
+    ctr(&["containers", "delete", stuck.id()]).output().ok();
+    drop((events, other));
+    before.expect_unchanged();
+}
+
+/// What is in it is stopped on the host, and kubelet removes the pod.
+#[test]
+fn a_pod_that_does_not_answer_is_removed() {
+    let _turn = alone();
+    let pod = |name: &str| {
+        let pod = katana_tests::cri::Pod::run(name);
+        let container = pod.sh("sleep 10000");
+        (pod, container)
+    };
+    let handler = if is_vm() { "kata" } else { "runc" };
+    let ((stuck, container), (other, lively)) = (pod(handler), pod(handler));
+    kill(Pid::from_raw(container.pid()), Signal::SIGSTOP).expect("SIGSTOP");
+    assert!(lively.stats().memory.is_some(), "the other pod's metrics");
+    container.stop(1).or_else(|_| container.stop(1)).expect("the container stops");
+    container.remove().expect("the container is removed");
+    stuck.stop().expect("the pod stops");
+    stuck.remove().expect("the pod is removed");
+    assert_eq!(lively.sh("echo alive").ok().trim(), "alive");
+    drop((lively, other));
 }

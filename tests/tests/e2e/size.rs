@@ -4,7 +4,7 @@ use katana_tests::environment::{self, is_vm_or_say};
 use katana_tests::host::eventually;
 use katana_tests::process::Process;
 use katana_tests::turn::shared;
-use katana_tests::{BUSYBOX, Configuration, Container, Run, Scratch, ctr};
+use katana_tests::{BUSYBOX, Configuration, Run, Scratch};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 const MIB: u64 = 1 << 20;
@@ -71,15 +71,9 @@ fn on_host(pid: i32, file: &str) -> Option<u64> {
 fn limits_bound_what_it_costs_the_host() {
     const LIMIT: u64 = 64 * MIB;
     let _turn = shared();
-    let pid = |container: &Container| {
-        let tasks = ctr(&["tasks", "ls"]).output().ok().text();
-        let line = tasks.lines().find(|line| line.starts_with(container.id()));
-        let pid = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
-        pid.unwrap_or_else(|| panic!("no pid of {} in\n{tasks}", container.id()))
-    };
     let start = |options: &str| Run::new(BUSYBOX).options(options).command(&["sleep", "10000"]).start();
     let limited = start(&format!("--cpus 0.5 --memory-limit {LIMIT}"));
-    let (memory, cpu) = (on_host(pid(&limited), "memory.max"), on_host(pid(&limited), "cpu.max"));
+    let (memory, cpu) = (on_host(limited.pid(), "memory.max"), on_host(limited.pid(), "cpu.max"));
     if environment::is_vm() {
         // All of the machine, and some more, but not the host's memory; whole CPUs.
         assert!(memory.is_some_and(|bytes| (LIMIT + 512 * MIB..1536 * MIB).contains(&bytes)), "{memory:?}");
@@ -88,7 +82,23 @@ fn limits_bound_what_it_costs_the_host() {
         assert_eq!((memory, cpu), (Some(LIMIT), Some(50_000)));
     }
     let free = start("");
-    assert_eq!((on_host(pid(&free), "memory.max"), on_host(pid(&free), "cpu.max")), (None, None));
+    assert_eq!(on_host(free.pid(), "cpu.max"), None);
+    let (memory, pids) = (on_host(free.pid(), "memory.max"), on_host(free.pid(), "pids.max"));
+    if environment::is_vm() {
+        // Nobody has set a limit, but a machine has a size.
+        assert!(memory.is_some_and(|bytes| bytes > 512 * MIB && bytes < 8192 * MIB), "{memory:?}");
+        assert!(pids.is_some_and(|pids| pids > 254), "{pids:?}");
+        let scratch = Scratch::new();
+        let tmpfs = scratch.directory("tmpfs");
+        mount(Some("tmpfs"), &tmpfs, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).expect("tmpfs");
+        let run = Run::new(BUSYBOX).bind(&tmpfs, "/mnt", "rw").command(&["sleep", "10000"]).start();
+        let memory = on_host(run.pid(), "memory.max");
+        drop(run);
+        umount2(&tmpfs, MntFlags::MNT_DETACH).expect("unmount");
+        assert_eq!(memory, None, "with a volume in memory, whose size is its mount's");
+    } else {
+        assert_eq!((memory, pids), (None, None));
+    }
 }
 
 /// The memory of the host that a container can fill beside that of its machine.

@@ -1,0 +1,84 @@
+//! How a container is made to end, if need be with its machine.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use nix::libc::SIGKILL;
+
+use super::Container;
+use crate::error::{Error, Result};
+use crate::process::{Exit, Phase};
+
+/// How long a process that was never started may take to end.
+const END_LIMIT: Duration = Duration::from_secs(10);
+/// How long a container may take to end by SIGKILL, until its machine ends. What it waits for may be slow: the guest's disks and the
+/// host's file systems.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
+
+impl Container {
+    /// Ends a first process that was never started.
+    pub(super) async fn discard(&self) -> Result<Exit> {
+        let signalled = self.agent.signal_process(&self.init.name, SIGKILL.unsigned_abs(), true).await;
+        if let Err(e) = &signalled {
+            log::debug!("container {}: {e}", self.id);
+        }
+        if !matches!(signalled, Err(Error::DeadlineExceeded(_)))
+            && let Ok(exit) = tokio::time::timeout(END_LIMIT, self.init.wait()).await
+        {
+            return Ok(exit);
+        }
+        self.end_machine();
+        let ended = tokio::time::timeout(END_LIMIT, self.init.wait()).await;
+        ended.map_err(|_| Error::DeadlineExceeded(format!("container {} does not end", self.id)))
+    }
+
+    /// The guest does not do what nothing can refuse, so it ends with all that is in it.
+    fn end_machine(&self) {
+        log::error!("container {} does not end by SIGKILL: its machine is ended", self.id);
+        self.sandbox.kill();
+    }
+
+    /// After a SIGKILL: whatever the agent has answered, the container ends.
+    fn see_to_the_end(self: &Arc<Self>) {
+        if self.killed.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let container = Arc::clone(self);
+        tokio::spawn(async move {
+            let ended = tokio::time::timeout(KILL_LIMIT, container.init.wait()).await;
+            // Whose output is still taken away has ended.
+            if ended.is_err() && !container.init.has_ended() {
+                container.end_machine();
+            }
+        });
+    }
+
+    /// Signals a process, or all of the container.
+    pub async fn kill(self: &Arc<Self>, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let process = self.process(exec)?;
+        match process.phase() {
+            Phase::Stopped(_) => return Err(Error::already_finished()),
+            Phase::Created if !exec.is_empty() => {
+                return Err(Error::FailedPrecondition(format!("process {exec} is not started")));
+            }
+            _ => {}
+        }
+        let ends = exec.is_empty() && signal == SIGKILL.unsigned_abs();
+        let signalled = self.agent.signal_process(&process.name, signal, all).await;
+        if ends {
+            self.see_to_the_end();
+        }
+        match signalled {
+            Err(Error::DeadlineExceeded(why)) if ends => {
+                log::error!("{why}");
+                self.end_machine();
+                Ok(())
+            }
+            Err(Error::Agent { code: ttrpc::Code::NOT_FOUND, .. } | Error::Unavailable(_)) => {
+                Err(Error::already_finished())
+            }
+            outcome => outcome,
+        }
+    }
+}
