@@ -234,7 +234,12 @@ fn load_kernel(memory: &GuestMemory, kernel: &mut File, wishes: &Wishes) -> Resu
     let whole = whole(&loaded);
     let shift = match relocations {
         Some(_) => shift(memory, whole, wishes)?,
-        None => Shift::default(),
+        None => {
+            log::info!(
+                "guest kernel: not at a random address: nokaslr is given, or the file has no relocations"
+            );
+            Shift::default()
+        }
     };
     for segment in &loaded {
         load_segment(memory, kernel, segment, shift.physical)?;
