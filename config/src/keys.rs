@@ -6,7 +6,7 @@ use std::thread;
 use toml::de::DeValue;
 
 use crate::annotations::expression;
-use crate::{Config, HostNamespaces};
+use crate::{Config, HostNamespaces, TemplateScope};
 
 /// MiB of memory. The guest's kernel keeps some 20 for itself; with less than this no room is left for containers.
 const LEAST_MEMORY: i64 = 64;
@@ -89,6 +89,11 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key { section: FACTORY, name: "enable_template", set: |c, v| boolean(v, &mut c.factory.enable_template) },
     Key { section: FACTORY, name: "template_path", set: |c, v| path(v, &mut c.factory.template_path) },
+    Key {
+        section: FACTORY,
+        name: "template_scope",
+        set: |c, v| template_scope(v, &mut c.factory.template_scope),
+    },
     Key { section: RUNTIME, name: "enable_debug", set: |c, v| boolean(v, &mut c.runtime.enable_debug) },
     Key {
         section: RUNTIME,
@@ -199,6 +204,15 @@ fn host_namespaces(value: &DeValue<'_>, to: &mut HostNamespaces) -> Result<(), S
         "refuse" => HostNamespaces::Refuse,
         "guest" => HostNamespaces::Guest,
         other => return Err(format!("must be \"refuse\" or \"guest\", not {other:?}")),
+    };
+    Ok(())
+}
+
+fn template_scope(value: &DeValue<'_>, to: &mut TemplateScope) -> Result<(), String> {
+    *to = match string(value)? {
+        "host" => TemplateScope::Host,
+        "namespace" => TemplateScope::Namespace,
+        other => return Err(format!("must be \"host\" or \"namespace\", not {other:?}")),
     };
     Ok(())
 }

@@ -88,6 +88,17 @@ pub struct Factory {
     pub enable_template: bool,
     /// The directory of templates.
     pub template_path: PathBuf,
+    /// Who shares one.
+    pub template_scope: TemplateScope,
+}
+
+/// Which pods of the same configuration share a template.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TemplateScope {
+    /// All of the host.
+    Host,
+    /// Those of one namespace: Kubernetes', or where there is none, containerd's.
+    Namespace,
 }
 
 /// The shim.
@@ -140,7 +151,11 @@ impl Default for Agent {
 
 impl Default for Factory {
     fn default() -> Self {
-        Self { enable_template: true, template_path: "/run/kata-containers/template".into() }
+        Self {
+            enable_template: true,
+            template_path: "/run/kata-containers/template".into(),
+            template_scope: TemplateScope::Host,
+        }
     }
 }
 

@@ -94,6 +94,10 @@ fn errors_name_file_line_and_key() {
             "2: key \"host_namespaces\" in [runtime]: must be \"refuse\" or \"guest\", not \"share\"",
         ),
         (
+            "[factory]\ntemplate_scope = \"pod\"",
+            "2: key \"template_scope\" in [factory]: must be \"host\" or \"namespace\", not \"pod\"",
+        ),
+        (
             "[agent.kata]\ndebug_console_enabled = true",
             "2: key \"debug_console_enabled\" in [agent.kata]: must be false: there is no way yet to reach the console from the host",
         ),

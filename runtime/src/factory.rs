@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use katana_config::Config;
+use katana_config::{Config, TemplateScope};
 use katana_protocol::vmm::{self, CONTROL_FD, Event, Machine, Request, Template};
 use katana_template::{Draft, Store};
 use nix::errno::Errno;
@@ -33,6 +33,8 @@ pub(crate) enum Error {
     Disabled,
     #[error("no template: enable_debug in [hypervisor.katana] has every machine boot")]
     Debug,
+    #[error("template_scope is \"namespace\" in [factory]: whose template is meant, say --namespace")]
+    Whose,
     #[error("template: {0}")]
     Store(#[from] katana_template::Error),
     #[error("\"{}\": {source}", path.display())]
@@ -46,13 +48,20 @@ pub(crate) enum Error {
 }
 
 /// Whether there is a template for this configuration.
-pub(crate) fn is_there(config: Option<&Path>) -> Result<bool, Error> {
+pub(crate) fn is_there(config: Option<&Path>, namespace: Option<&str>) -> Result<bool, Error> {
     let config = katana_config::load(config)?;
-    Ok(config.factory.enable_template && Store::of(&config)?.open()?.is_some())
+    Ok(config.factory.enable_template && store(&config, namespace)?.open()?.is_some())
+}
+
+fn store(config: &Config, namespace: Option<&str>) -> Result<Store, Error> {
+    if config.factory.template_scope == TemplateScope::Namespace && namespace.is_none() {
+        return Err(Error::Whose);
+    }
+    Ok(Store::of(config, namespace.unwrap_or_default())?)
 }
 
 /// Makes the template, unless it is there.
-pub(crate) fn init(config: Option<&Path>) -> Result<(), Error> {
+pub(crate) fn init(config: Option<&Path>, namespace: Option<&str>) -> Result<(), Error> {
     let config = katana_config::load(config)?;
     if !config.factory.enable_template {
         return Err(Error::Disabled);
@@ -60,7 +69,7 @@ pub(crate) fn init(config: Option<&Path>) -> Result<(), Error> {
     if config.hypervisor.enable_debug {
         return Err(Error::Debug);
     }
-    let store = Store::of(&config)?;
+    let store = store(&config, namespace)?;
     if store.open()?.is_none() {
         let draft = store.begin()?;
         make(&config, &draft)?;

@@ -48,14 +48,21 @@ enum Command {
     Version,
 }
 
-#[derive(Clone, Copy, Subcommand)]
+#[derive(Subcommand)]
 enum Factory {
     /// Make the template
-    Init,
+    Init(Whose),
     /// Tell whether it is there
-    Status,
+    Status(Whose),
     /// Remove all templates
     Destroy,
+}
+
+#[derive(Args)]
+struct Whose {
+    /// Whose template it is about, with template_scope = "namespace": k8s.io/NAME for pods of the Kubernetes namespace NAME
+    #[arg(long)]
+    namespace: Option<String>,
 }
 
 #[derive(Args)]
@@ -120,16 +127,17 @@ fn run(cli: Cli) -> Result<(), Error> {
         }
         Some(Command::Factory(command)) => {
             let config = cli.config.as_deref();
-            match command {
-                Factory::Init => factory::init(config)?,
-                Factory::Destroy => factory::destroy(config)?,
-                Factory::Status => {}
-            }
             let state = match command {
-                Factory::Init => "initialized",
-                Factory::Destroy => "destroyed",
-                Factory::Status if factory::is_there(config)? => "is on",
-                Factory::Status => "is off",
+                Factory::Init(whose) => {
+                    factory::init(config, whose.namespace.as_deref())?;
+                    "initialized"
+                }
+                Factory::Destroy => {
+                    factory::destroy(config)?;
+                    "destroyed"
+                }
+                Factory::Status(whose) if factory::is_there(config, whose.namespace.as_deref())? => "is on",
+                Factory::Status(_) => "is off",
             };
             writeln!(out, "vm factory {state}")?;
         }

@@ -138,7 +138,11 @@ fn specification(config: &PodSandboxConfig, request: &CreateSandboxRequest, host
     let mut annotations = config.annotations.clone();
     annotations.extend(request.annotations.clone());
     annotations.extend(resource_annotations(&linux));
-    for (name, value) in [("container-type", "sandbox"), ("sandbox-id", &request.sandbox_id)] {
+    // Last: the pod's author has no say in these.
+    let namespace = config.metadata.namespace.as_str();
+    for (name, value) in
+        [("container-type", "sandbox"), ("sandbox-id", &request.sandbox_id), ("sandbox-namespace", namespace)]
+    {
         annotations.insert(format!("io.kubernetes.cri.{name}"), value.to_owned());
     }
     let sysctl: Map<String, Value> = DEFAULT_SYSCTLS

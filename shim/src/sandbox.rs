@@ -150,7 +150,8 @@ impl Sandbox {
         })?;
         log::debug!("timeline: VMM spawned");
         let own = machine::machine(config, size.vcpus, network.slots(), disk_slots)?;
-        let start = if launch.own { Start::Boot } else { Start::choose(config, &own) };
+        let namespace = spec.owner(&identity.namespace);
+        let start = if launch.own { Start::Boot } else { Start::choose(config, &namespace, &own) };
         let machine = start.machine(config, own);
         let (vcpus, mib, booted) = (size.vcpus, machine.memory_mib, machine.vcpus);
         let disk_slots = machine.disk_slots;

@@ -220,6 +220,8 @@ pub struct Pod {
 
 /// Who says in an annotation what a container is in its pod: the CRI plugin of containerd, and CRI-O.
 const CONTAINER_TYPE: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
+/// And what Kubernetes namespace the pod is of.
+const POD_NAMESPACE: [&str; 2] = ["io.kubernetes.cri.sandbox-namespace", "io.kubernetes.cri-o.Namespace"];
 
 impl Spec {
     /// Reads `config.json` of a bundle.
@@ -255,6 +257,15 @@ impl Spec {
     /// Whether this is the container that only stands for a pod: it runs the agent's pause, without its image.
     pub fn is_sandbox(&self) -> bool {
         self.annotation(&CONTAINER_TYPE) == Some("sandbox")
+    }
+
+    /// Whose container it is in this namespace of containerd's: Kubernetes has all of its own in one of these, whose names have
+    /// no slash.
+    pub fn owner(&self, namespace: &str) -> String {
+        match self.annotation(&POD_NAMESPACE) {
+            Some(pods) if self.is_sandbox() && !pods.is_empty() => format!("{namespace}/{pods}"),
+            _ => namespace.to_owned(),
+        }
     }
 
     /// What the guest's pause needs of the specification of a sandbox container: namespaces, names, kernel parameters,

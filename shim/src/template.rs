@@ -20,9 +20,9 @@ pub enum Start {
 }
 
 impl Start {
-    /// The best start that there is for a pod with this configuration whose own machine would be this one. That there is
-    /// no template is no reason for a pod not to start, only for a line in the log.
-    pub fn choose(config: &Config, own: &Machine) -> Self {
+    /// The best start that there is for a pod with this configuration, of this namespace, whose own machine would be this
+    /// one. That there is no template is no reason for a pod not to start, only for a line in the log.
+    pub fn choose(config: &Config, namespace: &str, own: &Machine) -> Self {
         let hypervisor = &config.hypervisor;
         if !config.factory.enable_template
             || hypervisor.enable_debug
@@ -31,7 +31,7 @@ impl Start {
         {
             return Self::Boot;
         }
-        match find(config) {
+        match find(config, namespace) {
             Ok(start) => start,
             Err(Error::Busy) => {
                 log::info!("no template yet: another pod's start makes it");
@@ -74,8 +74,8 @@ impl Start {
     }
 }
 
-fn find(config: &Config) -> Result<Start, Error> {
-    let store = Store::of(config)?;
+fn find(config: &Config, namespace: &str) -> Result<Start, Error> {
+    let store = Store::of(config, namespace)?;
     match store.open()? {
         Some(found) => Ok(Start::Template(found)),
         None => Ok(Start::First(Box::new(store.begin()?))),

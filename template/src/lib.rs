@@ -2,22 +2,26 @@
 //! them is, and how one is put there so that nobody ever sees half of it.
 //!
 //! The directory has one file `NAME-VERSION` for each configuration in use. The name stands for the shape of the machine
-//! and the paths of what it is made of; the version for the contents of these, the CPU and the host's kernel. A
-//! template of a name replaces those of other versions.
+//! and the paths of what it is made of, and for those who share it; the version for the contents of these, the CPU and the
+//! host's kernel. A template of a name replaces those of other versions.
+//!
+//! The VMM that makes a template is one that tenants' containers run in afterwards, so it must not be able to change what others
+//! start from. It has the file open for writing until it says that the template is complete; then the kernel is asked whether
+//! anybody still has, be it by a mapping alone (`seal`).
 
 mod huge_pages;
+mod seal;
 
 use std::arch::x86_64::{__cpuid_count, CpuidResult};
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
-use katana_config::Config;
-use katana_protocol::vmm::{Machine, SEALED, Template};
+use katana_config::{Config, TemplateScope};
+use katana_protocol::vmm::{Machine, Template};
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::stat::futimens;
-use nix::sys::time::TimeSpec;
 use sha2::{Digest, Sha256};
 
 /// Network cards that a machine from a template has places for. A pod that needs more boots.
@@ -27,6 +31,8 @@ pub const NET_SLOTS: u8 = 4;
 const SECTION_MIB: u64 = 128;
 /// How the file ends that is to become a template.
 const PART: &str = ".part";
+/// A template of another name that nobody has read for a week is in nobody's way any more, but takes memory.
+const LONGEST_IDLE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Why there is no template.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +48,9 @@ pub enum Error {
     /// Somebody else makes it at this moment.
     #[error("another process is making it")]
     Busy,
+    /// Whoever made it could still change it.
+    #[error("\"{}\": still open for writing, or mapped, after it was made", .0.display())]
+    Writable(PathBuf),
 }
 
 type Result<T> = std::result::Result<T, Error>;
@@ -86,11 +95,11 @@ pub struct Store {
 }
 
 impl Store {
-    /// The place for this configuration's machine.
+    /// The place for this configuration's machine, for the pods of a namespace where each has its own.
     ///
     /// # Errors
     /// When a file of which it is made is not there.
-    pub fn of(config: &Config) -> Result<Self> {
+    pub fn of(config: &Config, namespace: &str) -> Result<Self> {
         let hypervisor = &config.hypervisor;
         let files = [&hypervisor.path, &hypervisor.kernel, &hypervisor.image];
         // Cannot fail: the shape is numbers and text.
@@ -108,6 +117,10 @@ impl Store {
             for time in [metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec()] {
                 version.update(time.to_le_bytes());
             }
+        }
+        if config.factory.template_scope == TemplateScope::Namespace {
+            name.update([1]);
+            name.update(namespace);
         }
         version.update(env!("CARGO_PKG_VERSION"));
         add_host(&mut version);
@@ -143,21 +156,25 @@ impl Store {
         let mut part = self.path().into_os_string();
         part.push(PART);
         let part = PathBuf::from(part);
-        let file =
-            File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(&part);
-        let file = file.map_err(at(&part))?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+        // Not for writing: that would be in the way of another's seal.
+        let made = File::options().read(true).custom_flags(libc::O_CREAT).mode(0o600).open(&part);
+        let made = made.map_err(at(&part))?;
+        let lock = Flock::lock(made, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
             nix::errno::Errno::EWOULDBLOCK => Error::Busy,
             error => at(&part)(error.into()),
         })?;
         // Whoever had the lock before may have put the file in its place, or have taken it away.
-        let same = fs::metadata(&part)
-            .is_ok_and(|there| lock.metadata().is_ok_and(|ours| ours.ino() == there.ino()));
-        if !same {
+        let file =
+            File::options().read(true).write(true).open(&part).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => Error::Busy,
+                _ => at(&part)(error),
+            })?;
+        let ours = file.metadata().map_err(at(&part))?;
+        if !lock.metadata().is_ok_and(|locked| (locked.dev(), locked.ino()) == (ours.dev(), ours.ino())) {
             return Err(Error::Busy);
         }
-        lock.set_len(0).map_err(at(&part))?;
-        Ok(Draft { store: self, part, lock, done: false })
+        file.set_len(0).map_err(at(&part))?;
+        Ok(Draft { store: self, part, lock, file, done: false })
     }
 
     /// All templates of this directory, by their files.
@@ -209,27 +226,33 @@ impl Found {
 pub struct Draft {
     store: Store,
     part: PathBuf,
+    /// Read-only.
     lock: Flock<File>,
+    file: File,
     done: bool,
 }
 
 impl Draft {
     /// The file, which the VMM fills.
     pub fn file(&self) -> &File {
-        &self.lock
+        &self.file
     }
 
-    /// Puts the complete file in its place.
+    /// Puts the complete file in its place. Whoever has filled it has to have let go of it.
     ///
     /// # Errors
-    /// When the file system refuses.
+    /// When it has not, or the file system refuses.
     pub fn commit(mut self) -> Result<()> {
         let path = self.store.path();
-        self.lock.sync_all().map_err(at(&self.part))?;
-        let sealed = TimeSpec::new(SEALED, 0);
-        futimens(&*self.lock, &sealed, &sealed).map_err(|error| at(&self.part)(error.into()))?;
-        fs::rename(&self.part, &path).map_err(at(&path))?;
-        self.done = true;
+        let Self { part, lock, file, done, .. } = &mut self;
+        lock.sync_all().map_err(at(part))?;
+        // Ours is for writing as well.
+        *file = lock.try_clone().map_err(at(part))?;
+        let sealed = seal::seal(lock).map_err(at(part))?;
+        let sealed = sealed.ok_or_else(|| Error::Writable(part.clone()))?;
+        fs::rename(&*part, &path).map_err(at(&path))?;
+        *done = true;
+        drop(sealed);
         self.remove_others(&path);
         Ok(())
     }
@@ -237,14 +260,29 @@ impl Draft {
     /// Machines that come from other versions keep what they have of them.
     fn remove_others(&self, ours: &Path) {
         let Ok(entries) = fs::read_dir(&self.store.directory) else { return };
-        let prefix = format!("{}-", self.store.name);
         for entry in entries.flatten() {
-            let other = entry.file_name().to_str().is_some_and(|name| name.starts_with(&prefix));
-            if other && entry.path() != ours {
-                let _ = fs::remove_file(entry.path());
+            let (path, name) = (entry.path(), entry.file_name());
+            let Some((name, _)) = name.to_str().and_then(parts) else { continue };
+            let idle = || entry.metadata().is_ok_and(|metadata| is_idle(&metadata, SystemTime::now()));
+            if path != ours && (name == self.store.name || idle()) {
+                let _ = fs::remove_file(path);
             }
         }
     }
+}
+
+/// Name and version, if this is what a template's file is called.
+fn parts(file: &str) -> Option<(&str, &str)> {
+    let is_hash = |part: &str| part.len() == 16 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
+    file.split_once('-').filter(|(name, version)| is_hash(name) && is_hash(version))
+}
+
+/// Whether a template has been read neither for a week nor since it was made. The kernel notes that once a day at least
+/// (relatime), and not at all on a mount with noatime.
+fn is_idle(metadata: &fs::Metadata, now: SystemTime) -> bool {
+    let last = metadata.atime().max(metadata.ctime());
+    let last = SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(last).unwrap_or_default());
+    now.duration_since(last).is_ok_and(|idle| idle > LONGEST_IDLE)
 }
 
 impl Drop for Draft {
@@ -289,34 +327,4 @@ fn short(hash: Sha256) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// An Intel CPU without XSAVE, whose last leaf is that of the topology, as processor `number` tells it.
-    fn lynnfield(number: u32) -> impl Fn(u32, u32) -> CpuidResult {
-        move |leaf, _| match leaf {
-            0 => CpuidResult { eax: 0xb, ebx: 1, ecx: 2, edx: 3 },
-            1 => CpuidResult { eax: 0x106e5, ebx: number << 24 | 0x0010_0800, ecx: 5, edx: 6 },
-            7 => CpuidResult { eax: 0, ebx: 0, ecx: 0, edx: 0 },
-            0x8000_0000 => CpuidResult { eax: 0x8000_0008, ebx: 0, ecx: 0, edx: 0 },
-            _ => CpuidResult { eax: 1, ebx: 2, ecx: 0x100, edx: number },
-        }
-    }
-
-    #[test]
-    fn all_that_count_processors_can_count_as_many() {
-        let fragment = include_str!("../../guest-kernel/fragment.config");
-        let of_kernel = fragment.lines().find_map(|line| line.strip_prefix("CONFIG_NR_CPUS="));
-        let of_vmm = katana_protocol::vmm::MOST_VCPUS;
-        assert_eq!((of_kernel, katana_config::MOST_VCPUS), (Some(&*of_vmm.to_string()), of_vmm.into()));
-    }
-
-    #[test]
-    fn all_processors_of_a_host_are_one() {
-        for leaf in [0, 1, 7, 0xd] {
-            assert_eq!(identity(leaf, 1, lynnfield(0)), identity(leaf, 1, lynnfield(3)), "{leaf:#x}");
-        }
-        assert_eq!(identity(1, 0, lynnfield(3)), [0x106e5, 0x0010_0800, 5, 6]);
-        assert_eq!(identity(0xd, 1, lynnfield(3)), [0; 4]);
-    }
-}
+mod tests;

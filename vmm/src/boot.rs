@@ -1,18 +1,21 @@
 //! Loading the guest's kernel, an ELF file, by Linux's 64-bit boot protocol (Documentation/arch/x86/boot.rst):
 //! the kernel begins in long mode, and finds what it needs to know in a page of parameters. Of all ways to
 //! start Linux, this one can also bring a seed for its random numbers, without which a guest on a processor that has
-//! none boots for a third longer.
+//! none boots for a third longer, and can have it lie and run somewhere else each time (`boot/kaslr.rs`).
 //!
 //! The kernel file comes from the host, but it may be cut or be another file altogether.
+
+mod kaslr;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryRegion as _};
 
 use crate::memory::{BIOS, GuestMemory, LOW_END, ONE_MIB, Range, ranges};
 use crate::mptable;
+use kaslr::{Relocations, Shift, Wishes};
 
 /// Where what the kernel finds is put: low memory that nobody else uses.
 const GDT: u64 = 0x6000;
@@ -44,6 +47,7 @@ mod parameters {
     pub const HEADER: usize = 0x202;
     pub const VERSION: usize = 0x206;
     pub const LOADER: usize = 0x210;
+    pub const LOAD_FLAGS: usize = 0x211;
     pub const COMMAND_LINE: usize = 0x228;
     pub const COMMAND_LINE_SIZE: usize = 0x238;
     pub const SETUP_DATA: usize = 0x250;
@@ -53,6 +57,8 @@ mod parameters {
     pub const MAGIC: &[u8] = b"HdrS";
     pub const PROTOCOL: u16 = 0x20f;
     pub const UNDEFINED_LOADER: u8 = 0xff;
+    /// Has the kernel choose where it maps memory (RANDOMIZE_MEMORY).
+    pub const KASLR: u8 = 1 << 1;
     pub const RAM: u32 = 1;
     pub const RESERVED: u32 = 2;
     /// struct setup_data with a seed.
@@ -105,8 +111,8 @@ pub enum Error {
     #[error("guest kernel command line: contains a control character")]
     CommandLineCharacter,
     /// The host has no random numbers.
-    #[error("seed for the guest's random numbers: {0}")]
-    Seed(io::Error),
+    #[error("random numbers for the guest: {0}")]
+    Random(io::Error),
     /// Guest memory that must be there is not.
     #[error("guest memory: {0}")]
     Memory(#[from] vm_memory::GuestMemoryError),
@@ -136,11 +142,13 @@ pub fn load(
     mib: u64,
     vcpus: u8,
 ) -> Result<(Entry, Range), Error> {
-    let (address, code) = load_kernel(memory, kernel)?;
+    let wishes = Wishes::of(parameters);
+    let (address, code) = load_kernel(memory, kernel, &wishes)?;
     put_command_line(memory, parameters)?;
     memory.write_slice(&mptable::build(vcpus), GuestAddress(BIOS))?;
     put_seed(memory)?;
-    put_parameters(memory, parameters.len(), mib)?;
+    let flags = if wishes.off { 0 } else { parameters::KASLR };
+    put_parameters(memory, parameters.len(), mib, flags)?;
     Ok((enter_at(memory, address)?, code))
 }
 
@@ -197,30 +205,71 @@ impl Segment {
             memory_size: qword(bytes, 40),
         }
     }
+
+    /// Whether it makes sense in a file of so many bytes.
+    fn check(&self, length: u64) -> Result<(), Error> {
+        if self.offset.checked_add(self.file_size).is_none_or(|end| end > length) {
+            return Err(Error::Damaged("a segment reaches beyond the end of the file"));
+        }
+        if self.file_size > self.memory_size {
+            return Err(Error::Damaged("a segment is larger in the file than in memory"));
+        }
+        if self.address.checked_add(self.memory_size).is_none() {
+            return Err(Error::Damaged("a segment ends beyond all memory"));
+        }
+        Ok(())
+    }
 }
 
 /// Loads the segments; answers the entry, and what is code and never written to, with the constants beside it.
-fn load_kernel(memory: &GuestMemory, kernel: &mut File) -> Result<(u64, Range), Error> {
+fn load_kernel(memory: &GuestMemory, kernel: &mut File, wishes: &Wishes) -> Result<(u64, Range), Error> {
     let length = kernel.metadata().map_err(|error| Error::Read { what: "size", error })?.len();
-    let (entry, segments) = segments(kernel, length)?;
+    let header = header(kernel)?;
+    let (entry, segments) = segments(kernel, &header, length)?;
     let loaded: Vec<_> = segments.iter().filter(|segment| segment.kind == elf::LOAD).collect();
     for segment in &loaded {
-        let end = segment.offset.checked_add(segment.file_size);
-        if end.is_none_or(|end| end > length) {
-            return Err(Error::Damaged("a segment reaches beyond the end of the file"));
+        segment.check(length)?;
+    }
+    let relocations = if wishes.off { None } else { Relocations::read(kernel, &header, length)? };
+    let whole = whole(&loaded);
+    let shift = match relocations {
+        Some(_) => shift(memory, whole, wishes)?,
+        None => {
+            log::info!(
+                "guest kernel: not at a random address: nokaslr is given, or the file has no relocations"
+            );
+            Shift::default()
         }
-        load_segment(memory, kernel, segment)?;
+    };
+    for segment in &loaded {
+        load_segment(memory, kernel, segment, shift.physical)?;
     }
     if !loaded.iter().any(|s| (s.address..s.address + s.memory_size).contains(&entry)) {
         return Err(Error::Damaged("the entry is outside of the kernel"));
     }
+    if let Some(relocations) = relocations {
+        relocations.apply(memory, whole, shift)?;
+    }
     let is_code = |segment: &&&Segment| segment.flags & (elf::EXECUTABLE | elf::WRITABLE) == elf::EXECUTABLE;
-    let code = loaded.iter().find(is_code).map_or((0, 0), |segment| (segment.address, segment.memory_size));
-    Ok((entry, code))
+    let place = |segment: &&Segment| (segment.address + shift.physical, segment.memory_size);
+    Ok((entry + shift.physical, loaded.iter().find(is_code).map_or((0, 0), place)))
 }
 
-/// The entry and the program headers.
-fn segments(kernel: &File, length: u64) -> Result<(u64, Vec<Segment>), Error> {
+/// From the first byte of the first segment to the last one of the last.
+fn whole(loaded: &[&Segment]) -> Range {
+    let start = loaded.iter().map(|segment| segment.address).min().unwrap_or_default();
+    let end = loaded.iter().map(|segment| segment.address + segment.memory_size).max();
+    (start, end.unwrap_or_default() - start)
+}
+
+/// A place for a kernel that can be moved.
+fn shift(memory: &GuestMemory, kernel: Range, wishes: &Wishes) -> Result<Shift, Error> {
+    let top = memory.find_region(GuestAddress(kernel.0)).map_or(0, |region| region.last_addr().0 + 1);
+    let chosen = Shift::choose(kernel, top, random::<2>()?);
+    Ok(if wishes.fewer_places { Shift { physical: 0, ..chosen } } else { chosen })
+}
+
+fn header(kernel: &File) -> Result<[u8; elf::HEADER], Error> {
     let mut header = [0; elf::HEADER];
     match kernel.read_exact_at(&mut header, 0) {
         Ok(()) => {}
@@ -230,11 +279,13 @@ fn segments(kernel: &File, length: u64) -> Result<(u64, Vec<Segment>), Error> {
     let ours = header.starts_with(elf::MAGIC)
         && header[4..6] == [elf::CLASS_64, elf::LITTLE_ENDIAN]
         && word(&header, 18) == elf::MACHINE_X86_64;
-    if !ours {
-        return Err(Error::NotElf);
-    }
-    let (entry, offset) = (qword(&header, 24), qword(&header, 32));
-    let (size, count) = (word(&header, 54), word(&header, 56));
+    if ours { Ok(header) } else { Err(Error::NotElf) }
+}
+
+/// The entry and the program headers.
+fn segments(kernel: &File, header: &[u8], length: u64) -> Result<(u64, Vec<Segment>), Error> {
+    let (entry, offset) = (qword(header, 24), qword(header, 32));
+    let (size, count) = (word(header, 54), word(header, 56));
     if usize::from(size) != elf::PROGRAM_HEADER || count == 0 {
         return Err(Error::Damaged("no program headers"));
     }
@@ -248,13 +299,11 @@ fn segments(kernel: &File, length: u64) -> Result<(u64, Vec<Segment>), Error> {
     Ok((entry, table.chunks_exact(elf::PROGRAM_HEADER).map(Segment::parse).collect()))
 }
 
-fn load_segment(memory: &GuestMemory, kernel: &mut File, segment: &Segment) -> Result<(), Error> {
-    let Segment { offset, address: start, file_size, memory_size, .. } = *segment;
-    if file_size > memory_size {
-        return Err(Error::Damaged("a segment is larger in the file than in memory"));
-    }
+fn load_segment(memory: &GuestMemory, kernel: &mut File, segment: &Segment, shift: u64) -> Result<(), Error> {
+    let Segment { offset, file_size, memory_size, .. } = *segment;
+    let start = segment.address.saturating_add(shift);
+    let end = start.saturating_add(memory_size);
     // Below 1 MiB are the structures for the kernel.
-    let end = start.checked_add(memory_size).ok_or(Error::Damaged("a segment ends beyond all memory"))?;
     let fits = start >= ONE_MIB && memory.check_range(GuestAddress(start), memory_size.max(1) as usize);
     if !fits {
         return Err(Error::NoRoom { start, end });
@@ -291,30 +340,38 @@ fn memory_map(mib: u64) -> Vec<(u64, u64, u32)> {
     map
 }
 
+/// Random numbers of the host.
+fn random<const N: usize>() -> Result<[u64; N], Error> {
+    let mut numbers = [0; N];
+    let size = size_of_val(&numbers);
+    // SAFETY: the kernel writes no more than the array's size.
+    let got = unsafe { libc::getrandom(numbers.as_mut_ptr().cast(), size, 0) };
+    if usize::try_from(got) != Ok(size) {
+        return Err(Error::Random(io::Error::last_os_error()));
+    }
+    Ok(numbers)
+}
+
 /// Entropy from the host, with which the kernel's generator is seeded from its first use on.
 fn put_seed(memory: &GuestMemory) -> Result<(), Error> {
-    let mut seed = [0; SEED_LENGTH];
-    // SAFETY: the kernel writes no more than the array's length.
-    let got = unsafe { libc::getrandom(seed.as_mut_ptr().cast(), SEED_LENGTH, 0) };
-    if usize::try_from(got) != Ok(SEED_LENGTH) {
-        return Err(Error::Seed(io::Error::last_os_error()));
-    }
+    let seed = random::<{ SEED_LENGTH / 8 }>()?.map(u64::to_le_bytes);
     // struct setup_data: the next one (there is none), type, length.
     let mut data = vec![0; 8];
     data.extend_from_slice(&parameters::RNG_SEED.to_le_bytes());
     data.extend_from_slice(&(SEED_LENGTH as u32).to_le_bytes());
-    data.extend_from_slice(&seed);
+    data.extend_from_slice(seed.as_flattened());
     memory.write_slice(&data, GuestAddress(SEED))?;
     Ok(())
 }
 
-fn put_parameters(memory: &GuestMemory, command_line: usize, mib: u64) -> Result<(), Error> {
+fn put_parameters(memory: &GuestMemory, command_line: usize, mib: u64, flags: u8) -> Result<(), Error> {
     let mut page = [0; parameters::SIZE];
     let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
     put(parameters::BOOT_FLAG, &[0x55, 0xaa]);
     put(parameters::HEADER, parameters::MAGIC);
     put(parameters::VERSION, &parameters::PROTOCOL.to_le_bytes());
     put(parameters::LOADER, &[parameters::UNDEFINED_LOADER]);
+    put(parameters::LOAD_FLAGS, &[flags]);
     put(parameters::COMMAND_LINE, &(COMMAND_LINE as u32).to_le_bytes());
     put(parameters::COMMAND_LINE_SIZE, &(command_line as u32).to_le_bytes());
     put(parameters::SETUP_DATA, &SEED.to_le_bytes());

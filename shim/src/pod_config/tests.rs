@@ -1,6 +1,6 @@
 use super::*;
 use katana_protocol::pod::{
-    LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceOption, UserNamespace,
+    LinuxContainerResources, LinuxSandboxSecurityContext, NamespaceOption, PodSandboxMetadata, UserNamespace,
 };
 use protobuf::well_known_types::any::Any;
 
@@ -28,11 +28,17 @@ fn config() -> PodSandboxConfig {
         resources: Some(resources).into(),
         ..Default::default()
     };
+    let metadata = PodSandboxMetadata { namespace: "shop".into(), ..Default::default() };
     PodSandboxConfig {
+        metadata: Some(metadata).into(),
         hostname: "web-0".into(),
         dns_config: Some(dns).into(),
-        annotations: [("io.katacontainers.config.hypervisor.default_vcpus".to_owned(), "2".to_owned())]
-            .into(),
+        annotations: [
+            ("io.katacontainers.config.hypervisor.default_vcpus", "2"),
+            ("io.kubernetes.cri.sandbox-namespace", "another's"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into(),
         linux: Some(linux).into(),
         ..Default::default()
     }
@@ -52,6 +58,7 @@ fn a_pod_becomes_the_specification_of_a_sandbox_container() {
     assert_eq!(linux.cgroups_path.as_deref(), Some("/kubepods/pod1/pod"));
     assert_eq!(spec.annotations["io.katacontainers.config.hypervisor.default_vcpus"], "2");
     assert_eq!(spec.annotations["io.kubernetes.cri.sandbox-id"], "pod");
+    assert_eq!(spec.owner("k8s.io"), "k8s.io/shop");
     assert_eq!(crate::size::Limits::announced(spec).milli_cpus, 1500);
     assert_eq!(linux.rest["sysctl"]["kernel.shm_rmid_forced"], "1");
     assert_eq!(linux.rest["sysctl"]["net.ipv4.ip_unprivileged_port_start"], "0");

@@ -91,6 +91,21 @@ fn a_debugger_joins_the_processes_of_its_target_only() {
 }
 
 #[test]
+fn a_pod_is_of_its_namespace() {
+    let owner = |annotations| spec(json!({"annotations": annotations})).owner("k8s.io");
+    let sandbox = json!({
+        "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-namespace": "shop",
+    });
+    assert_eq!(owner(sandbox), "k8s.io/shop");
+    let crio =
+        json!({"io.kubernetes.cri-o.ContainerType": "sandbox", "io.kubernetes.cri-o.Namespace": "shop"});
+    assert_eq!(owner(crio), "k8s.io/shop");
+    // Who is in no pod is containerd's client, which may say what it likes.
+    assert_eq!(owner(json!({"io.kubernetes.cri.sandbox-namespace": "shop"})), "k8s.io");
+    assert_eq!(owner(json!({})), "k8s.io");
+}
+
+#[test]
 fn a_sandbox_container_keeps_what_the_pods_pause_needs() {
     let spec = spec(json!({
         "ociVersion": "1.2.0", "root": {"path": "rootfs"}, "hostname": "pod",

@@ -22,6 +22,11 @@ const IDENTITIES: &str = "echo urandom=$(head -c 32 /dev/urandom | od -An -v -tx
     echo stack=$(sed -n 's/ .*\\[stack\\]//p' /proc/self/maps); \
     echo seconds=$(date +%s.%N)";
 
+/// Where the guest's kernel lies in physical memory and runs, and where it has its own memory mapped. Who is privileged may know.
+const LAYOUT: &str = "echo text=$(sed -n 's/ T _text$//p' /proc/kallsyms); \
+    echo physical=$(sed -n 's/^ *\\([0-9a-f]*\\)-.*Kernel code$/\\1/p' /proc/iomem); \
+    echo 1 > /proc/sys/kernel/kptr_restrict; echo vmalloc=$(sed -n '1s/-.*//p' /proc/vmallocinfo)";
+
 type Damage<'a> = &'a dyn Fn(&File);
 
 fn is_vm() -> bool {
@@ -86,6 +91,32 @@ fn machines_from_one_template_have_nothing_in_common() {
                 "{label} has been seen before\n{output}"
             );
         }
+    }
+}
+
+/// Without a template, for all that come from one have the kernel that this has booted.
+#[test]
+fn each_boot_has_its_own_layout() {
+    let _turn = shared();
+    if !is_vm() {
+        return;
+    }
+    let boot = |parameters: &str| {
+        let configuration = Configuration::installed()
+            .set("factory.enable_template", false)
+            .set("hypervisor.katana.kernel_params", parameters);
+        let scratch = Scratch::new();
+        let configuration = scratch.file("configuration.toml", configuration.to_toml());
+        Run::new(BUSYBOX).configuration(&configuration).options("--privileged").sh(LAYOUT).output().ok()
+    };
+    let linked = [("text", "ffffffff81000000"), ("physical", "01000000"), ("vmalloc", "0xffffc90000000000")];
+    boot("nokaslr").expect_values(&linked);
+    let boots = [boot(""), boot(""), boot("")];
+    for (what, without) in linked {
+        // Of at least two hundred places each, so that one of 40,000 runs of this test may find three times the same.
+        let seen: BTreeSet<_> = boots.iter().map(|output| output.value(what).expect(what)).collect();
+        assert!(seen.len() > 1, "{what}: {seen:?}");
+        assert!(seen.iter().all(|place| place.len() == without.len()), "{what}: {seen:?}");
     }
 }
 

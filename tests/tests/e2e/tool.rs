@@ -38,7 +38,7 @@ fn the_factory_makes_and_removes_the_template() {
         .set("factory.enable_template", true)
         .set("factory.template_path", directory.display().to_string());
     let file = scratch.file("configuration.toml", configuration.to_toml()).display().to_string();
-    let factory = |command| {
+    let factory = |command: &str| {
         let arguments = ["--config", &file, "factory", command];
         program("kata-runtime", &arguments).output().ok().text().trim().to_owned()
     };
@@ -53,6 +53,42 @@ fn the_factory_makes_and_removes_the_template() {
     assert_eq!((path(), std::fs::metadata(path()).expect("template").ino(), files()), (made.0, made.1, 1));
     assert_eq!((factory("destroy").as_str(), files()), ("vm factory destroyed", 0));
     assert_eq!(factory("status"), "vm factory is off");
+}
+
+#[test]
+fn namespaces_have_templates_of_their_own() {
+    let _turn = shared();
+    if !environment::is_vm_or_say("this is Katana's own tool") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let directory = scratch.path().join("templates");
+    let configuration = Configuration::installed()
+        .set("factory.enable_template", true)
+        .set("factory.template_scope", "namespace")
+        .set("factory.template_path", directory.display().to_string());
+    let file = scratch.file("configuration.toml", configuration.to_toml()).display().to_string();
+    let factory = |arguments: &[&str]| {
+        program("kata-runtime", &[&["--config", &file, "factory"], arguments].concat()).output()
+    };
+    let files = || std::fs::read_dir(&directory).map_or(0, Iterator::count);
+    factory(&["init"]).expect_code(1).expect_error_line(&["template_scope", "say --namespace"]);
+    factory(&["init", "--namespace", "k8s.io/a"]).ok();
+    assert_eq!(files(), 1);
+    let run = || Run::new(BUSYBOX).configuration(Path::new(&file)).command(&["true"]).output().ok();
+    // Not a pod of that namespace: it makes its own, from which the next one goes on.
+    for _ in 0..2 {
+        run();
+        assert_eq!(files(), 2);
+    }
+    let ours = environment::namespace();
+    let state = |namespace| factory(&["status", "--namespace", namespace]).ok().text().trim().to_owned();
+    assert_eq!(
+        [ours.as_str(), "k8s.io/a", "k8s.io/b"].map(state),
+        ["on", "on", "off"].map(|state| format!("vm factory is {state}"))
+    );
+    factory(&["destroy"]).ok();
+    assert_eq!(files(), 0);
 }
 
 #[test]

@@ -2,20 +2,20 @@ use super::*;
 use std::io::Write;
 use vmm_sys_util::tempfile::TempFile;
 
-const MIB: u64 = 32;
-const KERNEL: u64 = 0x100_0000;
+pub const MIB: u64 = 32;
+pub const KERNEL: u64 = 0x100_0000;
 
 /// A kernel of one segment, as a list of edits away from a good one.
-struct Image {
-    bytes: Vec<u8>,
+pub struct Image {
+    pub bytes: Vec<u8>,
 }
 
-const CODE: usize = 0x1000;
+pub const CODE: usize = 0x1000;
 /// A kind of segment that is not loaded.
 const NOTE: u32 = 4;
 
 impl Image {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut bytes = vec![0; CODE + 16];
         bytes[..6].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1]);
         let mut image = Self { bytes };
@@ -31,7 +31,7 @@ impl Image {
         image
     }
 
-    fn put(&mut self, at: usize, bytes: &[u8]) -> &mut Self {
+    pub fn put(&mut self, at: usize, bytes: &[u8]) -> &mut Self {
         self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
         self
     }
@@ -45,14 +45,18 @@ impl Image {
         self.put(at + 40, &memory.to_le_bytes())
     }
 
-    fn load(&self, parameters: &str) -> (Result<(Entry, Range), Error>, GuestMemory) {
-        let memory = crate::memory::create(MIB, None).unwrap();
+    pub fn file(&self) -> File {
         let mut file = TempFile::new().unwrap().into_file();
         file.write_all(&self.bytes).unwrap();
-        (load(&memory, &mut file, parameters, MIB, 2), memory)
+        file
     }
 
-    fn error(&self) -> String {
+    pub fn load(&self, parameters: &str) -> (Result<(Entry, Range), Error>, GuestMemory) {
+        let memory = crate::memory::create(MIB, None).unwrap();
+        (load(&memory, &mut self.file(), parameters, MIB, 2), memory)
+    }
+
+    pub fn error(&self) -> String {
         self.load("").0.unwrap_err().to_string()
     }
 }

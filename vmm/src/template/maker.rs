@@ -78,10 +78,12 @@ impl Maker {
         Ok(cpu::skip(vcpu, bridge::SKIPPED)?)
     }
 
-    /// Makes the template and tells. The vCPU is the only one that has run, has completed its last exit, and goes on
-    /// afterwards.
+    /// Makes the template, lets go of the file, and tells. The vCPU is the only one that has run, has completed its last
+    /// exit, and goes on afterwards.
     pub fn make(self, vcpu: &VcpuFd) {
         let made = self.try_make(vcpu);
+        // Whoever is told makes sure that nobody can write to it any more.
+        drop(self.file);
         (self.made)(made);
     }
 

@@ -75,7 +75,7 @@ fn bench() -> Option<Bench> {
 }
 
 /// Has a template be made in the file when the guest asks for it; where that is told.
-fn employ_maker(bench: &mut Bench, file: &File) -> mpsc::Receiver<Result<(), Error>> {
+fn employ_maker(bench: &mut Bench, file: File, check: Option<File>) -> mpsc::Receiver<Result<(), Error>> {
     let (sender, made) = mpsc::channel();
     bench.vcpu.maker = Some(Maker {
         register: bench.register.clone(),
@@ -85,10 +85,20 @@ fn employ_maker(bench: &mut Bench, file: &File) -> mpsc::Receiver<Result<(), Err
         functions: Vec::new(),
         shape: shape(),
         code: (0, 4 << 20),
-        file: file.try_clone().unwrap(),
-        made: Box::new(move |made| sender.send(made).unwrap()),
+        file,
+        made: Box::new(move |made| {
+            check.iter().for_each(|file| assert!(!is_written_to(file)));
+            sender.send(made).unwrap();
+        }),
     });
     made
+}
+
+/// Whether anybody has the file open for writing, or mapped: then there is no lease (fcntl(2)).
+fn is_written_to(file: &File) -> bool {
+    // SAFETY: neither command takes a pointer.
+    let lease = |kind: libc::c_int| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) };
+    lease(libc::F_RDLCK) != 0 || lease(libc::F_UNLCK) != 0
 }
 
 /// Runs a guest that tells it is ready, counts and prints the count, up to its end; the template and what it printed.
@@ -102,13 +112,16 @@ fn make() -> Option<(File, String)> {
     bench.memory.write_slice(b"A", GuestAddress(COUNTER)).unwrap();
     let entry = boot::enter_at(&bench.memory, CODE).unwrap();
     cpu::set_up(&bench.vcpu.fd, 0, Some(&entry)).unwrap();
-    let file = TempFile::new().unwrap().into_file();
-    let made = employ_maker(&mut bench, &file);
+    let file = TempFile::new().unwrap();
+    let reader = File::open(file.as_path()).unwrap();
+    let made = employ_maker(&mut bench, file.into_file(), Some(reader.try_clone().unwrap()));
     // The thread is confined afterwards.
     let (mut vcpu, end) = (bench.vcpu, bench.end);
     assert_eq!(std::thread::spawn(move || vcpu.run()).join().unwrap(), None);
     assert_eq!(end.reached(), Some(Ended::Reset));
     made.recv().unwrap().unwrap();
+    let path = format!("/proc/self/fd/{}", reader.as_raw_fd());
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
     let sealed = TimeSpec::new(SEALED, 0);
     futimens(&file, &sealed, &sealed).unwrap();
     Some((file, bench.console.tail()))
@@ -146,7 +159,7 @@ fn time_passes_when_the_guest_asks_for_it() {
     bench.memory.write_slice(code, GuestAddress(CODE)).unwrap();
     let entry = boot::enter_at(&bench.memory, CODE).unwrap();
     cpu::set_up(&bench.vcpu.fd, 0, Some(&entry)).unwrap();
-    let _made = employ_maker(&mut bench, &TempFile::new().unwrap().into_file());
+    let _made = employ_maker(&mut bench, TempFile::new().unwrap().into_file(), None);
     let clock = || crate::kvm::clock(&bench.vm.fd()).unwrap();
     let before = clock();
     assert_eq!(bench.vcpu.run(), None);
