@@ -14,6 +14,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use katana_config::Config;
+use katana_config::trusted::{self, Links};
 use katana_protocol::vmm::{Machine, SEALED, Template};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::futimens;
@@ -126,7 +127,8 @@ impl Store {
     /// When it cannot be opened.
     pub fn open(&self) -> Result<Option<Found>> {
         let path = self.path();
-        match File::open(&path) {
+        // Whoever can write to it, or put another in its place, is in all machines that come from it.
+        match trusted::open(&path, Links::Follow) {
             Ok(file) => Ok(Some(Found { file, path })),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(at(&path)(error)),
@@ -140,6 +142,8 @@ impl Store {
     pub fn begin(self) -> Result<Draft> {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.directory);
         made.map_err(at(&self.directory))?;
+        // Somebody else may have made it before.
+        trusted::open(&self.directory, Links::Follow).map_err(at(&self.directory))?;
         let mut part = self.path().into_os_string();
         part.push(PART);
         let part = PathBuf::from(part);
