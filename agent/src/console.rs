@@ -46,7 +46,7 @@ pub fn level(command_line: &str) -> LevelFilter {
 
 const SHELL: &str = "/bin/sh";
 
-/// Gives each connection to the debug console's vsock port a shell on a terminal of its own.
+/// Gives each connection of the host to the debug console's vsock port a shell on a terminal of its own.
 pub async fn serve_shells(port: u32) {
     if !std::path::Path::new(SHELL).exists() {
         log::warn!("debug console: this guest image has no {SHELL}");
@@ -54,8 +54,13 @@ pub async fn serve_shells(port: u32) {
     }
     match listen(port) {
         Ok(listener) => {
-            while let Ok(connection) = accept(&listener).await {
-                if let Err(error) = start_shell(connection) {
+            while let Ok((connection, from)) = accept(&listener).await {
+                // A container reaches the port by the guest's own address: it would get a shell outside of all containers.
+                if from != libc::VMADDR_CID_HOST {
+                    log::warn!(
+                        "debug console: a connection from context {from}, which is not the host, is refused"
+                    );
+                } else if let Err(error) = start_shell(connection) {
                     log::warn!("debug console: {error}");
                 }
             }
@@ -72,11 +77,14 @@ fn listen(port: u32) -> std::io::Result<Stream> {
     Stream::new(listener)
 }
 
-async fn accept(listener: &Stream) -> std::io::Result<Stream> {
+/// A connection, and the vsock context that it comes from.
+async fn accept(listener: &Stream) -> std::io::Result<(Stream, u32)> {
     let accepted =
         listener.when_readable(|fd| Ok(socket::accept4(fd.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?)).await?;
     // SAFETY: accept4 has just made this descriptor and nothing else owns it.
-    Stream::new(unsafe { OwnedFd::from_raw_fd(accepted) })
+    let accepted = unsafe { OwnedFd::from_raw_fd(accepted) };
+    let from: VsockAddr = socket::getpeername(accepted.as_raw_fd())?;
+    Ok((Stream::new(accepted)?, from.cid()))
 }
 
 fn start_shell(connection: Stream) -> std::io::Result<()> {

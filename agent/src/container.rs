@@ -23,6 +23,7 @@ use crate::device_filter::{self, DeviceFilter};
 use crate::disks::{self, Disks};
 use crate::hooks::{self, Stage};
 use crate::huge_pages::{self, HugePages};
+use crate::init;
 use crate::init::control::{Task, Work};
 use crate::launch::{Gate, IdMaps, Spares};
 use crate::process::{self, Process, Surroundings};
@@ -178,10 +179,11 @@ impl Container {
             sockets: Mutex::new(sockets),
             ..container
         });
-        if built.is_err()
-            && let Err(error) = cgroup.remove().await
-        {
-            log::warn!("container {id}: {error}");
+        if built.is_err() {
+            if let Err(error) = cgroup.remove().await {
+                log::warn!("container {id}: {error}");
+            }
+            init::forget_devices(id);
         }
         built
     }
@@ -388,6 +390,7 @@ impl Container {
         drop(std::mem::take(&mut *self.huge_pages.lock().unwrap_or_else(PoisonError::into_inner)));
         drop(std::mem::take(&mut *self.sockets.lock().unwrap_or_else(PoisonError::into_inner)));
         self.oom_watch.abort();
+        init::forget_devices(&self.id);
         self.run_hooks(Stage::Poststop).await;
         Ok(())
     }
@@ -489,7 +492,7 @@ fn private_namespaces(pid: Pid) -> CloneFlags {
         ("ipc", CloneFlags::CLONE_NEWIPC),
         ("mnt", CloneFlags::CLONE_NEWNS),
         ("pid", CloneFlags::CLONE_NEWPID),
-        ("time", crate::init::CLONE_NEWTIME),
+        ("time", init::CLONE_NEWTIME),
         ("user", CloneFlags::CLONE_NEWUSER),
         ("uts", CloneFlags::CLONE_NEWUTS),
     ];

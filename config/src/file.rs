@@ -1,7 +1,6 @@
 //! One file applied on top of what is already known.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::Path;
@@ -10,14 +9,16 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
 
 use crate::keys::{KEYS, Key};
+use crate::trusted::{self, Links};
 use crate::{Agent, Config, Error, Factory, Hypervisor, Place, Runtime};
 
-/// Longest file. A pod's annotation can name the file, and the one who reads it is root on the host.
+/// Longest file.
 const MAX_LENGTH: u64 = 1 << 20;
 
 /// The configuration while its files are read.
 pub(crate) struct Loader {
     config: Config,
+    links: Links,
     /// Where each key was last set, by section and name.
     places: BTreeMap<(&'static str, &'static str), Place>,
 }
@@ -37,7 +38,7 @@ impl Source<'_> {
 
 impl Loader {
     /// The defaults.
-    pub(crate) fn new(path: &Path) -> Self {
+    pub(crate) fn new(path: &Path, links: Links) -> Self {
         let config = Config {
             path: path.to_owned(),
             hypervisor: Hypervisor::default(),
@@ -45,12 +46,12 @@ impl Loader {
             factory: Factory::default(),
             runtime: Runtime::default(),
         };
-        Self { config, places: BTreeMap::new() }
+        Self { config, links, places: BTreeMap::new() }
     }
 
     /// Reads a file; its keys override what was set before.
     pub(crate) fn apply(&mut self, path: &Path) -> Result<(), Error> {
-        let text = read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        let text = read(path, self.links).map_err(|source| Error::Read { path: path.to_owned(), source })?;
         self.apply_text(path, &text)
     }
 
@@ -131,8 +132,9 @@ impl Loader {
     }
 }
 
-fn read(path: &Path) -> io::Result<String> {
-    let file = File::open(path)?;
+/// The file names programs that run as root on the host: nobody else may have written it.
+fn read(path: &Path, links: Links) -> io::Result<String> {
+    let file = trusted::open(path, links)?;
     if !file.metadata()?.is_file() {
         return Err(io::Error::other("not a regular file"));
     }

@@ -105,6 +105,11 @@ pub(crate) const KEYS: &[Key] = &[
         name: "host_namespaces",
         set: |c, v| host_namespaces(v, &mut c.runtime.host_namespaces),
     },
+    Key {
+        section: RUNTIME,
+        name: "config_path_directories",
+        set: |c, v| directories(v, &mut c.runtime.config_path_directories),
+    },
 ];
 
 /// The CPUs that a machine on this host can have.
@@ -217,23 +222,33 @@ fn template_scope(value: &DeValue<'_>, to: &mut TemplateScope) -> Result<(), Str
     Ok(())
 }
 
+fn strings<'v>(value: &'v DeValue<'_>) -> Result<Vec<&'v str>, String> {
+    let texts = value.as_array().and_then(|texts| texts.iter().map(|text| text.get_ref().as_str()).collect());
+    texts.ok_or_else(|| mistyped("an array of strings", value))
+}
+
 fn expressions(value: &DeValue<'_>, to: &mut Vec<String>) -> Result<(), String> {
-    let wanted = || mistyped("an array of strings", value);
-    let texts = value.as_array().ok_or_else(wanted)?;
-    let texts: Vec<_> =
-        texts.iter().map(|text| text.get_ref().as_str()).collect::<Option<_>>().ok_or_else(wanted)?;
+    let texts = strings(value)?;
     texts.iter().try_for_each(|text| expression(text).map(drop))?;
     *to = texts.into_iter().map(String::from).collect();
     Ok(())
 }
 
+fn directories(value: &DeValue<'_>, to: &mut Vec<PathBuf>) -> Result<(), String> {
+    *to = strings(value)?.into_iter().map(absolute).collect::<Result<_, _>>()?;
+    Ok(())
+}
+
 fn path(value: &DeValue<'_>, to: &mut PathBuf) -> Result<(), String> {
-    let text = string(value)?;
+    *to = absolute(string(value)?)?;
+    Ok(())
+}
+
+fn absolute(text: &str) -> Result<PathBuf, String> {
     if !Path::new(text).is_absolute() || text.contains('\0') {
         return Err(format!("must be an absolute path, not {text:?}"));
     }
-    *to = PathBuf::from(text);
-    Ok(())
+    Ok(PathBuf::from(text))
 }
 
 fn parameters(value: &DeValue<'_>, to: &mut String) -> Result<(), String> {

@@ -9,11 +9,14 @@ mod file;
 mod keys;
 #[cfg(test)]
 mod tests;
+pub mod trusted;
 
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
+pub use annotations::CONFIG_PATH;
 pub use keys::MOST_VCPUS;
+use trusted::Links;
 
 /// Environment variable that names the configuration file, as in Kata Containers.
 pub const ENVIRONMENT: &str = "KATA_CONF_FILE";
@@ -110,6 +113,8 @@ pub struct Runtime {
     pub sandbox_cgroup_only: bool,
     /// What becomes of containers that ask for namespaces of the host.
     pub host_namespaces: HostNamespaces,
+    /// Directories from which a pod may choose its configuration by [`CONFIG_PATH`].
+    pub config_path_directories: Vec<PathBuf>,
 }
 
 /// What becomes of containers that ask for a namespace of the host.
@@ -136,9 +141,7 @@ impl Default for Hypervisor {
             disable_vhost_net: false,
             disk_slots: 4,
             enable_debug: false,
-            enable_annotations: ["default_vcpus", "default_memory", "kernel_params"]
-                .map(String::from)
-                .to_vec(),
+            enable_annotations: ["default_vcpus", "default_memory"].map(String::from).to_vec(),
         }
     }
 }
@@ -161,7 +164,12 @@ impl Default for Factory {
 
 impl Default for Runtime {
     fn default() -> Self {
-        Self { enable_debug: false, sandbox_cgroup_only: true, host_namespaces: HostNamespaces::Refuse }
+        Self {
+            enable_debug: false,
+            sandbox_cgroup_only: true,
+            host_namespaces: HostNamespaces::Refuse,
+            config_path_directories: Vec::new(),
+        }
     }
 }
 
@@ -277,7 +285,7 @@ pub fn load(explicit: Option<&Path>) -> Result<Config, Error> {
         (!value.is_empty()).then(|| PathBuf::from(value))
     });
     match named {
-        Some(path) => load_file(&path),
+        Some(path) => load_file(&path, Links::Follow),
         None => load_first(&search_path()),
     }
 }
@@ -302,14 +310,14 @@ fn load_first(paths: &[PathBuf]) -> Result<Config, Error> {
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             // Whatever else is wrong with it is said when it is read: a file that is there is never skipped.
-            _ => return load_file(path),
+            _ => return load_file(path, Links::Follow),
         }
     }
     Err(Error::None(paths.to_vec()))
 }
 
-fn load_file(path: &Path) -> Result<Config, Error> {
-    let mut loader = file::Loader::new(path);
+fn load_file(path: &Path, links: Links) -> Result<Config, Error> {
+    let mut loader = file::Loader::new(path, links);
     loader.apply(path)?;
     for drop_in in drop_ins(path)? {
         loader.apply(&drop_in)?;

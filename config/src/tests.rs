@@ -1,15 +1,17 @@
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::file::Loader;
 use crate::keys::{KEYS, host_cpus, host_memory};
-use crate::{Agent, Config, Error, Factory, Hypervisor, Runtime, load, load_first};
+use crate::trusted::Links;
+use crate::{Agent, CONFIG_PATH, Config, Error, Factory, Hypervisor, Runtime, load, load_first};
 
 const FILE: &str = "/etc/kata-containers/configuration.toml";
 const SHIPPED: &str = include_str!("../configuration.toml");
 
 fn parse(text: &str) -> Result<Config, Error> {
-    let mut loader = Loader::new(Path::new(FILE));
+    let mut loader = Loader::new(Path::new(FILE), Links::Follow);
     loader.apply_text(Path::new(FILE), text)?;
     loader.finish()
 }
@@ -166,6 +168,11 @@ fn a_pod_sets_what_it_may_set() {
         ("config.hypervisor.default_memory", "much", "must be an integer, not a string"),
         ("config.hypervisor.default_memory", "1", "must be from 64 to 16777216, not 1"),
         ("config.hypervisor.default_memory", "1]\n[", "must be an integer, not a string"),
+        (
+            "config.hypervisor.default_memory",
+            "16777216",
+            "16777216 is more than default_maxmemory, which is ",
+        ),
         ("config.hypervisor.enable_debug", "true", "\"enable_debug\" is not in enable_annotations of"),
         ("config.hypervisor.kernel", "/etc/passwd", "this key cannot be set by annotations"),
         ("config.hypervisor.enable_annotations", "x", "this key cannot be set by annotations"),
@@ -178,6 +185,54 @@ fn a_pod_sets_what_it_may_set() {
     }
     let error = parse("hypervisor.katana.enable_annotations = [\"(\"]").unwrap_err().to_string();
     assert!(error.contains("\"(\" is not a regular expression"), "{error}");
+}
+
+#[test]
+fn the_kernels_parameters_are_not_a_pods_to_set_unless_the_file_says_so() {
+    let parameters =
+        ("io.katacontainers.config.hypervisor.kernel_params".to_owned(), "agent.debug_console".into());
+    let annotations = [parameters].into();
+    let error = parse("").unwrap().annotated(&annotations).unwrap_err().to_string();
+    assert!(error.contains("\"kernel_params\" is not in enable_annotations of"), "{error}");
+    let allowed = parse("hypervisor.katana.enable_annotations = [\"kernel_params\"]").unwrap();
+    assert_eq!(allowed.annotated(&annotations).unwrap().hypervisor.kernel_params, "agent.debug_console");
+}
+
+#[test]
+fn a_pod_chooses_among_the_files_that_are_there_for_it() {
+    let folder = Folder::new("choice");
+    let (path, name) = (folder.0.display().to_string(), CONFIG_PATH.to_owned());
+    fs::create_dir(folder.0.join("pods")).unwrap();
+    let file = folder.write("pods/large.toml", "[hypervisor.katana]\ndefault_memory = 900\n");
+    let outside = folder.write("outside.toml", "");
+    std::os::unix::fs::symlink(&outside, folder.0.join("pods/link.toml")).unwrap();
+    let choose = |directories: &str, asked: &str| {
+        let text = format!("runtime.config_path_directories = {directories}");
+        parse(&text).unwrap().chosen(&[(name.clone(), asked.to_owned())].into())
+    };
+    let allowed = format!("[\"{path}/other\", \"{path}/pods/\"]");
+    assert_eq!(choose(&allowed, file.to_str().unwrap()).unwrap().hypervisor.default_memory, 900);
+    // Without the annotation nothing is chosen.
+    assert_eq!(parse("").unwrap().chosen(&[].into()).unwrap(), defaults());
+    let refused = |directories: &str, asked: &str| choose(directories, asked).unwrap_err().to_string();
+    let why = refused("[]", file.to_str().unwrap());
+    assert!(why.starts_with("annotation io.katacontainers.config_path: pods may not choose"), "{why}");
+    for asked in [
+        outside.display().to_string(),
+        format!("{path}/pods"),
+        format!("{path}/pods/../outside.toml"),
+        format!("{path}/pods-of-mine/large.toml"),
+        "pods/large.toml".to_owned(),
+        String::new(),
+    ] {
+        let why = refused(&allowed, &asked);
+        assert!(why.contains("is not below one of config_path_directories"), "{asked}: {why}");
+    }
+    let why = refused(&allowed, &format!("{path}/pods/link.toml"));
+    assert!(why.ends_with("pods/link.toml\" is a symbolic link"), "{why}");
+    fs::set_permissions(&file, PermissionsExt::from_mode(0o666)).unwrap();
+    let why = refused(&allowed, file.to_str().unwrap());
+    assert!(why.ends_with("can be written to by others than root (mode 0666)"), "{why}");
 }
 
 #[test]
@@ -246,7 +301,7 @@ fn the_shipped_file_shows_each_key() {
             _ => format!("{line}\n"),
         })
         .collect();
-    let mut loader = Loader::new(Path::new(FILE));
+    let mut loader = Loader::new(Path::new(FILE), Links::Follow);
     loader.apply_text(Path::new(FILE), &uncommented).unwrap();
     let mut expected: Vec<_> = KEYS.iter().map(|key| (key.section, key.name)).collect();
     expected.sort_unstable();

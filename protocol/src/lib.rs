@@ -19,6 +19,7 @@ pub mod pod {
 
 pub mod bpf;
 pub mod caller;
+pub mod kernel;
 pub mod mount_options;
 pub mod netlink;
 pub mod vmm;

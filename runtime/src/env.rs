@@ -243,11 +243,13 @@ mod tests {
 
     #[test]
     fn both_forms_show_the_effective_values() {
-        let file = std::env::temp_dir().join(format!("katana-env-{}.toml", std::process::id()));
+        let folder = std::env::temp_dir().join(format!("katana-env-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let file = folder.join("configuration.toml");
         fs::write(&file, "[hypervisor.katana]\ndefault_memory = 777\n[agent.kata]\nenable_debug = true\n")
             .unwrap();
         let (toml, json) = (text(Some(&file), false).unwrap(), text(Some(&file), true).unwrap());
-        fs::remove_file(&file).unwrap();
+        fs::remove_dir_all(&folder).unwrap();
         let toml: toml::Value = toml::from_str(&toml).unwrap();
         assert_eq!(toml["Hypervisor"]["DefaultMemory"].as_integer(), Some(777));
         assert_eq!(toml["Runtime"]["Config"]["Path"].as_str(), file.to_str());

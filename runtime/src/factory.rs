@@ -10,7 +10,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use katana_config::trusted::{self, Links};
 use katana_config::{Config, TemplateScope};
+use katana_protocol::kernel;
 use katana_protocol::vmm::{self, CONTROL_FD, Event, Machine, Request, Template};
 use katana_template::{Draft, Store};
 use nix::errno::Errno;
@@ -93,7 +95,8 @@ fn detached(path: &Path) -> io::Result<OwnedFd> {
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
     // SAFETY: a path that outlives the call, and integers.
     let fd =
-        Errno::result(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })?;
+        Errno::result(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })
+            .map_err(|e| kernel::OPEN_TREE.explain(e))?;
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for the caller.
     let mount = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -108,7 +111,8 @@ fn detached(path: &Path) -> io::Result<OwnedFd> {
     // SAFETY: an empty path, and a structure of the given size that outlives the call.
     Errno::result(unsafe {
         libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), flags, &raw const attr, size)
-    })?;
+    })
+    .map_err(|e| kernel::MOUNT_SETATTR.explain(e))?;
     Ok(mount)
 }
 
@@ -119,16 +123,15 @@ fn make(config: &Config, draft: &Draft) -> Result<(), Error> {
         .map_err(|e| Error::System("socketpair", e.into()))?;
     let limit = TimeVal::new(i64::from(config.agent.dial_timeout.max(1)), 0);
     setsockopt(&ours, ReceiveTimeout, &limit).map_err(|e| Error::System("SO_RCVTIMEO", e.into()))?;
-    let mut kvm = File::options();
-    kvm.read(true).write(true);
-    let [kvm, kernel, image] =
-        [(kvm, Path::new("/dev/kvm")), (readable(), &hypervisor.kernel), (readable(), &hypervisor.image)]
-            .map(|(options, path)| {
-                options.open(path).map_err(|source| Error::File { path: path.to_owned(), source })
-            });
+    let failed = |path: &Path, source| Error::File { path: path.to_owned(), source };
+    let kvm = File::options().read(true).write(true).open("/dev/kvm");
+    let kvm = kvm.map_err(|source| failed(Path::new("/dev/kvm"), source))?;
+    let open = |path: &Path| trusted::open(path, Links::Follow).map_err(|source| failed(path, source));
+    open(&hypervisor.path)?;
+    let (kernel, image) = (open(&hypervisor.kernel)?, open(&hypervisor.image)?);
     // It becomes the VMM's root, of which a guest without a pod has no use.
     let share = detached(&config.factory.template_path).map_err(|e| Error::System("open_tree", e))?;
-    let files: [OwnedFd; 4] = [kvm?.into(), kernel?.into(), image?.into(), share];
+    let files: [OwnedFd; 4] = [kvm.into(), kernel.into(), image.into(), share];
     let mut vmm = Vmm { outer: spawn(&hypervisor.path, theirs)?, jailed: None };
     let machine =
         Machine { guest_cid: GUEST_CID, template: Template::Make, ..katana_template::machine(config) };
@@ -149,12 +152,6 @@ fn make(config: &Config, draft: &Draft) -> Result<(), Error> {
             _ => {}
         }
     }
-}
-
-fn readable() -> std::fs::OpenOptions {
-    let mut options = File::options();
-    options.read(true);
-    options
 }
 
 /// Starts the VMM in a network namespace of its own, in which there is nothing.

@@ -2,9 +2,10 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use katana_protocol::kernel;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -76,7 +77,7 @@ pub fn make(kind: &str, source: &str, list: &[String], place: &Path) -> Result<D
     if length > OPTIONS_MAX {
         return Err(Error::InvalidArgument(format!("mount of {kind} {source:?}: options of {length} bytes")));
     }
-    let failed = |errno| Error::os(format_args!("mount of {kind} {source:?} ({})", data.join(",")), errno);
+    let failed = |e| Error::io(format_args!("mount of {kind} {source:?} ({})", data.join(",")), &e);
     let call = || {
         if data.iter().chain([&source.to_owned()]).all(|option| fits_fsconfig(option)) {
             new(kind, source, options.flags, &data)
@@ -92,7 +93,7 @@ pub fn make(kind: &str, source: &str, list: &[String], place: &Path) -> Result<D
             nix::unistd::chdir(&directory)?;
             call()
         });
-        thread.join().unwrap_or(Err(Errno::EIO))
+        thread.join().unwrap_or_else(|_| Err(Errno::EIO.into()))
     });
     outcome.map_err(failed)
 }
@@ -104,12 +105,12 @@ fn fits_fsconfig(option: &str) -> bool {
 }
 
 /// fsopen(2), fsconfig(2), fsmount(2): nobody sees the mount on the host.
-fn new(kind: &str, source: &str, flags: MsFlags, data: &[String]) -> nix::Result<Detached> {
+fn new(kind: &str, source: &str, flags: MsFlags, data: &[String]) -> io::Result<Detached> {
     let invalid = |_| Errno::EINVAL;
     let name = CString::new(kind).map_err(invalid)?;
     // SAFETY: a string that outlives the call, and a number.
-    let context =
-        descriptor(unsafe { libc::syscall(libc::SYS_fsopen, name.as_ptr(), libc::FSOPEN_CLOEXEC) })?;
+    let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, name.as_ptr(), libc::FSOPEN_CLOEXEC) })
+        .map_err(|e| kernel::FSOPEN.explain(e))?;
     let set = |command: libc::c_uint, key: &str, value: Option<&str>| {
         let key = CString::new(key).map_err(invalid)?;
         let value = value.map(CString::new).transpose().map_err(invalid)?;
@@ -117,7 +118,7 @@ fn new(kind: &str, source: &str, flags: MsFlags, data: &[String]) -> nix::Result
         // SAFETY: strings that outlive the call or null, and numbers.
         let result =
             unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), command, key, value, 0) };
-        Errno::result(result).map(drop)
+        Errno::result(result).map(drop).map_err(|e| kernel::FSCONFIG.explain(e))
     };
     set(libc::FSCONFIG_SET_STRING, "source", Some(source))?;
     let of_the_whole =
@@ -139,15 +140,11 @@ fn new(kind: &str, source: &str, flags: MsFlags, data: &[String]) -> nix::Result
     };
     Errno::result(result)?;
     // SAFETY: numbers only.
-    let mount = descriptor(unsafe {
+    let mount = owned(unsafe {
         let (context, flags) = (context.as_raw_fd(), attributes(flags));
         libc::syscall(libc::SYS_fsmount, context, libc::FSMOUNT_CLOEXEC, flags)
-    })?;
-    Ok(mount.into())
-}
-
-fn descriptor(result: libc::c_long) -> nix::Result<OwnedFd> {
-    owned(result).map_err(|e| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+    });
+    Ok(mount.map_err(|e| kernel::FSMOUNT.explain(e))?.into())
 }
 
 /// Flags of mount(2) as those of fsmount(2).
@@ -175,14 +172,14 @@ fn mount_and_take(
     flags: MsFlags,
     data: &str,
     place: &Path,
-) -> nix::Result<Detached> {
+) -> io::Result<Detached> {
     mount(Some(source), place, Some(kind), flags, Some(data))?;
     let copy = Detached::copy(place, false).and_then(|copy| {
         copy.set(0, 0, libc::MS_PRIVATE, false)?;
         Ok(copy)
     });
     umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
-    copy.map_err(|e: io::Error| e.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+    copy
 }
 
 /// An image of many layers has more lower directories than one option holds. Their common parent is taken as the working
@@ -217,6 +214,12 @@ fn shorten(kind: &str, data: &[String]) -> (Option<PathBuf>, Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
+    use without::without;
+
+    mod without {
+        include!("../../protocol/src/kernel/without.rs");
+    }
 
     #[test]
     fn options_become_flags_and_data() {
@@ -233,6 +236,58 @@ mod tests {
         assert!(fits_fsconfig("lowerdir=/a:/b") && fits_fsconfig("volatile"));
         let long = format!("lowerdir={}", "x".repeat(VALUE_MAX + 1));
         assert!(!fits_fsconfig(&long) && !fits_fsconfig(r"upperdir=/a\:b"));
+    }
+
+    #[test]
+    fn an_older_kernel_is_told_by_what_it_lacks() {
+        use katana_protocol::kernel::{
+            FSCONFIG, FSMOUNT, FSOPEN, MOUNT_SETATTR, MOVE_MOUNT, OPEN_TREE, OPENAT2,
+        };
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let root = crate::mounts::open_directory(Path::new("/")).unwrap();
+        let namespace = std::fs::File::open("/proc/self/ns/mnt").unwrap();
+        let settle = |steps: fn(&mut crate::mounts::Place<'_>)| {
+            let mut place = crate::mounts::Place::new(namespace.as_fd(), root.as_fd());
+            steps(&mut place);
+            place.settle().map(drop).map_err(|e| crate::error::reason(&e))
+        };
+        let bound = || {
+            let bound = Detached::bound(Path::new("/tmp"), false, false, crate::mounts::Access::ReadOnly);
+            bound.map(drop).map_err(|e| crate::error::reason(&e))
+        };
+        let made = || make("tmpfs", "tmpfs", &[], Path::new("/nowhere")).map(drop).map_err(|e| e.to_string());
+        // A place that is not there: the first thing that is looked up in the namespace.
+        let found =
+            || settle(|place| place.add("nowhere".into(), Detached::copy(Path::new("/tmp"), false).unwrap()));
+        // One that is: in a mount namespace of this thread's.
+        let attached = || {
+            unshare(CloneFlags::CLONE_NEWNS).map_err(|e| e.to_string())?;
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>).map_err(|e| e.to_string())?;
+            let namespace = std::fs::File::open("/proc/thread-self/ns/mnt").map_err(|e| e.to_string())?;
+            let root = crate::mounts::open_directory(Path::new("/")).map_err(|e| e.to_string())?;
+            let mut place = crate::mounts::Place::new(namespace.as_fd(), root.as_fd());
+            place.add("tmp".into(), Detached::copy(Path::new("/tmp"), false).map_err(|e| e.to_string())?);
+            place.settle().map(drop).map_err(|e| crate::error::reason(&e))
+        };
+        type Work<'a> = &'a (dyn Fn() -> std::result::Result<(), String> + Sync);
+        let cases: [(kernel::Call, Work<'_>); 7] = [
+            (OPEN_TREE, &bound),
+            (MOUNT_SETATTR, &bound),
+            (FSOPEN, &made),
+            (FSCONFIG, &made),
+            (FSMOUNT, &made),
+            (OPENAT2, &found),
+            (MOVE_MOUNT, &attached),
+        ];
+        for (call, work) in cases {
+            let error = without(call.name, work).unwrap_err();
+            let expected = format!("has no {}(2), which came with Linux {}, or", call.name, call.since);
+            assert!(error.contains(&expected), "{error}");
+        }
+        assert_eq!((bound(), made()), (Ok(()), Ok(())));
     }
 
     #[test]

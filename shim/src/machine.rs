@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use katana_config::Config;
+use katana_config::trusted::{self, Links};
 use katana_protocol::vmm::Machine;
 
 use crate::error::{Error, Result};
@@ -29,8 +30,10 @@ fn guest_cid() -> Result<u32> {
     Ok(u32::from_le_bytes([a, b, c, d & 0x7f]).max(3))
 }
 
-/// What the VMM is given to boot from, in the order in which it expects them, the shared directory excepted.
+/// What the VMM is given to boot from, in the order in which it expects them, the shared directory excepted. The VMM's program
+/// is looked at as well: like these it must be root's alone, and then it stays what was looked at.
 pub fn open_files(config: &Config) -> Result<[OwnedFd; 3]> {
+    open("VMM", &config.hypervisor.path)?;
     let kvm = File::options()
         .read(true)
         .write(true)
@@ -60,7 +63,6 @@ fn expect_magic(
 }
 
 fn open(what: &str, path: &Path) -> Result<File> {
-    // Nobody is waited for at the other end of a FIFO.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    file.map_err(|e| Error::io(format_args!("{what} \"{}\"", path.display()), &e))
+    trusted::open(path, Links::Follow)
+        .map_err(|e| Error::io(format_args!("{what} \"{}\"", path.display()), &e))
 }

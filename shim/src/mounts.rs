@@ -17,6 +17,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use katana_protocol::kernel;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::mount::{MntFlags, umount2};
@@ -88,7 +89,8 @@ impl Detached {
         let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
         let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | u32::try_from(recursive).unwrap_or(0);
         // SAFETY: a path that outlives the call, and integers.
-        owned(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) }).map(Self)
+        let copy = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+        owned(copy).map(Self).map_err(|e| kernel::OPEN_TREE.explain(e))
     }
 
     /// A copy of `source` for a container. Mounts that the host makes below it later appear if it `follows`; none goes back.
@@ -118,7 +120,8 @@ impl Detached {
                 &raw const attr,
                 size_of::<libc::mount_attr>(),
             )
-        })?;
+        })
+        .map_err(|e| kernel::MOUNT_SETATTR.explain(e))?;
         Ok(())
     }
 
@@ -129,7 +132,8 @@ impl Detached {
         // SAFETY: empty paths, and integers.
         Errno::result(unsafe {
             libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), to, c"".as_ptr(), flags)
-        })?;
+        })
+        .map_err(|e| kernel::MOVE_MOUNT.explain(e))?;
         Ok(())
     }
 }
@@ -330,7 +334,7 @@ impl<'a> Place<'a> {
     fn find(&self, place: &Path) -> io::Result<OwnedFd> {
         let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
         let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
-        Ok(openat2(self.root, place, how)?)
+        openat2(self.root, place, how).map_err(|e| kernel::OPENAT2.explain(e))
     }
 
     fn unmount(&self, place: &Path) -> io::Result<()> {

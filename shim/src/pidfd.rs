@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use katana_protocol::kernel;
 use nix::errno::Errno;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::{Deserialize, Serialize};
@@ -74,7 +75,8 @@ impl PidFd {
     pub fn open(pid: i32) -> io::Result<Self> {
         // SAFETY: pidfd_open takes two integers.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        let fd = i32::try_from(Errno::result(fd)?).map_err(|_| io::ErrorKind::InvalidData)?;
+        let fd = Errno::result(fd).map_err(|e| kernel::PIDFD_OPEN.explain(e))?;
+        let fd = i32::try_from(fd).map_err(|_| io::ErrorKind::InvalidData)?;
         // SAFETY: the kernel has just made this descriptor for us.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
@@ -161,6 +163,16 @@ mod tests {
         // Another process's.
         let error = thread(own, 1).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn an_older_kernel_is_told_by_what_it_lacks() {
+        use without::without;
+        mod without {
+            include!("../../protocol/src/kernel/without.rs");
+        }
+        let error = without("pidfd_open", || PidFd::open(1)).unwrap_err().to_string();
+        assert!(error.contains("has no pidfd_open(2), which came with Linux 5.3, or"), "{error}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::layout::{Identity, Layout, RUN, check_name};
 use crate::logger;
 use crate::namespaces::{Asked, Known};
 use crate::options::config_path;
-use crate::pod_config::{CONFIG_ANNOTATION, PodConfig, PodFiles};
+use crate::pod_config::{PodConfig, PodFiles};
 use crate::process::Exit;
 use crate::rootfs::Layer;
 use crate::sandbox::{First, Launch, Sandbox};
@@ -311,10 +311,10 @@ impl Pod {
         if let Some(sandbox) = &*sandbox {
             return Ok(Arc::clone(sandbox));
         }
-        let annotated = first.spec.annotation(&[CONFIG_ANNOTATION]).map(PathBuf::from);
-        let explicit = config_path(options)?.or_else(|| self.config_path.clone()).or(annotated);
-        let common = katana_config::load(explicit.as_deref())?;
-        let config: Config = common.clone().annotated(&first.spec.annotations)?;
+        let explicit = config_path(options)?.or_else(|| self.config_path.clone());
+        let annotations = &first.spec.annotations;
+        let common = katana_config::load(explicit.as_deref())?.chosen(annotations)?;
+        let config: Config = common.clone().annotated(annotations)?;
         asked.settle(config.runtime.host_namespaces)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
         let (identity, run) = (&self.identity, Path::new(RUN));

@@ -16,8 +16,9 @@ use crate::spec::{Linux, Mount, Namespace, Spec};
 
 /// What containerd puts into `options`.
 const CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
-/// Kata's annotation for the configuration file.
-pub const CONFIG_ANNOTATION: &str = "io.katacontainers.config_path";
+/// What the CRI plugins themselves say in annotations, of which a pod's author has no say: what a container is in its pod, and
+/// what its limits are.
+const OF_ENGINE: &str = "io.kubernetes.cri";
 /// As containerd's own sandboxer has it, for pods that ask for nothing else.
 const SHARED_MEMORY_BYTES: u64 = 64 << 20;
 /// What containerd 2 allows unprivileged programs of a pod by default.
@@ -47,13 +48,6 @@ impl PodConfig {
     /// Reads the request. `state` is the directory for what lives as long as the pod.
     pub fn new(request: &CreateSandboxRequest, state: &Path) -> Result<Self> {
         let config = parse(request)?;
-        if config.annotations.contains_key(CONFIG_ANNOTATION) {
-            // Nobody has filtered the annotations, and the file names programs that run as root.
-            return Err(Error::InvalidArgument(format!(
-                "annotation {CONFIG_ANNOTATION} is not for pods of sandboxer \"shim\": name the file as ConfigPath in the \
-                 options of containerd's runtime handler"
-            )));
-        }
         let host_name = || nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned());
         let hostname = Some(config.hostname.clone()).filter(|name| !name.is_empty());
         let hostname = hostname.map_or_else(host_name, Ok).map_err(|e| Error::os("host name", e))?;
@@ -135,7 +129,9 @@ fn parse(request: &CreateSandboxRequest) -> Result<PodSandboxConfig> {
 
 fn specification(config: &PodSandboxConfig, request: &CreateSandboxRequest, hostname: String) -> Spec {
     let linux = config.linux.clone().unwrap_or_default();
+    // Nobody has filtered these.
     let mut annotations = config.annotations.clone();
+    annotations.retain(|name, _| !name.starts_with(OF_ENGINE));
     annotations.extend(request.annotations.clone());
     annotations.extend(resource_annotations(&linux));
     // Last: the pod's author has no say in these.

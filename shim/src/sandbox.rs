@@ -168,14 +168,14 @@ impl Sandbox {
         let files = files.into_iter().chain(start.file()).chain(cgroup.as_ref().map(AsFd::as_fd));
         vmm.boot(machine, &files.collect::<Vec<_>>())?;
         let becomes_template = matches!(start, Start::First(_));
-        start.expect(&vmm);
+        let (sender, agent) = watch::channel(None);
+        start.expect(&vmm, is_there(agent.clone()));
         if size.plugged_mib > 0 && !becomes_template {
             vmm.plug_memory(size.plugged_mib)?;
         }
 
         let threads = watch::Sender::default();
         tokio::spawn(record.follow(vmm.processes(), threads.subscribe()));
-        let (sender, agent) = watch::channel(None);
         let (share, told, started) = (Arc::new(share), tokio::sync::Mutex::default(), AtomicBool::new(false));
         let size = tokio::sync::Mutex::new(size);
         let (shared_memory, shm_bytes) = launch.first.shared_memory.clone().unzip();
@@ -631,4 +631,9 @@ impl Written {
             }
         }
     }
+}
+
+/// Waits until the agent is there, or it is known why it is not.
+async fn is_there(mut agent: watch::Receiver<Option<Result<Agent>>>) {
+    let _ = agent.wait_for(Option::is_some).await;
 }

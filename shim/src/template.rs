@@ -65,10 +65,12 @@ impl Start {
 
     /// Has the template, if this start is to make one, put in its place when the VMM has made it; and taken away if it
     /// turns out to be of no use, so that the next start makes another.
-    pub fn expect(self, vmm: &Vmm) {
+    ///
+    /// `known`: is over as soon as the guest knows a pod.
+    pub fn expect(self, vmm: &Vmm, known: impl Future<Output = ()> + Send + 'static) {
         match self {
             Self::Boot => {}
-            Self::First(draft) => drop(tokio::spawn(finish(*draft, vmm.template()))),
+            Self::First(draft) => drop(tokio::spawn(finish(*draft, vmm.template(), known))),
             Self::Template(found) => drop(tokio::spawn(doubt(found, vmm.template()))),
         }
     }
@@ -99,10 +101,15 @@ async fn doubt(found: Found, mut word: Word) {
 }
 
 /// Waits for the VMM's word. Without a template at its end the next start tries again.
-async fn finish(draft: Draft, mut made: Word) {
-    let made = match made.wait_for(Option::is_some).await {
-        Ok(made) => made.clone(),
-        Err(_) => None,
+///
+/// A word that comes when the guest knows a pod already is none: the agent speaks before it connects, and what a container may
+/// have had a hand in, be it by way of the VMM, is not for other pods.
+async fn finish(draft: Draft, mut made: Word, known: impl Future<Output = ()>) {
+    let made = tokio::select! {
+        // What the VMM has told is taken up in the order in which it was told.
+        biased;
+        made = made.wait_for(Option::is_some) => made.ok().and_then(|made| made.clone()),
+        () = known => return log::warn!("no template: the guest's agent has not said that one can be made of it"),
     };
     let failed = match made {
         Some(Ok(())) => crate::blocking(move || Ok(draft.commit())).await.ok().and_then(Result::err),

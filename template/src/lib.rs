@@ -19,6 +19,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use katana_config::trusted::{self, Links};
 use katana_config::{Config, TemplateScope};
 use katana_protocol::vmm::{Machine, Template};
 use nix::fcntl::{Flock, FlockArg};
@@ -139,7 +140,8 @@ impl Store {
     /// When it cannot be opened.
     pub fn open(&self) -> Result<Option<Found>> {
         let path = self.path();
-        match File::open(&path) {
+        // Whoever can write to it, or put another in its place, is in all machines that come from it.
+        match trusted::open(&path, Links::Follow) {
             Ok(file) => Ok(Some(Found { file, path })),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(at(&path)(error)),
@@ -153,6 +155,8 @@ impl Store {
     pub fn begin(self) -> Result<Draft> {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.directory);
         made.map_err(at(&self.directory))?;
+        // Somebody else may have made it before.
+        trusted::open(&self.directory, Links::Follow).map_err(at(&self.directory))?;
         let mut part = self.path().into_os_string();
         part.push(PART);
         let part = PathBuf::from(part);

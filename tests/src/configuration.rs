@@ -69,7 +69,10 @@ impl Configuration {
     pub fn of_programs_elsewhere() -> Option<PathBuf> {
         static PATH: OnceLock<Option<PathBuf>> = OnceLock::new();
         let write = || {
-            let path = std::env::temp_dir().join("katana-e2e-configuration.toml");
+            // Not in the directory of all users itself, where a configuration is not believed.
+            let directory = std::env::temp_dir().join("katana-e2e-configuration");
+            std::fs::create_dir_all(&directory).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
+            let path = directory.join("configuration.toml");
             let text = Self::installed().to_toml();
             std::fs::write(&path, text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
             path

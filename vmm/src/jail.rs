@@ -11,6 +11,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
+use katana_protocol::kernel;
 use libc::{c_int, c_ulong};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -130,8 +131,10 @@ fn clone(cgroup: Option<&OwnedFd>) -> Result<i32, Error> {
         -1 if Errno::last() == Errno::ENOSPC => {
             Err(step("new namespaces (user.max_*_namespaces)")(Errno::last()))
         }
-        -1 if cgroup.is_some() => Err(step("new namespaces in the pod's cgroup")(Errno::last())),
-        -1 => Err(step("new namespaces")(Errno::last())),
+        -1 if cgroup.is_some() => {
+            Err(step("new namespaces in the pod's cgroup")(kernel::CLONE3.explain(Errno::last())))
+        }
+        -1 => Err(step("new namespaces")(kernel::CLONE3.explain(Errno::last()))),
         pid => Ok(pid as i32),
     }
 }
@@ -242,7 +245,7 @@ fn attach(share: &OwnedFd) -> Result<(), Error> {
         libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), cwd, c"/".as_ptr(), MOVE_MOUNT_F_EMPTY_PATH)
     };
     if result < 0 {
-        return Err(step("mount the share")(io::Error::last_os_error()));
+        return Err(step("mount the share")(kernel::MOVE_MOUNT.explain(Errno::last())));
     }
     Ok(())
 }

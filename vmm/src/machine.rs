@@ -192,6 +192,7 @@ impl Machine {
         devices.add("virtio-console", Console::new(Arc::new(move |bytes| output.push(bytes))))?;
         devices.add("virtio-pmem", Pmem::new(image.0, image.1))?;
         devices.add("virtio-fs", Fs::new(SHARE_TAG, room.proc_self_fd))?;
+        let incoming = after_template(devices.register.clone(), incoming);
         let vsock = devices.add("virtio-vsock", Vsock::new(shape.guest_cid, incoming))?;
         devices.add("virtio-rng", Rng::new())?;
         devices.add("virtio-balloon", Balloon::new())?;
@@ -316,6 +317,15 @@ fn board(shape: &Shape, files: &mut Files) -> Result<(Board, Beginning), Error> 
     let board = Board::new(shape, files)?;
     let code = board.boot(shape, &mut files.kernel)?;
     Ok((board, Beginning::Boot { code, refused }))
+}
+
+/// The agent says that a template can be made before it connects to the host. A guest that has connected is told of a pod, and a
+/// container of it that can reach the register must not make others start from what it has made of its machine.
+fn after_template(register: Arc<TemplateRegister>, incoming: Incoming) -> Incoming {
+    Box::new(move |port, stream| {
+        register.close();
+        incoming(port, stream)
+    })
 }
 
 /// The devices as they come: each takes the next slot of the bus, and the addresses that belong to it.

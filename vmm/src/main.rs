@@ -30,6 +30,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
+use katana_protocol::kernel;
 use katana_protocol::vmm::{Event, Machine as Shape, Request, Template};
 
 use control::{Control, ControlService};
@@ -42,6 +43,8 @@ enum Error {
     /// Not a request to boot, with its four descriptors.
     #[error("the first message is not a request to boot with /dev/kvm, kernel, image and shared directory")]
     FirstMessage,
+    #[error("close what is not this program's: {0}")]
+    Strangers(io::Error),
     #[error(transparent)]
     Control(#[from] katana_protocol::vmm::Error),
     #[error(transparent)]
@@ -81,7 +84,7 @@ fn main() -> ExitCode {
 
 /// The life of a VMM, outside and inside of its jail.
 fn run(control: &Control) -> Result<(), Error> {
-    close_strangers();
+    close_strangers()?;
     let (shape, files, share, cgroup) = receive_machine(control)?;
     logger::start(shape.debug);
     let announce = |pid| control.tell(&Event::Jailed { pid }).map_err(io::Error::other);
@@ -114,10 +117,13 @@ fn run(control: &Control) -> Result<(), Error> {
 }
 
 /// Descriptors that the shim leaked would be there in the jail as well.
-fn close_strangers() {
+fn close_strangers() -> Result<(), Error> {
     let first = (katana_protocol::vmm::CONTROL_FD + 1) as libc::c_uint;
     // SAFETY: nothing in this process has opened a descriptor yet.
-    unsafe { libc::close_range(first, libc::c_uint::MAX, 0) };
+    if unsafe { libc::close_range(first, libc::c_uint::MAX, 0) } != 0 {
+        return Err(Error::Strangers(kernel::CLOSE_RANGE.explain(io::Error::last_os_error())));
+    }
+    Ok(())
 }
 
 /// What the first message brings: machine, files, the shared directory, and the cgroup.

@@ -94,6 +94,10 @@ impl Vcpu {
     fn answer(&mut self, asked: Asked) -> Result<(), seccomp::Error> {
         match (asked, self.maker.take()) {
             (Asked::Template, Some(maker)) => self.make_template(maker),
+            (Asked::Nothing, Some(maker)) => {
+                maker.give_up();
+                seccomp::install(Kind::Vcpu)
+            }
             (Asked::Later, Some(maker)) => {
                 if let Err(error) = maker.let_time_pass(&self.fd) {
                     log::warn!("the guest's clocks cannot go on at once: {error}");

@@ -19,7 +19,8 @@ use super::mounts;
 use super::rootfs::Rootfs;
 use crate::syscalls::{attach_mount, clone_mount};
 
-/// Where nodes are made that a container can only have by a bind mount.
+/// Where nodes are made that a container can only have by a bind mount, below a directory of the container's: whoever may
+/// change the mode of one changes the file itself, so that no two have one in common.
 const STAGE: &str = "/run/kata-containers/devices";
 
 /// One node.
@@ -59,22 +60,22 @@ const LINKS: &[(&str, &str)] = &[
 ];
 
 /// Makes the container's nodes aside if it has a user namespace, in which it could make none.
-pub fn prepare(spec: &Spec, user_namespace: bool) -> Result<()> {
+pub fn prepare(id: &str, spec: &Spec, user_namespace: bool) -> Result<()> {
     if user_namespace && !mounts::binds_dev(spec) {
         for device in all(spec)? {
-            device.stage().map_err(|error| device.failure(&error))?;
+            device.stage(id).map_err(|error| device.failure(&error))?;
         }
     }
     Ok(())
 }
 
 /// Makes every node and link, unless /dev is bound from somewhere that has them.
-pub fn create(rootfs: &Rootfs, spec: &Spec) -> Result<()> {
+pub fn create(id: &str, rootfs: &Rootfs, spec: &Spec) -> Result<()> {
     if mounts::binds_dev(spec) {
         return Ok(());
     }
     for device in all(spec)? {
-        device.create(rootfs).map_err(|error| device.failure(&error))?;
+        device.create(rootfs, id).map_err(|error| device.failure(&error))?;
     }
     let core = if Path::new("/proc/kcore").exists() { LINKS.len() } else { LINKS.len() - 1 };
     for (link, target) in LINKS.iter().take(core) {
@@ -150,13 +151,13 @@ impl Device {
         makedev(self.major, self.minor)
     }
 
-    fn create(&self, rootfs: &Rootfs) -> io::Result<()> {
+    fn create(&self, rootfs: &Rootfs, id: &str) -> io::Result<()> {
         let (directory, name) = rootfs.root.parent(&self.path)?;
         match mknodat(&directory, name, self.kind, Mode::from_bits_truncate(self.mode), self.number()) {
             Ok(()) => (),
             Err(Errno::EEXIST) if self.is_there(&directory, name) => (),
             // A user namespace, or a /dev on the shared file system: no node can be made there.
-            Err(Errno::EPERM | Errno::EEXIST) => return self.bind(rootfs),
+            Err(Errno::EPERM | Errno::EEXIST) => return self.bind(rootfs, id),
             Err(error) => return Err(error.into()),
         }
         let (uid, gid) = (Some(Uid::from_raw(self.uid)), Some(Gid::from_raw(self.gid)));
@@ -171,30 +172,44 @@ impl Device {
         status.is_ok_and(|status: FileStat| is(&status, self.kind) && status.st_rdev == self.number())
     }
 
-    fn bind(&self, rootfs: &Rootfs) -> io::Result<()> {
+    fn bind(&self, rootfs: &Rootfs, id: &str) -> io::Result<()> {
+        let target = rootfs.root.ensure(&self.path, Make::File)?;
+        mounts::check_proc(&target, false)?;
         let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
-        let node = match open(&self.staged(), flags, Mode::empty()) {
+        let node = match open(&self.staged(id), flags, Mode::empty()) {
             Err(Errno::ENOENT) => {
-                self.stage()?;
-                open(&self.staged(), flags, Mode::empty())?
+                self.stage(id)?;
+                open(&self.staged(id), flags, Mode::empty())?
             }
             other => other?,
         };
-        attach_mount(clone_mount(node, false)?, rootfs.root.ensure(&self.path, Make::File)?)
+        attach_mount(clone_mount(node, false)?, target)
     }
 
-    fn staged(&self) -> PathBuf {
-        Path::new(STAGE).join(format!("{:x}-{}-{}", self.kind.bits(), self.major, self.minor))
+    fn staged(&self, id: &str) -> PathBuf {
+        Path::new(STAGE).join(id).join(format!("{:x}-{}-{}", self.kind.bits(), self.major, self.minor))
     }
 
-    /// Makes the node aside, unless another container has.
-    fn stage(&self) -> io::Result<()> {
-        fs::create_dir_all(STAGE)?;
-        match mknod(&self.staged(), self.kind, Mode::from_bits_truncate(self.mode), self.number()) {
-            Ok(()) => fs::set_permissions(self.staged(), PermissionsExt::from_mode(self.mode)),
+    /// Makes the node aside.
+    fn stage(&self, id: &str) -> io::Result<()> {
+        let place = self.staged(id);
+        fs::create_dir_all(place.parent().unwrap_or(Path::new(STAGE)))?;
+        match mknod(&place, self.kind, Mode::from_bits_truncate(self.mode), self.number()) {
+            Ok(()) => fs::set_permissions(&place, PermissionsExt::from_mode(self.mode)),
+            // One device under two names.
             Err(Errno::EEXIST) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// Removes what was made aside for a container that is gone.
+pub fn forget(id: &str) {
+    match fs::remove_dir_all(Path::new(STAGE).join(id)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            log::warn!("devices of container {id}: {error}")
+        }
+        _ => {}
     }
 }
 

@@ -14,6 +14,7 @@ mod program;
 mod rootfs;
 mod terminal;
 
+pub use devices::forget as forget_devices;
 pub use mount_options::parse as parse_mount_options;
 pub use namespaces::CLONE_NEWTIME;
 pub use rootfs::prepare;
@@ -116,7 +117,7 @@ impl Container<'_> {
     fn run(&self, descriptors: Descriptors) -> Result<control::Never> {
         let (spec, process) = (self.spec, self.process);
         let namespaces = namespaces::Wanted::of(spec)?;
-        devices::prepare(spec, namespaces.user())?;
+        devices::prepare(self.id, spec, namespaces.user())?;
         if namespaces.user() {
             // Raising a limit takes a privilege that no process in a user namespace has.
             identity::limits(process)?;
@@ -130,7 +131,7 @@ impl Container<'_> {
 
         let rootfs = rootfs::Rootfs::attach(spec)?;
         mounts::Mounter { rootfs: &rootfs, namespaces: &namespaces, cgroup: self.cgroup }.mount_all(spec)?;
-        devices::create(&rootfs, spec)?;
+        devices::create(self.id, &rootfs, spec)?;
         let terminal = match &descriptors.stdio {
             Some(_) => None,
             None => Some(terminal::open_for(self.control, process, Some(&rootfs))?),

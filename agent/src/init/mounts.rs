@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{OFlag, open};
 use nix::sched::CloneFlags;
 use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
 use oci_spec::runtime::{Mount, Spec};
 
 use super::confined::{Make, Root, is};
 use super::control::{Failure, Result, reason};
 use super::mount_options::{Bind, Options, parse};
 use super::namespaces::Wanted;
-use super::rootfs::Rootfs;
+use super::rootfs::{MOUNT_POINT, Rootfs};
 use crate::syscalls::{MOUNT_ATTR_RDONLY, MountAttributes, attach_mount, clone_mount, new_mount, set_mount};
 
 /// File systems that are not on a device: read-only is the mount's business alone.
@@ -70,6 +71,7 @@ impl Mounter<'_> {
                     data.push("ro".to_owned());
                 }
                 let target = root.ensure(destination, Make::Directory)?;
+                check_proc(&target, false)?;
                 finish(&new_mount(kind, &source.to_string_lossy(), &data)?, &target, options)
             }
         }
@@ -82,7 +84,9 @@ impl Mounter<'_> {
         if self.namespaces.private(CloneFlags::CLONE_NEWCGROUP) {
             let made = new_mount("cgroup2", "cgroup2", &[]);
             if !is_denied(&made) {
-                return finish(&made?, &root.ensure(destination, Make::Directory)?, options);
+                let target = root.ensure(destination, Make::Directory)?;
+                check_proc(&target, false)?;
+                return finish(&made?, &target, options);
             }
         }
         bind_mount(root, self.cgroup, destination, Bind::Recursive, options)
@@ -118,6 +122,7 @@ fn finish(mount: &OwnedFd, target: &OwnedFd, options: &Options) -> io::Result<()
 fn mount_kernel_files(root: &Root, kind: &str, destination: &Path, options: &Options) -> io::Result<()> {
     root.ensure(destination, Make::Directory)?;
     let target = root.open_without_links(destination)?;
+    check_proc(&target, kind == "proc")?;
     let made = new_mount(kind, kind, &options.data);
     // sysfs belongs to the network namespace, which is the guest's: a user namespace has no right to mount it, but
     // may show the guest's.
@@ -137,13 +142,15 @@ fn bind_mount(
     let source = open(source, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
     let make = if is(&fstat(&source)?, SFlag::S_IFDIR) { Make::Directory } else { Make::File };
     let target = root.ensure(destination, make)?;
-    check_proc(root, &target, destination)?;
+    check_proc(&target, is_proc(&source))?;
     finish(&clone_mount(&source, bind == Bind::Recursive)?, &target, options)
 }
 
-/// Over the container's /proc nothing is bound but files that cannot grant anything (CVE-2019-16884): the rest is
-/// trusted by whatever sets labels and limits.
-fn check_proc(root: &Root, target: &OwnedFd, destination: &Path) -> io::Result<()> {
+/// The container's /proc is a proc file system, and nothing is mounted in it but over files that cannot grant anything: the
+/// rest is trusted by whatever sets labels and limits. An image or a volume that could put other files in the place of the
+/// kernel's would make a show of being confined (CVE-2019-16884; for other mounts than binds, CVE-2019-19921). What counts is
+/// where the target is, whichever way has led there; `of_proc`: it is a proc, or a part of one, that is to be mounted.
+pub fn check_proc(target: &OwnedFd, of_proc: bool) -> io::Result<()> {
     const FILES: &[&str] = &[
         "cpuinfo",
         "diskstats",
@@ -157,27 +164,29 @@ fn check_proc(root: &Root, target: &OwnedFd, destination: &Path) -> io::Result<(
         "sys/kernel/ns_last_pid",
         "sys/crypto/fips_enabled",
     ];
-    let is_proc = |fd: &OwnedFd| {
-        nix::sys::statfs::fstatfs(fd)
-            .is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC)
-    };
-    let allowed = FILES.iter().any(|file| destination == Path::new("/proc").join(file));
-    // The mount point of a proc mount itself may be bound over: that hides all of it.
-    let whole = root.open(Path::new("/proc")).and_then(|proc| Ok(same(&fstat(&proc)?, &fstat(target)?)));
-    if is_proc(target) && !allowed && !whole.unwrap_or(false) {
-        return Err(io::Error::other("inside /proc"));
+    // Through the guest's own /proc, which is still in sight.
+    let place = fs::read_link(format!("/proc/self/fd/{}", target.as_raw_fd()))?;
+    let in_root = place.strip_prefix(MOUNT_POINT).map_err(|_| io::Error::other("outside of the root"))?;
+    match in_root.strip_prefix("proc") {
+        Ok(whole) if whole.as_os_str().is_empty() && of_proc => Ok(()),
+        Ok(whole) if whole.as_os_str().is_empty() => Err(io::Error::other("not of type proc")),
+        Ok(file) if FILES.iter().any(|allowed| file == Path::new(allowed)) => Ok(()),
+        Ok(_) => Err(io::Error::other("inside /proc")),
+        // There may be a second one.
+        Err(_) if is_proc(target) && !of_proc => Err(io::Error::other("inside a proc file system")),
+        Err(_) => Ok(()),
     }
-    Ok(())
 }
 
-fn same(a: &nix::sys::stat::FileStat, b: &nix::sys::stat::FileStat) -> bool {
-    (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+fn is_proc(fd: &OwnedFd) -> bool {
+    fstatfs(fd).is_ok_and(|fs| fs.filesystem_type() == PROC_SUPER_MAGIC)
 }
 
 /// A tmpfs takes the mode of the directory that it covers, unless it is told another, and its contents if asked.
 fn mount_tmpfs(root: &Root, destination: &Path, options: &Options) -> io::Result<()> {
     let existing = root.open(destination).ok();
     let target = root.ensure(destination, Make::Directory)?;
+    check_proc(&target, false)?;
     let mut data = options.data.clone();
     if existing.is_some() && !data.iter().any(|option| option.starts_with("mode=")) {
         data.push(format!("mode={:o}", fstat(&target)?.st_mode & 0o7777));

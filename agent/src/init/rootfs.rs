@@ -6,7 +6,7 @@ use std::path::Path;
 
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::sys::stat::{Mode, SFlag, fstat, makedev};
 use nix::unistd::{chdir, fchdir, pivot_root};
 use oci_spec::runtime::Spec;
 
@@ -27,7 +27,7 @@ pub struct Rootfs {
     /// Paths in it.
     pub root: Root,
     /// The guest's own /dev/null, which no image can replace.
-    null: OwnedFd,
+    guests_null: OwnedFd,
 }
 
 impl Rootfs {
@@ -68,7 +68,7 @@ impl Rootfs {
         let private = MountAttributes { propagation: libc::MS_PRIVATE, ..MountAttributes::default() };
         set_mount(&tree, &private, false).map_err(failed("make private"))?;
         let null = open("/dev/null", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
-        Ok(Self { root: Root::new(tree), null: null.map_err(Failure::during("open /dev/null"))? })
+        Ok(Self { root: Root::new(tree), guests_null: null.map_err(Failure::during("open /dev/null"))? })
     }
 
     /// Applies `maskedPaths` and `readonlyPaths`. What does not exist needs no hiding.
@@ -99,9 +99,23 @@ impl Rootfs {
             set_mount(&cover, &MountAttributes { set, ..MountAttributes::default() }, false)?;
             cover
         } else {
-            clone_mount(&self.null, false)?
+            self.null()?
         };
         attach_mount(cover, place)
+    }
+
+    /// Covers a file. The container's own /dev/null, if what has this name is one: whoever may change owner and mode of the file
+    /// that it covers changes that node's, and the guest's is everybody's. Otherwise the guest's, which is read-only then.
+    fn null(&self) -> std::io::Result<OwnedFd> {
+        if let Ok(own) = self.root.open_without_links(Path::new("/dev/null")) {
+            let status = fstat(&own)?;
+            if is(&status, SFlag::S_IFCHR) && status.st_rdev == makedev(1, 3) {
+                return clone_mount(&own, false);
+            }
+        }
+        let cover = clone_mount(&self.guests_null, false)?;
+        set_mount(&cover, &MountAttributes { set: MOUNT_ATTR_RDONLY, ..MountAttributes::default() }, false)?;
+        Ok(cover)
     }
 
     /// Makes it the root of this process, and lets go of the guest's.

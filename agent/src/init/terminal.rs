@@ -12,6 +12,7 @@ use oci_spec::runtime::Process;
 
 use super::confined::Make;
 use super::control::{Control, Failure, Report, Result};
+use super::mounts::check_proc;
 use super::rootfs::Rootfs;
 use crate::syscalls::{attach_mount, clone_mount};
 
@@ -38,6 +39,8 @@ fn open_terminal(control: &Control, process: &Process, rootfs: Option<&Rootfs>) 
     Errno::result(unsafe { libc::ioctl(slave.as_raw_fd(), libc::TIOCSCTTY, 0) })?;
     if let Some(rootfs) = rootfs {
         let console = rootfs.root.ensure(Path::new("/dev/console"), Make::File)?;
+        // An image's link may have led there.
+        check_proc(&console, false)?;
         attach_mount(clone_mount(&slave, false)?, console)?;
     }
     control.report(&Report::Terminal, &[master.as_fd()]);

@@ -61,6 +61,98 @@ async fn kernel_files_are_hidden() {
     assert!(output.stderr.contains("Read-only file system"), "{output:?}");
 }
 
+/// A name of one inode: whoever changes owner or mode of one file changes all of them.
+#[tokio::test]
+async fn what_hides_a_file_is_no_node_of_the_guests() {
+    let guest = Guest::new("nulls").await;
+    let node = fs::metadata("/dev/null").unwrap();
+    let guests = {
+        use std::os::unix::fs::MetadataExt;
+        format!("{} {}", node.dev(), node.ino())
+    };
+    fn masked(spec: &mut Value) {
+        spec["linux"]["maskedPaths"] = json!(["/proc/uptime"]);
+    }
+    fn without_dev(spec: &mut Value) {
+        masked(spec);
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.retain(|mount| !mount["destination"].as_str().unwrap().starts_with("/dev"));
+    }
+    // Nodes of a tmpfs, and nodes that are bound over files of the image; each container has its own.
+    let mut seen = vec![guests.clone()];
+    for case in [masked as fn(&mut Value), without_dev, without_dev] {
+        fs::write(guest.rootfs().join("dev/null"), "in the way").unwrap();
+        let output = guest.shell_with("stat -c '%d %i' /dev/null /proc/uptime", case).await;
+        let lines: Vec<_> = output.lines().map(str::to_owned).collect();
+        assert!(lines.len() == 2 && lines[0] == lines[1], "{output}");
+        assert!(!seen.contains(&lines[0]), "{output}: {seen:?}");
+        seen.push(lines[0].clone());
+    }
+    let devices = guest.run_directory().join("kata-containers/devices");
+    assert_eq!(fs::read_dir(devices).unwrap().count(), 0, "nodes of containers that are gone");
+    // Where there is no /dev/null of the container's, the guest's is there and cannot be changed. The mode is what it is already.
+    let output = guest
+        .shell_with("rm /dev/null; stat -c '%d %i' /proc/uptime; chmod 666 /proc/uptime; echo x > /proc/uptime; echo end", |spec| {
+            without_dev(spec);
+            add_mount(spec, json!({"destination": "/dev", "type": "bind", "source": "/var/empty-dev", "options": ["rbind"]}));
+            fs::create_dir_all("/var/empty-dev").unwrap();
+        })
+        .await;
+    fs::remove_dir_all("/var/empty-dev").unwrap();
+    assert_eq!(output, format!("{guests}\nend\n"));
+}
+
+/// CVE-2019-16884, CVE-2019-19921: an image or a volume that puts its own files in the place of the kernel's.
+#[tokio::test]
+async fn nothing_is_mounted_over_the_files_of_the_kernel() {
+    let guest = Guest::new("overproc").await;
+    let volume = guest.directory.join("volume");
+    fs::create_dir_all(volume.join("fd")).unwrap();
+    fs::write(volume.join("file"), "mine\n").unwrap();
+    symlink("/proc/self", guest.rootfs().join("link")).unwrap();
+    symlink("proc", guest.rootfs().join("other")).unwrap();
+    let (directory, file) = (volume.display().to_string(), volume.join("file").display().to_string());
+    let bind = |to: &str, source: &str| json!({"destination": to, "type": "bind", "source": source, "options": ["rbind"]});
+    let of_type = |to: &str, kind: &str| json!({"destination": to, "type": kind, "source": kind});
+    for (mount, why) in [
+        (bind("/proc", &directory), "not of type proc"),
+        (bind("/other", &directory), "not of type proc"),
+        (of_type("/proc", "tmpfs"), "not of type proc"),
+        (of_type("/proc", "sysfs"), "not of type proc"),
+        (bind("/proc/self/attr", &directory), "inside /proc"),
+        (bind("/link/attr", &directory), "inside /proc"),
+        (bind("/proc/sys/kernel/core_pattern", &file), "inside /proc"),
+        (of_type("/proc/self/attr", "tmpfs"), "inside /proc"),
+        (of_type("/proc/acpi/../self/attr", "tmpfs"), "inside /proc"),
+        (of_type("/proc/sys", "proc"), "inside /proc"),
+        (of_type("/proc/self/task", "cgroup2"), "inside /proc"),
+        (of_type("/proc/self/task", "ramfs"), "inside /proc"),
+    ] {
+        // Before the container's proc is there, and after that.
+        for first in [false, true] {
+            let mut spec = guest.spec(&["true"]);
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            if first && mount["destination"] != "/proc" && mount["destination"] != "/other" {
+                continue;
+            }
+            let at = if first { 0 } else { mounts.len() };
+            mounts.insert(at, mount.clone());
+            let error = told(guest.run(&spec).await.unwrap_err()).1;
+            assert!(error.starts_with("error mounting ") && error.ends_with(why), "{mount}: {error}");
+        }
+    }
+    // What containers and their managers do have.
+    let output = guest
+        .shell_with("cat /proc/uptime; stat -f -c %T /proc /copy; ls /copy/1/status", |spec| {
+            add_mount(spec, bind("/proc/uptime", &file));
+            add_mount(spec, bind("/proc", "/proc"));
+            add_mount(spec, bind("/copy", "/proc"));
+            add_mount(spec, bind("/proc/uptime", &file));
+        })
+        .await;
+    assert_eq!(output, "mine\nproc\nproc\n/copy/1/status\n");
+}
+
 #[tokio::test]
 async fn a_read_only_root_and_binds() {
     let guest = Guest::new("binds").await;

@@ -1,7 +1,6 @@
 //! The installation: that the configured files are there and are what they should be, and that the host lets
 //! the VMM lock itself in.
 
-use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -9,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use katana_config::Config;
+use katana_config::trusted::{self, Links};
 use nix::sched::{CloneFlags, unshare};
 
 /// ELF, System V ABI, "ELF Identification": magic, 64 bits, little-endian.
@@ -23,6 +23,8 @@ pub(crate) enum Error {
     File { key: &'static str, path: PathBuf, source: io::Error },
     #[error("{key} in [hypervisor.katana]: {} is not {what}", path.display())]
     Kind { key: &'static str, path: PathBuf, what: &'static str },
+    #[error("template_path in [factory]: {}: {source}", path.display())]
+    Templates { path: PathBuf, source: io::Error },
     #[error(
         "the VMM cannot lock itself in: no new user, mount, network, IPC, UTS and pid namespaces: {0}: see /proc/sys/user/max_*_namespaces"
     )]
@@ -44,17 +46,29 @@ pub(crate) fn check(config: &Config, note: &dyn Fn(String)) -> Result<(), Error>
     note(format!("kernel: {}", hypervisor.kernel.display()));
     check_magic("image", &hypervisor.image, &EROFS)?;
     note(format!("image: {}", hypervisor.image.display()));
+    check_templates(&config.factory.template_path)?;
     check_namespaces().map_err(Error::Namespaces)?;
     note("namespaces of the VMM's jail: available".to_owned());
     Ok(())
 }
 
 fn check_program(key: &'static str, path: &Path) -> Result<(), Error> {
-    let metadata = path.metadata().map_err(|source| Error::File { key, path: path.to_owned(), source })?;
+    let metadata = trusted::open(path, Links::Follow).and_then(|file| file.metadata());
+    let metadata = metadata.map_err(|source| Error::File { key, path: path.to_owned(), source })?;
     if metadata.is_file() && metadata.permissions().mode() & 0o111 != 0 {
         return Ok(());
     }
     Err(Error::Kind { key, path: path.to_owned(), what: "an executable file" })
+}
+
+/// It is made by the first start, if it is not there.
+fn check_templates(path: &Path) -> Result<(), Error> {
+    match trusted::open(path, Links::Follow) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(Error::Templates { path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_magic(key: &'static str, path: &Path, magic: &Magic) -> Result<(), Error> {
@@ -66,10 +80,7 @@ fn check_magic(key: &'static str, path: &Path, magic: &Magic) -> Result<(), Erro
 }
 
 fn has_magic(path: &Path, magic: &Magic) -> io::Result<bool> {
-    let mut file = File::open(path)?;
-    if !file.metadata()?.is_file() {
-        return Ok(false);
-    }
+    let mut file = trusted::open(path, Links::Follow)?;
     file.seek(SeekFrom::Start(magic.offset))?;
     let mut start = Vec::new();
     file.take(magic.bytes.len() as u64).read_to_end(&mut start)?;
@@ -125,6 +136,14 @@ mod tests {
         std::fs::copy("/bin/true", folder.join("kernel")).unwrap();
         std::fs::write(folder.join("image"), vec![0; 1026]).unwrap();
         assert_eq!(error(), format!("image in [hypervisor.katana]: {path}/image is not an erofs image"));
+        for (file, key) in [("vmm", "path"), ("kernel", "kernel")] {
+            let mode =
+                |mode| std::fs::set_permissions(folder.join(file), PermissionsExt::from_mode(mode)).unwrap();
+            mode(0o757);
+            let why = format!("\"{path}/{file}\" can be written to by others than root (mode 0757)");
+            assert_eq!(error(), format!("{key} in [hypervisor.katana]: {path}/{file}: {why}"));
+            mode(0o755);
+        }
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -1,14 +1,15 @@
 //! `kata-runtime check`: can this host run containers in virtual machines? Decided by trying, not by looking
 //! for CPU flags and modules.
 //!
-//! Two answers, as Kata Containers' tool gives them. *Capable* is what the machine can do: KVM is there, has
-//! what the VMM needs, and runs a guest's kernel at the CPU's own speed. *Can currently create* is what the
+//! Two answers, as Kata Containers' tool gives them. *Capable* is what the machine can do: its kernel has the system calls,
+//! KVM is there, has what the VMM needs, and runs a guest's kernel at the CPU's own speed. *Can currently create* is what the
 //! installation can do; only root creates containers, so only root is told.
 //!
 //! The exit code is 0 if and only if containers can be run here. A KVM that interprets ring 0 is not enough: a
 //! guest's kernel would need many minutes to come up, so it is refused, with a warning that says why.
 
 mod installation;
+mod kernel;
 mod kvm;
 mod ring0;
 
@@ -20,6 +21,8 @@ use nix::unistd::Uid;
 /// Why this host cannot run containers in virtual machines.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
+    #[error("ERROR: System is not capable of running Kata Containers: {0}")]
+    Kernel(#[from] kernel::Error),
     #[error("ERROR: System is not capable of running Kata Containers: {0}")]
     Kvm(#[from] kvm::Error),
     #[error(
@@ -58,6 +61,7 @@ pub(crate) fn run(config: Option<&Path>, verbose: bool, out: &mut dyn Write) -> 
 
 /// Whether the machine can run virtual machines at the CPU's own speed.
 pub(crate) fn capable(note: &dyn Fn(String)) -> Result<(), Error> {
+    kernel::check(note)?;
     let kvm = kvm::open(Path::new("/dev/kvm"))?;
     kvm::check_capabilities(&kvm, note)?;
     let slowdown = ring0::slowdown(&kvm)?;

@@ -116,9 +116,27 @@ fn wrong_requests_are_refused() {
     assert!(refused(&wrong).starts_with("runtime.v1.PodSandboxConfig: "), "{}", refused(&wrong));
     wrong.options.mut_or_insert_default().type_url = "runtimeoptions.v1.Options".into();
     assert_eq!(refused(&wrong), "options are runtimeoptions.v1.Options, not a runtime.v1.PodSandboxConfig");
+}
+
+#[test]
+fn what_containerd_says_of_a_pod_is_not_the_pods_to_say() {
     let mut config = config();
-    config.annotations.insert(CONFIG_ANNOTATION.into(), "/tmp/mine.toml".into());
-    assert!(refused(&request(&config)).contains("config_path is not for pods"));
+    config.linux.mut_or_insert_default().resources = None.into();
+    for (name, value) in [
+        ("io.kubernetes.cri.sandbox-memory", "1099511627776"),
+        ("io.kubernetes.cri.container-type", "container"),
+        ("io.kubernetes.cri-o.ContainerType", "container"),
+        ("example.com/mine", "1"),
+    ] {
+        config.annotations.insert(name.into(), value.into());
+    }
+    let mut request = request(&config);
+    request.annotations.insert("io.kubernetes.cri.sandbox-cpu-period".into(), "7".into());
+    let spec = PodConfig::new(&request, Path::new("/run/k/pod")).unwrap().spec;
+    assert_eq!(crate::size::Limits::announced(&spec), crate::size::Limits::default());
+    assert!(spec.is_sandbox() && !spec.annotations.contains_key("io.kubernetes.cri-o.ContainerType"));
+    assert_eq!(spec.annotations["example.com/mine"], "1");
+    assert_eq!(spec.annotations["io.kubernetes.cri.sandbox-cpu-period"], "7");
 }
 
 #[test]

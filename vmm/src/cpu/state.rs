@@ -13,8 +13,9 @@ use vmm_sys_util::errno;
 
 use super::{Error, msr};
 
-/// KVM_SET_DEVICE_ATTR, for a vCPU (kvm-ioctls knows it on other architectures only).
+/// KVM_SET_DEVICE_ATTR and KVM_GET_DEVICE_ATTR, for a vCPU (kvm-ioctls knows them on other architectures only).
 const SET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee1;
+const GET_DEVICE_ATTR: libc::c_ulong = 0x4018_aee2;
 /// The deadline of the local APIC's timer: only taken once the local APIC is in that mode.
 const TSC_DEADLINE: u32 = 0x6e0;
 /// Registers that follow from others, and that would move the clock if they were written once more.
@@ -115,23 +116,36 @@ pub fn skip(fd: &VcpuFd, seconds: u64) -> Result<(), Error> {
 /// Has the guest's clock go on from `tsc`. A value that is written to the register may be taken for an attempt to keep
 /// vCPUs in step, and not be taken at its word; an offset always is.
 fn move_clock(fd: &VcpuFd, tsc: u64) -> Result<(), Error> {
-    // SAFETY: every x86-64 CPU has the instruction, and no kernel forbids it where KVM is used.
-    let now = unsafe { std::arch::x86_64::_rdtsc() };
-    let offset = tsc.wrapping_sub(now);
+    let mut offset = 0;
+    // Linux before 5.16.
+    if !offset_attribute(fd, GET_DEVICE_ATTR, &mut offset) {
+        return set(fd, &[entry(msr::IA32_TSC, tsc)]);
+    }
+    // The guest's clock is the host's, scaled if the guest's is to have another frequency, and the offset. So what the guest
+    // would read is asked for: the host's own clock would be right for a guest of the same frequency only.
+    let now = get(fd, msr::IA32_TSC).ok_or(Error::Msr { vcpu: 0, msr: msr::IA32_TSC })?;
+    offset = moved(offset, now, tsc);
+    if offset_attribute(fd, SET_DEVICE_ATTR, &mut offset) {
+        return Ok(());
+    }
+    Err(call("KVM_SET_DEVICE_ATTR")(errno::Error::last()))
+}
+
+/// The offset with which a clock that reads `now` would read `wanted`.
+fn moved(offset: u64, now: u64, wanted: u64) -> u64 {
+    offset.wrapping_add(wanted.wrapping_sub(now))
+}
+
+/// Reads or writes KVM_VCPU_TSC_OFFSET (KVM API, vcpu devices, 4.1); whether KVM did it.
+fn offset_attribute(fd: &VcpuFd, request: libc::c_ulong, offset: &mut u64) -> bool {
     let attribute = kvm_device_attr {
         group: KVM_VCPU_TSC_CTRL,
         attr: u64::from(KVM_VCPU_TSC_OFFSET),
-        addr: &raw const offset as u64,
+        addr: &raw mut *offset as u64,
         flags: 0,
     };
-    // SAFETY: the kernel reads the attribute and the offset that it points to, which live through the call.
-    let set = unsafe { libc::ioctl(fd.as_raw_fd(), SET_DEVICE_ATTR, &raw const attribute) };
-    // Linux before 5.16, or a scaled clock, whose offset counts in its own time.
-    if set != 0 { set_clock(fd, tsc) } else { Ok(()) }
-}
-
-fn set_clock(fd: &VcpuFd, tsc: u64) -> Result<(), Error> {
-    set(fd, &[entry(msr::IA32_TSC, tsc)])
+    // SAFETY: the kernel reads the attribute, and reads or writes the offset that it points to, which live through the call.
+    unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw const attribute) == 0 }
 }
 
 fn entry(index: u32, data: u64) -> kvm_msr_entry {
@@ -158,5 +172,61 @@ fn set(fd: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), Error> {
     match entries.get(taken) {
         Some(refused) => Err(Error::Msr { vcpu: 0, msr: refused.index }),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::{Vm, create_vcpu};
+
+    /// How far from a wish the clock may be: what passes meanwhile, on a machine that has much else to do.
+    const MINUTE: u64 = 60;
+
+    #[test]
+    fn the_offset_counts_in_the_guests_time() {
+        let host = 41_000_000_000_000u64;
+        for (numerator, denominator, before) in
+            [(1, 1, 0), (1, 2, 0), (7, 3, 5u64.wrapping_neg()), (1, 1, 1 << 63)]
+        {
+            let read = |offset: u64| (host / denominator * numerator).wrapping_add(offset);
+            for wanted in [0, 1, 864_000_000_000_000, u64::MAX] {
+                assert_eq!(read(moved(before, read(before), wanted)), wanted);
+            }
+        }
+    }
+
+    #[test]
+    fn the_clock_goes_on_from_where_it_is_told_also_at_another_frequency() {
+        let Ok(kvm) = std::fs::File::options().read(true).write(true).open("/dev/kvm") else {
+            return eprintln!("skipped: cannot open /dev/kvm");
+        };
+        let vm = Vm::new(kvm.into(), 1).unwrap();
+        let fd = create_vcpu(&vm.fd(), 0).unwrap();
+        let host = fd.get_tsc_khz().unwrap();
+        for khz in [host, host / 2, host * 2] {
+            if khz != host && fd.set_tsc_khz(khz).is_err() {
+                return eprintln!("skipped: this CPU does not scale its clock");
+            }
+            let second = u64::from(khz) * 1000;
+            // Ten days of uptime; the host's own clock has nothing to do with it.
+            let wanted = 864_000 * second;
+            move_clock(&fd, wanted).unwrap();
+            let mut offset = 0;
+            if khz == host && offset_attribute(&fd, GET_DEVICE_ATTR, &mut offset) && offset == 0 {
+                return eprintln!("skipped: this KVM has all guests read the host's clock");
+            }
+            let told = get(&fd, msr::IA32_TSC).unwrap();
+            assert!(
+                (wanted..wanted + MINUTE * second).contains(&told),
+                "{khz} of {host} kHz: {told} for {wanted}"
+            );
+            skip(&fd, 1000).unwrap();
+            let after = get(&fd, msr::IA32_TSC).unwrap();
+            assert!(
+                (told + 1000 * second..told + (1000 + MINUTE) * second).contains(&after),
+                "{khz} kHz: {after}"
+            );
+        }
     }
 }

@@ -15,6 +15,11 @@ use std::net::UdpSocket;
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 use vmm_sys_util::tempdir::TempDir;
+use without::without;
+
+mod without {
+    include!("../../../protocol/src/kernel/without.rs");
+}
 
 type Check = fn(&Room) -> Result<(), String>;
 
@@ -222,4 +227,13 @@ fn nothing_privileged_is_left() {
         same("a change of the network", raise_loopback(), Err(Errno::EPERM))
     });
     assert_eq!(findings.unwrap_or_default(), "");
+}
+
+#[test]
+fn an_older_kernel_is_told_by_what_it_lacks() {
+    let error = without("clone3", || clone(None)).unwrap_err().to_string();
+    let expected = "jail: new namespaces: this host's kernel has no clone3(2), which came with Linux 5.7, or";
+    assert!(error.starts_with(expected), "{error}");
+    let error = without("close_range", crate::close_strangers).unwrap_err().to_string();
+    assert!(error.contains("close_range(2), which came with Linux 5.9"), "{error}");
 }

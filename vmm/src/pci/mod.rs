@@ -41,6 +41,7 @@ pub trait PciDevice: Send + Sync {
 pub struct TemplateRegister {
     wanted: AtomicBool,
     told: AtomicU8,
+    closed: AtomicBool,
 }
 
 impl TemplateRegister {
@@ -52,6 +53,16 @@ impl TemplateRegister {
     /// What the guest has written last, once; otherwise 0.
     pub fn take(&self) -> u8 {
         self.told.swap(0, Ordering::AcqRel)
+    }
+
+    /// From now on, whatever the guest writes is not its agent's word.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// Whether that is so.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 }
 

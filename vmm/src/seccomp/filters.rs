@@ -59,7 +59,7 @@ const ROUTE: u64 = 0x4008_ae6a;
 const VCPU_IOCTLS: &[u64] = &[0xae80, 0x8090_ae81, INTERRUPT, ROUTE, 0x4008_af30];
 
 /// The state of a vCPU: KVM_GET_REGS, SREGS, MSRS, LAPIC, XSAVE, MP_STATE, VCPU_EVENTS, DEBUGREGS, XCRS, TSC_KHZ, and
-/// KVM_SET_MSRS and KVM_SET_DEVICE_ATTR; of the VM: KVM_GET_CLOCK and KVM_SET_CLOCK.
+/// KVM_SET_MSRS, KVM_SET_DEVICE_ATTR and KVM_GET_DEVICE_ATTR; of the VM: KVM_GET_CLOCK and KVM_SET_CLOCK.
 const TEMPLATE_IOCTLS: &[u64] = &[
     0x8090_ae81,
     0x8138_ae83,
@@ -73,6 +73,7 @@ const TEMPLATE_IOCTLS: &[u64] = &[
     0xaea3,
     0x4008_ae89,
     0x4018_aee1,
+    0x4018_aee2,
     0x8030_ae7c,
     0x4030_ae7b,
 ];

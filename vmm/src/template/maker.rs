@@ -34,6 +34,8 @@ pub enum Asked {
     Template,
     /// Time may pass.
     Later,
+    /// Nothing, and it is too late.
+    Nothing,
 }
 
 /// What it takes to make a template.
@@ -62,6 +64,7 @@ impl Maker {
     /// What the guest has asked for since the last call.
     pub fn asked(&self) -> Option<Asked> {
         match self.register.take() {
+            _ if self.register.is_closed() => Some(Asked::Nothing),
             bridge::READY => Some(Asked::Template),
             bridge::LATER => Some(Asked::Later),
             _ => None,
@@ -85,6 +88,11 @@ impl Maker {
         // Whoever is told makes sure that nobody can write to it any more.
         drop(self.file);
         (self.made)(made);
+    }
+
+    /// Tells that there will be none.
+    pub fn give_up(self) {
+        (self.made)(Err(Error::TooLate));
     }
 
     fn try_make(&self, vcpu: &VcpuFd) -> Result<(), Error> {

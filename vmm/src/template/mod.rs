@@ -48,6 +48,9 @@ pub enum Error {
     /// A bit flipped.
     #[error("the file is damaged")]
     Damaged,
+    /// The guest has connected to the host: from now on it knows a pod, and whatever it says may be a container's word.
+    #[error("the guest's agent has not said that one can be made of it")]
+    TooLate,
     /// Of another machine or another program.
     #[error("the file is of another machine or another version")]
     Other,

@@ -151,6 +151,26 @@ fn machines_go_on_from_a_template_and_know_nothing_of_each_other() {
     assert_eq!(state.extents, [(0x6000, 6 * PAGE), (CODE, PAGE), (COUNTER, PAGE)]);
 }
 
+/// What reaches the register then can be anybody in the guest.
+#[test]
+fn a_guest_that_has_connected_becomes_no_template() {
+    let Some(mut bench) = bench() else { return };
+    // mov eax,0x80000040; mov dx,0xcf8; out dx,eax; mov dx,0xcfc; mov al,1; out dx,al; mov al,0xfe; out 0x64,al; hlt
+    let code = b"\xb8\x40\x00\x00\x80\x66\xba\xf8\x0c\xef\x66\xba\xfc\x0c\xb0\x01\xee\xb0\xfe\xe6\x64\xf4";
+    bench.memory.write_slice(code, GuestAddress(CODE)).unwrap();
+    let entry = boot::enter_at(&bench.memory, CODE).unwrap();
+    cpu::set_up(&bench.vcpu.fd, 0, Some(&entry)).unwrap();
+    let file = TempFile::new().unwrap().into_file();
+    let made = employ_maker(&mut bench, file.try_clone().unwrap(), None);
+    bench.register.close();
+    // The thread is confined afterwards.
+    let mut vcpu = bench.vcpu;
+    assert_eq!(std::thread::spawn(move || vcpu.run()).join().unwrap(), None);
+    assert_eq!(bench.end.reached(), Some(Ended::Reset));
+    assert!(matches!(made.try_recv(), Ok(Err(Error::TooLate))));
+    assert_eq!(file.metadata().unwrap().len(), 0);
+}
+
 #[test]
 fn time_passes_when_the_guest_asks_for_it() {
     let Some(mut bench) = bench() else { return };
