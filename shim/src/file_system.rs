@@ -248,10 +248,12 @@ mod tests {
         }
         let root = crate::mounts::open_directory(Path::new("/")).unwrap();
         let namespace = std::fs::File::open("/proc/self/ns/mnt").unwrap();
-        let settle = |steps: fn(&mut crate::mounts::Place<'_>)| {
-            let mut place = crate::mounts::Place::new(namespace.as_fd(), root.as_fd());
-            steps(&mut place);
-            place.settle().map(drop).map_err(|e| crate::error::reason(&e))
+        let settle = |namespace: &std::fs::File, root: &OwnedFd, at: &str| {
+            let hardened = crate::mounts::Hardened::default();
+            let mut place = crate::mounts::Place::new(namespace.as_fd(), root.as_fd(), &hardened);
+            let copy = Detached::copy(Path::new("/tmp"), false);
+            let added = copy.and_then(|copy| place.add(at.into(), copy));
+            added.and_then(|()| place.settle()).map(drop).map_err(|e| crate::error::reason(&e))
         };
         let bound = || {
             let bound = Detached::bound(Path::new("/tmp"), false, false, crate::mounts::Access::ReadOnly);
@@ -259,8 +261,7 @@ mod tests {
         };
         let made = || make("tmpfs", "tmpfs", &[], Path::new("/nowhere")).map(drop).map_err(|e| e.to_string());
         // A place that is not there: the first thing that is looked up in the namespace.
-        let found =
-            || settle(|place| place.add("nowhere".into(), Detached::copy(Path::new("/tmp"), false).unwrap()));
+        let found = || settle(&namespace, &root, "nowhere");
         // One that is: in a mount namespace of this thread's.
         let attached = || {
             unshare(CloneFlags::CLONE_NEWNS).map_err(|e| e.to_string())?;
@@ -268,9 +269,7 @@ mod tests {
             mount(None::<&str>, "/", None::<&str>, private, None::<&str>).map_err(|e| e.to_string())?;
             let namespace = std::fs::File::open("/proc/thread-self/ns/mnt").map_err(|e| e.to_string())?;
             let root = crate::mounts::open_directory(Path::new("/")).map_err(|e| e.to_string())?;
-            let mut place = crate::mounts::Place::new(namespace.as_fd(), root.as_fd());
-            place.add("tmp".into(), Detached::copy(Path::new("/tmp"), false).map_err(|e| e.to_string())?);
-            place.settle().map(drop).map_err(|e| crate::error::reason(&e))
+            settle(&namespace, &root, "tmp")
         };
         type Work<'a> = &'a (dyn Fn() -> std::result::Result<(), String> + Sync);
         let cases: [(kernel::Call, Work<'_>); 7] = [
