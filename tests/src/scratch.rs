@@ -54,6 +54,33 @@ impl Drop for Scratch {
     }
 }
 
+/// A disk of the host; gone when this is dropped.
+pub struct LoopDevice(String);
+
+impl LoopDevice {
+    /// Whose contents are those of a file.
+    ///
+    /// # Panics
+    /// When there can be none.
+    pub fn of(image: &Path) -> Self {
+        let mut losetup = std::process::Command::new("losetup");
+        let output = losetup.args(["--find", "--show"]).arg(image).output().expect("losetup");
+        assert!(output.status.success(), "{output:?}");
+        Self(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+
+    /// Its node.
+    pub fn path(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
 /// Bytes without a pattern that a lost or doubled block could hide in; the same for the same seed.
 pub fn noise(length: usize, seed: u64) -> Vec<u8> {
     // xorshift64*: G. Marsaglia, "Xorshift RNGs", and S. Vigna's multiplier.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use katana_tests::network::{Bridge, Namespace};
 use katana_tests::process::Process;
+use katana_tests::scratch::LoopDevice;
 use katana_tests::turn::shared;
 use katana_tests::{BUSYBOX, DEBIAN, Run, Scratch, environment};
 use nix::libc;
@@ -135,15 +136,22 @@ fn a_disk_that_may_be_read_only_cannot_be_opened_for_writing() {
     if !environment::is_vm_or_say("there is no VMM") {
         return;
     }
-    let run = Run::new(BUSYBOX).options("--snapshotter blockfile --read-only");
+    let scratch = Scratch::new();
+    let disk = LoopDevice::of(&scratch.file("image", "x".repeat(1 << 20)));
+    let run = Run::new(BUSYBOX).bind(Path::new(disk.path()), "/dev/seen", "ro");
     let container = run.command(&["sleep", "10000"]).start();
+    container.sh("test -b /dev/seen").ok();
     let vmm = Process::vmm_of(container.id());
+    let is_disk = |descriptor: &Descriptor| {
+        fs::metadata(&descriptor.path).is_ok_and(|status| status.file_type().is_block_device())
+    };
+    // The guest may know the node where it is mounted, but that is in the share.
     let share = fs::read_to_string(format!("/proc/{}/mountinfo", vmm.pid)).expect("mounts");
-    let disks = Descriptor::all(&vmm).into_iter().filter(|descriptor| {
-        let outside = !share.lines().any(|line| line.starts_with(&format!("{} ", descriptor.mount)));
-        let kind = fs::metadata(&descriptor.path).map(|status| status.file_type());
-        outside && kind.is_ok_and(|kind| kind.is_file() || kind.is_block_device())
-    });
+    let outside = |descriptor: &Descriptor| {
+        !share.lines().any(|line| line.starts_with(&format!("{} ", descriptor.mount)))
+    };
+    let disks =
+        Descriptor::all(&vmm).into_iter().filter(|descriptor| is_disk(descriptor) && outside(descriptor));
     let disks: Vec<_> = disks.collect();
     assert_eq!(disks.len(), 1, "one disk");
     disks.iter().for_each(Descriptor::expect_sealed);

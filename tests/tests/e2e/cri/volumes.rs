@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use katana_tests::Scratch;
 use katana_tests::cri::shared_pod;
 use katana_tests::host::eventually;
+use katana_tests::scratch::LoopDevice;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
@@ -315,29 +316,11 @@ fn huge_pages_are_there_up_to_the_limit(handler: &str) {
     container.remove().unwrap();
 }
 
-/// A disk of the host; gone when this is dropped.
-struct LoopDevice(String);
-
-impl LoopDevice {
-    fn of(image: &Path) -> Self {
-        let mut losetup = std::process::Command::new("losetup");
-        let output = losetup.args(["--find", "--show"]).arg(image).output().unwrap();
-        assert!(output.status.success(), "{output:?}");
-        Self(String::from_utf8(output.stdout).unwrap().trim().to_owned())
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("losetup").args(["--detach", &self.0]).status();
-    }
-}
-
 fn a_block_device_is_read_and_written(handler: &str) {
     let scratch = Scratch::new();
     let image = scratch.file("image", "x".repeat(1 << 20));
     let (disk, other) = (LoopDevice::of(&image), LoopDevice::of(&scratch.file("other", "y".repeat(1 << 20))));
-    let device = |host: &LoopDevice, container: &str, permissions: &str| json!({"host_path": host.0, "container_path": container, "permissions": permissions});
+    let device = |host: &LoopDevice, container: &str, permissions: &str| json!({"host_path": host.path(), "container_path": container, "permissions": permissions});
     let pod = shared_pod(handler);
     let config = json!({"devices": [device(&disk, "/dev/volume", "rwm"), device(&other, "/dev/seen", "r")]});
     let container = pod.start(config.clone());
@@ -366,11 +349,11 @@ fn a_block_device_is_read_and_written(handler: &str) {
         let many: Vec<_> =
             (0..5).map(|n| LoopDevice::of(&scratch.file(&format!("{n}"), "x".repeat(1 << 20)))).collect();
         let devices =
-            |count| many.iter().take(count).map(|one| device(one, &one.0, "rwm")).collect::<Vec<_>>();
+            |count| many.iter().take(count).map(|one| device(one, one.path(), "rwm")).collect::<Vec<_>>();
         let refused = pod.create(json!({"devices": devices(5)})).unwrap().start().unwrap_err();
         assert!(refused.message.contains("all 4 disk slots"), "{refused}");
         let last = pod.start(json!({"devices": devices(4)}));
-        assert_eq!(last.sh(&format!("head -c 1 {}", many[3].0)).ok(), "x");
+        assert_eq!(last.sh(&format!("head -c 1 {}", many[3].path())).ok(), "x");
         last.stop(0).unwrap();
         last.remove().unwrap();
     }

@@ -157,7 +157,8 @@ impl Attempt {
     fn judge(&mut self, what: &str, opened: RawFd, read_only: bool) {
         let Some(status) = stat(opened, c"", libc::AT_EMPTY_PATH) else { return };
         let held = self.held.iter().any(|(_, held)| *held == (status.st_dev, status.st_ino));
-        if !self.is_fine(&status) && !Self::is_nowhere(opened) && !(held && read_only) {
+        let fine = self.is_fine(&status) || Self::is_nowhere(opened) || held && read_only;
+        if !fine {
             self.escapes.push(format!("{what}: opened {:?}", (status.st_dev, status.st_ino)));
         }
     }
