@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PREFIX ?= /opt/kata
 DESTDIR ?=
+FUZZ_SECONDS ?= 600
 VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml | head -n 1)
 
 .DEFAULT_GOAL := help
@@ -30,8 +31,9 @@ bench: build ## measure starts, memory, network and file systems: target/bench/*
 	    for chance in 1 2 3 4 5 6 7 8; do tests/run counted $$part && continue 2; done; exit 1; \
 	done
 
-soak: build ## the long versions of the end-to-end tests
+soak: build ## the long versions of the end-to-end tests, and FUZZ_SECONDS=600 of each fuzz target
 	tests/run soak
+	scripts/fuzz $(FUZZ_SECONDS)
 
 lint: ## formatting, clippy, licences of dependencies
 	scripts/install-build-deps

@@ -319,4 +319,27 @@ mod tests {
         let many: Vec<Rule> = (0..300).map(|n| allow(Kind::Char, Some(n), Some(n), READ)).collect();
         bpf::load(&compile(&many), BPF_PROG_TYPE_CGROUP_DEVICE, 0).unwrap();
     }
+
+    /// Any rules: the last one for an access decides.
+    #[test]
+    fn fuzz_device_filter() {
+        katana_fuzz::fuzz("device-filter", |input| {
+            let (major, minor, access) =
+                (input.u8().into(), input.u8().into(), 1 + u32::from(input.u8() % 7));
+            let Ok(rules) = serde_json::from_slice::<Vec<LinuxDeviceCgroup>>(input.rest()) else { return };
+            let Ok(effective) = effective(&rules) else { return };
+            let program = compile(&effective);
+            let decides = |bit: u32| {
+                let covers = |rule: &&Rule| {
+                    rule.kind.is_none_or(|kind| kind == Kind::Char)
+                        && rule.major.is_none_or(|number| number as u64 == major)
+                        && rule.minor.is_none_or(|number| number as u64 == minor)
+                        && rule.access & bit != 0
+                };
+                effective.iter().rev().find(covers).is_some_and(|rule| rule.allow)
+            };
+            let expected = [MKNOD, READ, WRITE].into_iter().filter(|bit| access & bit != 0).all(decides);
+            assert_eq!(run(&program, Kind::Char, major, minor, access), expected, "{effective:?}");
+        });
+    }
 }

@@ -283,4 +283,17 @@ mod tests {
             assert_eq!(indices().in_route(&route), None, "{hops:?}");
         }
     }
+
+    #[test]
+    fn fuzz_guest_network() {
+        let guest = indices();
+        katana_fuzz::fuzz("guest-network", |input| {
+            let at = input.below(64);
+            let body = input.rest();
+            for kept in [guest.at(body, at), guest.in_route(body)] {
+                assert!(kept.is_none_or(|kept| kept.len() == body.len()));
+            }
+            let _ = (value_of(body, kind::ADDRESS, IFA_ADDRESS), value_of(body, kind::NEIGHBOUR, NDA_DST));
+        });
+    }
 }

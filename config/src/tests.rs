@@ -307,3 +307,39 @@ fn the_shipped_file_shows_each_key() {
     expected.sort_unstable();
     assert_eq!(loader.set_keys(), expected);
 }
+
+#[test]
+fn fuzz_configuration() {
+    katana_fuzz::fuzz("configuration", |input| {
+        let text = String::from_utf8_lossy(input.rest());
+        let _ = parse(&text).map_err(|error| error.to_string());
+    });
+}
+
+/// A pod may set all keys that it can set at all.
+#[test]
+fn fuzz_annotations() {
+    let config = parse("[hypervisor.katana]\nenable_annotations = [\".*\"]").unwrap();
+    katana_fuzz::fuzz("annotations", |input| {
+        let mut annotations = std::collections::BTreeMap::new();
+        while !input.is_empty() {
+            let key = if input.once_in(4) {
+                let length = input.below(32);
+                String::from_utf8_lossy(input.bytes(length)).into_owned()
+            } else {
+                KEYS[input.below(KEYS.len())].name.to_owned()
+            };
+            let length = input.below(64);
+            let value = String::from_utf8_lossy(input.bytes(length)).into_owned();
+            annotations.insert(format!("io.katacontainers.config.hypervisor.{key}"), value);
+        }
+        let Ok(set) = config.clone().annotated(&annotations) else { return };
+        // Whatever a pod says, it does not choose what runs on the host.
+        assert_eq!(set.hypervisor.path, config.hypervisor.path);
+        assert_eq!(
+            (&set.hypervisor.kernel, &set.hypervisor.image),
+            (&config.hypervisor.kernel, &config.hypervisor.image)
+        );
+        assert_eq!(set.hypervisor.enable_annotations, config.hypervisor.enable_annotations);
+    });
+}

@@ -92,4 +92,18 @@ mod tests {
         assert_eq!(caller.message(&[0; SECRET]), None);
         assert_eq!(Head::parse(&[0xff; HEAD]), None);
     }
+
+    #[test]
+    fn fuzz_caller() {
+        katana_fuzz::fuzz("caller", |input| {
+            let mut head = [0; HEAD];
+            let bytes = input.bytes(HEAD);
+            head[..bytes.len()].copy_from_slice(bytes);
+            let Some(parsed) = Head::parse(&head) else { return };
+            let mut rest = input.rest().to_vec();
+            rest.resize(parsed.rest(), 0);
+            let caller = parsed.caller(&rest);
+            assert_eq!(caller.message(&parsed.secret).unwrap(), [&head[..], &rest].concat());
+        });
+    }
 }

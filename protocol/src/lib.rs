@@ -77,3 +77,39 @@ pub const REPLAY_GID: u32 = 0xffff_ff4b;
 pub const REPLAY_LEARN: &str = "user.katana.learn.";
 /// The directory that the replaying thread finds in every directory, and moves files out of.
 pub const REPLAY_SOURCE: &str = ".katana-replay";
+
+#[cfg(test)]
+mod tests {
+    use protobuf::Message;
+
+    use super::agent::*;
+
+    /// What is read is written and read again as the same.
+    fn read<M: Message + PartialEq>(bytes: &[u8]) {
+        if let Ok(message) = M::parse_from_bytes(bytes) {
+            let again = message.write_to_bytes().expect("a message that was read");
+            assert!(M::parse_from_bytes(&again).expect("a message that was written") == message);
+        }
+    }
+
+    /// Requests of the shim and answers of the agent, each as the other one hears it.
+    #[test]
+    fn fuzz_agent_messages() {
+        katana_fuzz::fuzz("agent-messages", |input| {
+            let bytes = input.rest();
+            read::<CreateSandboxRequest>(bytes);
+            read::<CreateContainerRequest>(bytes);
+            read::<ExecProcessRequest>(bytes);
+            read::<UpdateContainerRequest>(bytes);
+            read::<Network>(bytes);
+            read::<Changes>(bytes);
+            read::<MountChanges>(bytes);
+            read::<SignalProcessRequest>(bytes);
+            read::<CreateContainerResponse>(bytes);
+            read::<ContainerStatsResponse>(bytes);
+            read::<ListProcessesResponse>(bytes);
+            read::<WaitProcessResponse>(bytes);
+            read::<OomResponse>(bytes);
+        });
+    }
+}

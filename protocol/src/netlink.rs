@@ -406,4 +406,23 @@ mod tests {
         let refused = socket.set(kind::LINK, 0, Body::link(0x7fff_ffff, 0, 0).bytes()).unwrap_err();
         assert!(matches!(refused.errno(), Some(Errno::ENODEV | Errno::EPERM)), "{refused}");
     }
+
+    #[test]
+    fn fuzz_netlink() {
+        katana_fuzz::fuzz("netlink", |input| {
+            let header = input.below(32);
+            let bytes = input.rest();
+            for message in Messages(bytes) {
+                let _ = message.outcome().map_err(|error| error.to_string());
+                assert!(message.body.len() + HEADER <= bytes.len());
+            }
+            let mut last = 0;
+            for (kind, at) in attributes(bytes, header) {
+                assert!(last <= at.start && at.end <= bytes.len() && kind & !NLA_TYPE_MASK == 0);
+                last = at.end;
+                let value = bytes.get(at).unwrap();
+                let _ = (text_of(value), attributes(value, 0).count());
+            }
+        });
+    }
 }

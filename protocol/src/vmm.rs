@@ -286,4 +286,31 @@ mod tests {
         drop(a);
         assert!(matches!(receive::<Request>(&b), Err(Error::Closed)));
     }
+
+    /// Each end hears anything from the other.
+    #[test]
+    fn fuzz_control() {
+        let (a, b) = pair();
+        katana_fuzz::fuzz("control", |input| {
+            let bytes = input.rest();
+            let again = |message: &[u8]| {
+                nix::sys::socket::send(a.as_raw_fd(), message, MsgFlags::empty()).unwrap();
+            };
+            // An empty message is the end.
+            if bytes.is_empty() {
+                return;
+            }
+            again(bytes);
+            if let Ok((request, fds)) = receive::<Request>(&b) {
+                assert!(fds.is_empty());
+                send(&a, &request, &[]).unwrap();
+                assert_eq!(receive::<Request>(&b).unwrap().0, request);
+            }
+            again(bytes);
+            if let Ok((event, _)) = receive::<Event>(&b) {
+                send(&a, &event, &[]).unwrap();
+                assert_eq!(receive::<Event>(&b).unwrap().0, event);
+            }
+        });
+    }
 }

@@ -214,7 +214,7 @@ fn shorten(kind: &str, data: &[String]) -> (Option<PathBuf>, Vec<String>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
+    use std::os::fd::{AsFd, OwnedFd};
     use without::without;
 
     mod without {

@@ -317,4 +317,38 @@ mod tests {
         assert_eq!(metrics.io.usage.len(), 2);
         assert_eq!(metrics.rdma.limit[0].hca_objects, u32::MAX);
     }
+
+    /// Files of a guest's cgroups: names of those that are looked for, and any text.
+    #[test]
+    fn fuzz_stats() {
+        let names = [
+            "pids.current",
+            "pids.max",
+            "cpu.stat",
+            "cpu.pressure",
+            "memory.current",
+            "memory.max",
+            "memory.stat",
+            "memory.events",
+            "memory.swap.current",
+            "io.stat",
+            "io.pressure",
+            "rdma.current",
+            "hugetlb.2MB.current",
+            "hugetlb.2MB.max",
+            "hugetlb.",
+        ];
+        katana_fuzz::fuzz("stats", |input| {
+            let mut files = Files::new();
+            let name = input.one_of(&names).to_owned();
+            let mut other = || String::from_utf8_lossy(input.bytes(8)).into_owned();
+            let second = other();
+            files.insert(second, other());
+            files.insert(name, String::from_utf8_lossy(input.rest()).into_owned());
+            let one = metrics(&files);
+            let mut total = one.clone();
+            add(&mut total, &one);
+            crate::events::any(&total);
+        });
+    }
 }

@@ -223,4 +223,16 @@ mod tests {
             assert!(convert(json).is_err(), "{json}");
         }
     }
+
+    /// Any limits: what is written is a file of the cgroup.
+    #[test]
+    fn fuzz_resources() {
+        katana_fuzz::fuzz("resources", |input| {
+            let current = input.edge().cast_signed();
+            let Ok(resources) = serde_json::from_slice::<LinuxResources>(input.rest()) else { return };
+            for setting in settings(&resources, Some(current)).unwrap_or_default() {
+                assert!(!setting.file.contains('/') && !setting.file.is_empty(), "{:?}", setting.file);
+            }
+        });
+    }
 }

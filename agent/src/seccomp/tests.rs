@@ -180,3 +180,19 @@ fn the_table_is_sorted_and_true() {
     assert_eq!(number("mount_setattr"), Some(libc::SYS_mount_setattr));
     assert_eq!(number("socketcall"), Some(-1));
 }
+
+/// Any profile: what is made of it is a program that ends, with an action of the profile.
+#[test]
+fn fuzz_seccomp() {
+    katana_fuzz::fuzz("seccomp", |input| {
+        let numbers: Vec<u32> = (0..4).map(|_| input.u16().into()).collect();
+        let Ok(profile) = serde_json::from_slice(input.rest()) else { return };
+        let Ok(filter) = compile(&profile) else { return };
+        assert!(filter.program.len() <= MAX_INSTRUCTIONS);
+        for number in numbers {
+            for architecture in [bpf::ARCH_X86_64, 0x4000_0003, 0] {
+                run(&filter, architecture, number, &[0; 6]);
+            }
+        }
+    });
+}

@@ -137,3 +137,16 @@ fn only_what_somebody_has_set_is_passed_on() {
 fn the_machines_own_network_can_be_read() {
     scan().unwrap();
 }
+
+/// Whatever the kernel lists.
+#[test]
+fn fuzz_scan() {
+    katana_fuzz::fuzz("scan", |input| {
+        let body = input.rest();
+        let _ = (name(body), interface(body), has_gateway(body));
+        for kept in [address(body, &known), route(body, &known), neighbour(body, &known), rule(body)] {
+            // What is kept is looked at again by the agent.
+            assert!(kept.is_none_or(|kept| kept.len() <= body.len() + 16));
+        }
+    });
+}

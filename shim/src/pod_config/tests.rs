@@ -178,3 +178,14 @@ fn containers_get_what_they_have_not_got() {
     let pod = crate::spec::Pod { shared_memory: Some(files.shared_memory().0), ..Default::default() };
     assert_eq!(spec.sources(Path::new("/b"), &pod)[1], crate::spec::Source::SharedMemory);
 }
+
+#[test]
+fn fuzz_pod_config() {
+    katana_fuzz::fuzz("pod-config", |input| {
+        let mut request = request(&PodSandboxConfig::default());
+        request.options.mut_or_insert_default().value = input.rest().to_vec();
+        if let Ok(pod) = PodConfig::new(&request, Path::new("/run/k/pod")) {
+            assert!(pod.spec.process.is_some());
+        }
+    });
+}

@@ -177,3 +177,23 @@ fn a_bundle_that_is_none_is_named() {
         assert!(serde_json::from_str::<Spec>(hostile).is_err(), "{hostile}");
     }
 }
+
+/// A specification of any shape, up to what the guest is told of it.
+#[test]
+fn fuzz_spec() {
+    katana_fuzz::fuzz("spec", |input| {
+        let Ok(spec) = serde_json::from_slice::<Spec>(input.rest()) else { return };
+        let pod = Pod { sandbox_pid: Some(7), ..Pod::default() };
+        let sources = spec.sources(Path::new("/nowhere"), &pod);
+        let _ = (spec.owns_pid_namespace(), spec.joined_pid(), spec.is_sandbox());
+        let _ = (crate::size::Limits::of_container(&spec), crate::size::Limits::announced(&spec));
+        let _ = spec.shared_memory(Path::new("/nowhere"));
+        for spec in [spec.for_pause(), spec] {
+            let Ok(guest) = spec.for_guest("c1", true, &sources, &pod, &OnDisks::default()) else { return };
+            let guest: Spec =
+                serde_json::from_slice(&guest).expect("what the guest is told is a specification");
+            // No name of the host's hierarchy, and no program of the host, gets there.
+            assert_eq!(guest.linux.unwrap().cgroups_path.as_deref(), Some("/c1"));
+        }
+    });
+}

@@ -217,3 +217,25 @@ fn the_file_follows_the_memory_across_the_hole() {
     assert_eq!(locate(512, 512 << 20), None);
     assert_eq!(locate(4096, (3 << 30) + 4096), Some(GuestAddress((4 << 30) + 4096)));
 }
+
+/// A file that claims to be a template, complete and unchanged.
+#[test]
+fn fuzz_template() {
+    let shape = shape();
+    let file = TempFile::new().unwrap().into_file();
+    let memory = crate::memory::create(shape.memory_mib, None).unwrap();
+    katana_fuzz::fuzz("template", |input| {
+        let mut state = input.rest().to_vec();
+        // The corpus has it of the version that made it.
+        let name = postcard::to_allocvec(&program()).unwrap();
+        let same = state.len().min(name.len());
+        state[..same].copy_from_slice(&name[..same]);
+        let length = (state.len() as u64).to_le_bytes();
+        let trailer = [&MAGIC[..], &length, &Sha256::digest(&state)].concat();
+        file.set_len(0).unwrap();
+        file.write_all_at(&[state, trailer].concat(), shape.memory_mib << 20).unwrap();
+        futimens(&file, &TimeSpec::UTIME_OMIT, &TimeSpec::new(SEALED, 0)).unwrap();
+        let Ok(state) = State::read(&file, &shape) else { return };
+        let _ = (state.map_memory(&file, &memory), state.guest_cid());
+    });
+}

@@ -7,6 +7,8 @@ pub mod blk;
 mod chain;
 pub mod console;
 pub mod fs;
+#[cfg(test)]
+mod fuzzing;
 pub mod mem;
 pub mod net;
 pub mod pmem;

@@ -293,3 +293,15 @@ fn commands_that_make_no_sense_are_refused() {
     bench.activate(1 << VIRTIO_NET_F_CTRL_VQ);
     assert_eq!(command(&mut bench, 2, &[4, 0, 2, 0]), Some(0));
 }
+
+#[test]
+fn fuzz_net() {
+    let (mut bench, near) = bench(MERGE);
+    katana_fuzz::fuzz("net", |input| {
+        // As many packets as may be, of all lengths.
+        (0..input.below(8)).for_each(|_| drop(near.send(&vec![7; input.edge() as usize % 70_000])));
+        let features = if input.once_in(2) { MERGE } else { 0 };
+        crate::virtio::fuzzing::drive(&mut bench, features, input);
+        while near.recv(&mut [0; 64]).is_ok() {}
+    });
+}

@@ -112,6 +112,11 @@ impl Ring {
         self.put(self.avail + 2, self.next_avail);
     }
 
+    /// Claims that the chains up to this index are available.
+    pub fn claim(&self, index: u16) {
+        self.put(self.avail + 2, index);
+    }
+
     /// How many chains are returned and not yet looked at.
     pub fn peek_used(&self) -> u16 {
         let index: u16 = self.memory.read_obj(GuestAddress(self.used + 2)).unwrap();

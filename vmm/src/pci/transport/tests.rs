@@ -356,3 +356,58 @@ fn a_hidden_function_has_no_structures_but_keeps_its_place() {
     bench.function.show().unwrap();
     assert_eq!(structures(&bench.function), all);
 }
+
+/// A driver that does anything with the registers: of the function, of its BAR and of its vectors.
+#[test]
+fn fuzz_pci() {
+    katana_fuzz::fuzz("pci", |input| {
+        let bench = bench();
+        let mut reached = 0;
+        while !input.is_empty() {
+            let sizes = [1, 2, 4, 8, 3, 16];
+            let size = input.one_of(&sizes);
+            // The structures, one after the other in the BAR; where it ends; anywhere.
+            let offset = match input.below(8) {
+                0..4 => input.below(0x40) as u64,
+                4 => TABLE + input.below(0x40) as u64,
+                5 => NOTIFY + input.below(0x40) as u64,
+                6 => BAR_SIZE.saturating_sub(input.below(16) as u32).into(),
+                _ => input.edge(),
+            };
+            match input.below(8) {
+                0 => bench.function.read(offset, &mut vec![0; size]),
+                1 => bench.function.read_config(offset as usize, &mut vec![0; size]),
+                2 => bench
+                    .function
+                    .write_config(offset as usize & 0xff, &input.u64().to_le_bytes()[..size.min(8)]),
+                3 => bench.negotiate(input.u64()),
+                4 => {
+                    let queue = input.below(3) as u16;
+                    let addresses = [input.edge(), input.edge(), input.edge()];
+                    let addresses = if input.once_in(2) { GOOD } else { addresses };
+                    bench.set_up_queue(queue, input.edge() as u16, addresses);
+                }
+                5 => bench.driver_ok(),
+                6 => bench.enable_msix(),
+                _ => bench.function.write(offset, &input.u64().to_le_bytes()[..size.min(8)]),
+            }
+            let mut device = lock(&bench.device);
+            if let Some(active) = &mut device.active {
+                reached += 1;
+                // What a device is given is as it is promised.
+                assert!((1..=QUEUES.len()).contains(&active.queues.len()));
+                for queue in &active.queues {
+                    assert!(queue.queue.is_valid(&active.memory), "{:?}", queue.queue);
+                    assert!(queue.queue.size() <= QUEUES[0]);
+                    queue.interrupt.trigger();
+                }
+            }
+            drop(device);
+            bench.lines.iter().for_each(|line| drop(line.take()));
+        }
+        // Where it is now, another one goes on.
+        let saved = bench.function.save();
+        let other = self::bench();
+        let _ = (other.function.restore(&saved), reached);
+    });
+}

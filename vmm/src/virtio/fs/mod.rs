@@ -246,13 +246,13 @@ impl Shared {
             state.in_flight += 1;
             drop(state);
             let head = chain.head_index();
-            let result = self.handle(&memory, chain);
+            let result = self.handle(&memory, &chain);
             self.finish(number, index, head, result);
         }
     }
 
     /// Answers a request: the length of the answer, and what is wrong with the request.
-    fn handle(&self, memory: &GuestMemory, chain: DescriptorChain<&GuestMemory>) -> (usize, Option<Error>) {
+    fn handle(&self, memory: &GuestMemory, chain: &DescriptorChain<&GuestMemory>) -> (usize, Option<Error>) {
         let ends = || Ok((Reader::new(memory, chain.clone())?, Writer::new(memory, chain.clone())?));
         let answered = ends().and_then(|(reader, writer)| Ok(self.messages.handle(reader, writer)?));
         let Err(error) = answered else { return (answered.unwrap_or(0), None) };

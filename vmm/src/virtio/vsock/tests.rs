@@ -12,6 +12,8 @@ use super::packet::{HOST_CID, Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_
 use super::*;
 use crate::virtio::testing::{Bench, READ, WRITE};
 
+mod fuzzing;
+
 const GUEST_CID: u32 = 3;
 const PORT: u32 = 1024;
 const OWN: u32 = 5000;

@@ -27,6 +27,11 @@ impl FileSystem for Host {
     type DirIter = <PassthroughFs as FileSystem>::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        // Without it, inode numbers collide. The library goes on, and says so on standard error each time, past the log and
+        // its limits.
+        if !capable.contains(FsOptions::SUBMOUNTS) {
+            return error(libc::EPROTO);
+        }
         self.inner.init(capable)
     }
 
