@@ -156,11 +156,15 @@ impl Attempt {
     /// place or `read_only` like that one.
     fn judge(&mut self, what: &str, opened: RawFd, read_only: bool) {
         let Some(status) = stat(opened, c"", libc::AT_EMPTY_PATH) else { return };
-        let held = self.held.iter().any(|(_, held)| *held == (status.st_dev, status.st_ino));
-        let fine = self.is_fine(&status) || Self::is_nowhere(opened) || held && read_only;
+        let fine = self.is_fine(&status) || Self::is_nowhere(opened) || self.is_known(&status) && read_only;
         if !fine {
             self.escapes.push(format!("{what}: opened {:?}", (status.st_dev, status.st_ino)));
         }
+    }
+
+    fn is_known(&self, status: &libc::stat) -> bool {
+        let found = (status.st_dev, status.st_ino);
+        self.is_fine(status) || self.held.iter().any(|(_, held)| *held == found)
     }
 
     fn is_fine(&self, status: &libc::stat) -> bool {
@@ -223,7 +227,9 @@ impl Attempt {
                 [here, at(name), libc::AT_FDCWD.into(), planted, libc::AT_EMPTY_PATH.into()],
             ),
         ];
-        if !inside {
+        // What is reached beyond, `open` has noted. To change that is not tried: it is somebody's.
+        let ours = there.is_some_and(|there| self.is_known(&there));
+        if !inside && ours {
             attempts.extend([
                 ("chmod", libc::SYS_fchmodat, [here, at(name), 0o644, 0, 0]),
                 ("chown", libc::SYS_fchownat, [here, at(name), 0, 0, libc::AT_EMPTY_PATH.into()]),
@@ -308,7 +314,7 @@ impl Attempt {
         for flags in [0, libc::AT_SYMLINK_NOFOLLOW, libc::AT_EMPTY_PATH] {
             let Some(status) = stat(directory, name, flags) else { continue };
             let found = (status.st_dev, status.st_ino);
-            let fine = self.is_fine(&status) || self.held.iter().any(|(_, held)| *held == found);
+            let fine = self.is_known(&status);
             if !fine {
                 self.escapes.push(format!("stat {directory} {name:?}: {found:?}"));
             }
