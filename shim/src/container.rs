@@ -443,6 +443,11 @@ impl Container {
         self.agent.update_container(&self.id, resources).await
     }
 
+    /// Whether the guest answers.
+    pub async fn ping(&self) -> Result<()> {
+        self.agent.list_processes(&self.id).await.map(drop)
+    }
+
     /// The processes by pid in the guest, each with the exec it is the first of.
     pub async fn processes(&self) -> Result<Vec<(u32, String)>> {
         if self.init.exit().is_some() {

@@ -110,12 +110,13 @@ impl PodSandbox {
 
     async fn ask_containers_to_end(&self, grace: Duration) {
         let containers = self.pod.members();
-        for container in &containers {
-            if let Err(e) = container.kill("", SIGTERM.unsigned_abs(), false).await {
-                log::debug!("stop container {}: {e}", container.id);
-            }
-        }
+        // A guest that does not even take the signals has no more time than one whose containers do not heed them.
         let all_ended = async {
+            for container in &containers {
+                if let Err(e) = container.kill("", SIGTERM.unsigned_abs(), false).await {
+                    log::debug!("stop container {}: {e}", container.id);
+                }
+            }
             for container in &containers {
                 container.init.wait().await;
             }
@@ -147,8 +148,8 @@ impl PodSandbox {
     /// PingSandbox: whether the guest answers.
     pub async fn ping(&self) -> Result<()> {
         let holder = self.running()?;
-        let answer = tokio::time::timeout(PING_LIMIT, holder.processes()).await;
-        answer.map_err(|_| Error::DeadlineExceeded("the guest does not answer".into()))?.map(drop)
+        let answer = tokio::time::timeout(PING_LIMIT, holder.ping()).await;
+        answer.map_err(|_| Error::DeadlineExceeded("the guest does not answer".into()))?
     }
 
     /// SandboxMetrics: what the pod's containers use together. Those that have ended use nothing.

@@ -11,6 +11,7 @@ use ttrpc::Code;
 use ttrpc::asynchronous::Client;
 
 use crate::containerd::{Containerd, can_run, code_and_text, ctx, eventually};
+use crate::silent::stop_agent_of;
 
 /// A pod that is to be.
 struct Pod {
@@ -207,5 +208,21 @@ async fn a_pod_that_cannot_start_says_why() {
     assert!(text.contains("kernel") && text.contains("No such file"), "{text}");
     let status = pod.status().await.unwrap();
     assert_eq!(status.state, "SANDBOX_NOTREADY");
+    pod.shut_down().await;
+}
+
+#[tokio::test]
+async fn a_pod_whose_guest_does_not_answer_is_stopped() {
+    if !can_run() {
+        return;
+    }
+    let pod = Pod::new("sandbox-silent").await;
+    pod.create().await.unwrap();
+    let machine = pod.start().await.unwrap();
+    pod.ping().await.unwrap();
+    stop_agent_of(machine).await;
+    assert_eq!(code(pod.ping().await), Code::DEADLINE_EXCEEDED);
+    pod.stop(1).await.unwrap();
+    assert_eq!(pod.wait().await.unwrap(), 137);
     pod.shut_down().await;
 }

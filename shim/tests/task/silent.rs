@@ -10,7 +10,11 @@ use crate::containerd::{Containerd, can_run, code_and_text, ctx, eventually};
 
 /// Stops the agent of a container's machine.
 async fn stop_agent(containerd: &Containerd) {
-    let machine = containerd.state("").await.unwrap().pid;
+    stop_agent_of(containerd.state("").await.unwrap().pid).await;
+}
+
+/// Likewise, of a machine by its pid.
+pub async fn stop_agent_of(machine: u32) {
     let children = || {
         let tasks = std::fs::read_dir(format!("/proc/{machine}/task")).unwrap().flatten();
         let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
