@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 const CONFIG_PATH: &str = "io.katacontainers.config_path";
 
 /// Gives the handler `kata-configured` this configuration. For a test that has its turn alone.
-pub fn configure(configuration: Configuration) {
+pub fn configure(configuration: &Configuration) {
     let path = Containerd::current().directory().join("kata.toml");
     fs::write(&path, configuration.to_toml()).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
 }
@@ -62,7 +62,7 @@ fn a_pods_author_runs_no_program_on_the_node() {
     drop(Pod::run_with("kata", annotated(CONFIG_PATH, &trap.path())));
     trap.expect_unused();
     let before = Host::before();
-    configure(Configuration::installed());
+    configure(&Configuration::installed());
     let refused = |path: &str, parts: &[&str]| {
         expect_refused(
             "kata-configured",
@@ -76,7 +76,7 @@ fn a_pods_author_runs_no_program_on_the_node() {
     // With directories that the node's administrator has made for this, only what is in them.
     let allowed = Scratch::new();
     let directory = allowed.path().display().to_string();
-    configure(Configuration::installed().set("runtime.config_path_directories", vec![directory.clone()]));
+    configure(&Configuration::installed().set("runtime.config_path_directories", vec![directory.clone()]));
     refused(&trap.path(), &["is not below one of config_path_directories"]);
     refused(&format!("{directory}/../{}", trap.path()), &["is not below one of config_path_directories"]);
     let link = allowed.path().join("link.toml");

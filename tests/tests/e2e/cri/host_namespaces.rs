@@ -68,7 +68,7 @@ fn the_machines_namespaces_take_their_place_if_the_configuration_says_so() {
     if !environment::is_vm_or_say("runc's containers can be in the node's") {
         return;
     }
-    configure(Configuration::installed().set("runtime.host_namespaces", "guest"));
+    configure(&Configuration::installed().set("runtime.host_namespaces", "guest"));
     let pod = Pod::run_with("kata-configured", options(json!({"pid": "NODE", "ipc": "NODE"})));
     let container = pod.start(options(json!({"pid": "NODE", "ipc": "NODE"})));
     let boot = container.sh("[ $$ = 1 ] || cat /proc/sys/kernel/random/boot_id");
