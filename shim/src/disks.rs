@@ -67,13 +67,24 @@ pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer]) -> Result<Vec<W
         // Privileged containers get the numbers of all disks of the host, for what they might need.
         if !rules.allow_all() {
             let path = path_of(device)?;
-            let read_only = !rules.allow_write(device.major, device.minor);
+            let read_only = !rules.allow(device.major, device.minor, 'w');
             wanted.push(Wanted { path, read_only, purpose: Purpose::Device(None) });
         }
     }
     for (number, (mount, source)) in spec.mounts.iter().zip(sources).enumerate() {
         if let Source::BlockDevice(path) = source {
-            let read_only = !crate::volumes::access(&mount.options).lets_write();
+            // Whoever may name the node has not been given the device: with runc its node is there and cannot be opened.
+            let (major, minor) = numbers(path)?;
+            if !rules.allow(major, minor, 'r') {
+                return Err(Error::InvalidArgument(format!(
+                    "mount of block device {}: the container's device rules do not allow {major}:{minor} (a volume with \
+                     volumeMode: Block, or --device, does)",
+                    path.display()
+                )));
+            }
+            let writes =
+                crate::volumes::access(&mount.options).lets_write() && rules.allow(major, minor, 'w');
+            let read_only = !writes;
             wanted.push(Wanted { path: path.clone(), read_only, purpose: Purpose::Device(Some(number)) });
         }
     }
@@ -108,6 +119,13 @@ fn path_of(device: &Device) -> Result<PathBuf> {
         let (path, major, minor) = (device.path.display(), device.major, device.minor);
         Error::InvalidArgument(format!("device {path}: the host has no block device {major}:{minor}"))
     })
+}
+
+/// Those of the device that a node stands for.
+fn numbers(path: &Path) -> Result<(i64, i64)> {
+    let node = fs::metadata(path).map_err(|e| Error::io(path.display(), &e))?.rdev();
+    let number = |part: u64| i64::try_from(part).unwrap_or(i64::MAX);
+    Ok((number(major(node)), number(minor(node))))
 }
 
 impl Wanted {
@@ -154,8 +172,8 @@ impl<'a> Rules<'a> {
         self.0.iter().any(|rule| any(rule) && rule.get("allow").and_then(Value::as_bool) == Some(true))
     }
 
-    /// Whether a block device may be written to: the last rule that speaks of it decides.
-    fn allow_write(&self, major: i64, minor: i64) -> bool {
+    /// Whether a block device may be read ('r') or written to ('w'): the last rule that speaks of it decides.
+    fn allow(&self, major: i64, minor: i64, wanted: char) -> bool {
         let is = |rule: &Map<String, Value>, name, number| {
             rule.get(name).and_then(Value::as_i64).is_none_or(|given| given < 0 || given == number)
         };
@@ -163,7 +181,7 @@ impl<'a> Rules<'a> {
             let kind = rule.get("type").and_then(Value::as_str).unwrap_or("a");
             let access = rule.get("access").and_then(Value::as_str).unwrap_or_default();
             let everything = kind == "a";
-            (everything || kind == "b" && access.contains('w'))
+            (everything || kind == "b" && access.contains(wanted))
                 && is(rule, "major", major)
                 && is(rule, "minor", minor)
         };

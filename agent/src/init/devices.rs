@@ -207,7 +207,7 @@ impl Device {
 pub fn forget(id: &str) {
     match fs::remove_dir_all(Path::new(STAGE).join(id)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            log::warn!("devices of container {id}: {error}")
+            log::warn!("devices of container {id}: {error}");
         }
         _ => {}
     }

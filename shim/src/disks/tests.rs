@@ -73,7 +73,7 @@ fn the_last_rule_that_speaks_of_a_device_decides() {
     for (rules, expected) in cases {
         let resources = json!({"devices": rules});
         let rules = Rules::of(resources.as_object());
-        assert_eq!(rules.allow_write(7, 3), expected, "{resources}");
+        assert_eq!(rules.allow(7, 3, 'w'), expected, "{resources}");
     }
 }
 
@@ -88,6 +88,36 @@ fn the_hosts_disks_are_not_for_those_who_may_use_everything() {
     assert_eq!(wanted(&privileged, &[], &[]).unwrap(), []);
     let error = wanted(&spec(json!([])), &[], &[]).unwrap_err().to_string();
     assert!(error.contains("/dev/sda") && error.contains("999:0"), "{error}");
+}
+
+/// With a host path of a block device, which does not come with the right to use it.
+#[test]
+fn a_disk_that_is_mounted_has_to_be_allowed() {
+    let directory = std::env::temp_dir().join(format!("katana-disks-{}", std::process::id()));
+    fs::create_dir_all(&directory).unwrap();
+    let node = directory.join("node");
+    let number = nix::sys::stat::makedev(999, 5);
+    let mode = nix::sys::stat::Mode::S_IRUSR;
+    if nix::sys::stat::mknod(&node, nix::sys::stat::SFlag::S_IFBLK, mode, number).is_err() {
+        return eprintln!("skipped: not root");
+    }
+    let found = |rules: Value| {
+        let mount =
+            json!({"destination": "/disk", "type": "bind", "source": node, "options": ["rbind", "rw"]});
+        let spec = json!({"mounts": [mount], "linux": {"resources": {"devices": rules}}});
+        let spec = serde_json::from_value::<Spec>(spec).unwrap();
+        let found = wanted(&spec, &[Source::BlockDevice(node.clone())], &[]).map_err(|e| e.to_string())?;
+        Ok::<_, String>(found[0].read_only)
+    };
+    let none = json!({"allow": false, "access": "rwm"});
+    let one = |access: &str| json!({"allow": true, "type": "b", "major": 999, "minor": 5, "access": access});
+    assert_eq!(found(json!([none, one("rwm")])), Ok(false));
+    assert_eq!(found(json!([none, one("r")])), Ok(true));
+    assert_eq!(found(json!([none, {"allow": true, "access": "rwm"}])), Ok(false));
+    let error = found(json!([none, one("m")])).unwrap_err();
+    assert!(error.contains("do not allow 999:5"), "{error}");
+    assert!(found(json!([none])).is_err());
+    fs::remove_dir_all(directory).unwrap();
 }
 
 fn opened(inode: u64, read_only: bool) -> Opened {

@@ -1,5 +1,7 @@
 //! What breaks is reported, and nothing stays behind.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -195,6 +197,43 @@ fn the_last_words_of_a_guest_that_hangs_are_quoted() {
         let path = scratch.file("configuration.toml", text);
         let expected = ["did not connect within 15 s", "Kernel panic", "/nonexistent"];
         expect_no_start_after(Duration::from_secs(15), Some(&path), &expected);
+    }
+}
+
+/// Whoever can change one of them is root on the host, or in all guests.
+#[test]
+fn files_that_others_can_change_are_named() {
+    let _turn = alone();
+    if !is_vm() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let open = scratch.directory("open");
+    for (key, name) in [("path", "VMM"), ("kernel", "kernel"), ("image", "guest image")] {
+        let key = format!("hypervisor.katana.{key}");
+        let file = open.join("file");
+        std::fs::copy(Configuration::installed().text(&key), &file).expect("copy");
+        let text = Configuration::installed().set(&key, file.display().to_string()).to_toml();
+        let path = scratch.file("configuration.toml", text);
+        let quoted = |path: &Path| format!("\"{}\"", path.display());
+        let modes =
+            |of: &Path, mode| std::fs::set_permissions(of, Permissions::from_mode(mode)).expect("chmod");
+        modes(&file, 0o775);
+        let why = "can be written to by others than root (mode 0775)";
+        expect_no_start(Some(&path), &[name, &quoted(&file), why]);
+        modes(&file, 0o755);
+        modes(&open, 0o757);
+        expect_no_start(Some(&path), &[name, &quoted(&open), "(mode 0757)"]);
+        modes(&open, 0o755);
+        std::os::unix::fs::chown(&file, Some(1000), None).expect("chown");
+        expect_no_start(Some(&path), &[name, &quoted(&file), "belongs to user 1000, not to root"]);
+        let tool = environment::bin().join("kata-runtime").display().to_string();
+        let config = path.display().to_string();
+        let check =
+            Command::new(&[tool.as_str(), "--config", config.as_str(), "check"]).output().expect_code(1);
+        check.expect_error_line(&["belongs to user 1000, not to root"]);
+        std::os::unix::fs::chown(&file, Some(0), None).expect("chown");
+        std::fs::remove_file(&file).expect("remove");
     }
 }
 

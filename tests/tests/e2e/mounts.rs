@@ -158,3 +158,28 @@ fn later_mounts_appear_as_mounts_and_go_while_their_files_are_in_use() {
     user.wait_for("closed");
     sh("ls -R /mnt > /dev/null").ok();
 }
+
+/// CVE-2019-16884: an image's volume, or a client's, in the place of the kernel's files. runc refuses the same.
+#[test]
+fn nothing_is_mounted_over_the_files_of_the_kernel() {
+    let _turn = shared();
+    let scratch = Scratch::new();
+    let source = scratch.path().display();
+    for mount in [
+        format!("type=bind,src={source},dst=/proc,options=rbind:ro"),
+        format!("type=bind,src={source},dst=/proc/self/attr,options=rbind:ro"),
+        format!("type=bind,src={source},dst=/proc/sys/kernel,options=rbind:ro"),
+    ] {
+        let output = Run::new(BUSYBOX).options(&format!("--mount {mount}")).command(&["true"]).output();
+        assert_ne!(output.code, 0, "{mount}: {output}");
+        output.expect_error_line(&["error mounting", "proc"]);
+    }
+    // For other kinds, runc does so from 1.2 on.
+    if katana_tests::environment::is_vm_or_say("runc 1.1 asks this of bind mounts only") {
+        for mount in ["type=tmpfs,src=tmpfs,dst=/proc/self/attr", "type=tmpfs,src=tmpfs,dst=/proc"] {
+            let output = Run::new(BUSYBOX).options(&format!("--mount {mount}")).command(&["true"]).output();
+            assert_ne!(output.code, 0, "{mount}: {output}");
+            output.expect_error_line(&["error mounting", "proc"]);
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -288,4 +288,29 @@ fn a_directory_that_takes_no_template_is_no_obstacle() {
     // In the place of the directory is a file.
     fs::write(&directory, "").expect("write");
     start_without(&configuration, "a file is in its place");
+}
+
+/// Whoever can write to a template is in all machines that go on from it.
+#[test]
+fn templates_that_others_can_change_are_of_no_use() {
+    let _turn = alone();
+    if !is_vm() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let (directory, configuration) = own_templates(&scratch);
+    start(&configuration);
+    let file = template(&directory);
+    for (path, mode) in [(&file, 0o606), (&directory, 0o707)] {
+        let before = fs::metadata(path).expect("metadata").permissions();
+        fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("chmod");
+        start_without(&configuration, "others can write to it");
+        fs::set_permissions(path, before).expect("chmod");
+    }
+    // Somebody has made the directory before the first start.
+    fs::remove_dir_all(&directory).expect("remove");
+    fs::create_dir(&directory).expect("make the directory");
+    std::os::unix::fs::chown(&directory, Some(1000), None).expect("chown");
+    start_without(&configuration, "another user has made the directory");
+    assert_eq!(fs::read_dir(&directory).expect("templates").count(), 0);
 }

@@ -2,8 +2,10 @@
 
 use katana_tests::cri::Pod;
 use katana_tests::host::Host;
-use katana_tests::{Configuration, Instance, Scratch, environment, turn};
+use katana_tests::{Configuration, Instance, environment, turn};
 use serde_json::{Value, json};
+
+use super::configuration::configure;
 
 /// A pod with these options of its namespaces.
 fn options(options: Value) -> Value {
@@ -62,16 +64,12 @@ fn the_nodes_namespaces_are_refused_by_a_shim_that_is_the_sandbox() {
 /// For agents of a node that ask for more than they need.
 #[test]
 fn the_machines_namespaces_take_their_place_if_the_configuration_says_so() {
-    let _turn = turn::shared();
+    let _turn = turn::alone();
     if !environment::is_vm_or_say("runc's containers can be in the node's") {
         return;
     }
-    let scratch = Scratch::new();
-    let configuration = Configuration::installed().set("runtime.host_namespaces", "guest");
-    let path = scratch.file("configuration.toml", configuration.to_toml());
-    let mut config = options(json!({"pid": "NODE", "ipc": "NODE"}));
-    config["annotations"] = json!({"io.katacontainers.config_path": path});
-    let pod = Pod::run_with("kata", config);
+    configure(&Configuration::installed().set("runtime.host_namespaces", "guest"));
+    let pod = Pod::run_with("kata-configured", options(json!({"pid": "NODE", "ipc": "NODE"})));
     let container = pod.start(options(json!({"pid": "NODE", "ipc": "NODE"})));
     let boot = container.sh("[ $$ = 1 ] || cat /proc/sys/kernel/random/boot_id");
     let host = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").expect("boot_id");

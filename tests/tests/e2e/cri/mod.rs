@@ -11,6 +11,7 @@
 
 use katana_tests::{Instance, environment, turn};
 
+mod configuration;
 mod exec;
 mod host_namespaces;
 mod life;
