@@ -53,7 +53,7 @@ impl Error {
 
     /// The host refused `what`.
     pub fn os(what: impl std::fmt::Display, errno: Errno) -> Self {
-        Self::Host(format!("{what}: {}", errno.desc()))
+        Self::Host(format!("{what}: {}", describe(errno)))
     }
 
     /// The process is not there any more, in the words of containerd's runc shim.
@@ -91,7 +91,16 @@ impl From<katana_config::Error> for Error {
 
 /// The reason of an I/O error without Rust's "(os error N)", which tells a user nothing.
 pub fn reason(error: &io::Error) -> String {
-    error.raw_os_error().map_or_else(|| error.to_string(), |code| Errno::from_raw(code).desc().into())
+    error.raw_os_error().map_or_else(|| error.to_string(), |code| describe(Errno::from_raw(code)).into())
+}
+
+/// What has run out is to be seen.
+fn describe(errno: Errno) -> &'static str {
+    match errno {
+        // Of fork(2) and of threads. Nothing else of which an error is told is tried again.
+        Errno::EAGAIN => "Resource temporarily unavailable (no more processes or threads: pids.max?)",
+        errno => errno.desc(),
+    }
 }
 
 /// Longest text of an error, bytes. Guests have a say in some.

@@ -11,6 +11,7 @@ mod disks;
 mod docker;
 mod exec;
 mod failures;
+mod faults;
 mod guest;
 mod host_namespaces;
 mod io;
