@@ -44,8 +44,9 @@ fn a_pid_namespace_is_shared_by_the_pod(handler: &str) {
     // The sleep's parent is gone at once: it is for the pod's first process to reap it.
     script["command"] = json!(["sh", "-c", "(sleep 1.5 &); exec sleep 10005"]);
     let two = pod.start(script);
-    let processes = one.exec(&["ps", "-o", "pid,args"]);
-    assert!(processes.ok().contains("sleep 10005"), "{processes:?}");
+    // It may not have become that yet.
+    let seen = || one.exec(&["ps", "-o", "pid,args"]).ok().contains("sleep 10005");
+    assert!(eventually(seen), "{:?}", one.exec(&["ps", "-o", "pid,args"]));
     assert_ne!(one.sh("readlink /proc/self/exe; pidof sleep | grep -w 1").code, 0, "pid 1 is the pod's own");
     let gone = || {
         !one.exec(&["ps", "-o", "stat,args"])
