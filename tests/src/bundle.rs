@@ -1,10 +1,13 @@
 //! Containers for which `ctr run` has no options: those of a specification, with a root that is a plain directory.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use serde_json::Value;
+use nix::sys::stat::{major, minor};
+use serde_json::{Value, json};
 
 use crate::container::{Run, ctr, new_id};
+use crate::scratch::LoopDevice;
 use crate::{BUSYBOX, Command, Scratch};
 
 /// A specification that a test changes, and busybox as its root. Both are gone when this is dropped.
@@ -31,8 +34,26 @@ impl Bundle {
         spec["root"]["readonly"] = false.into();
         // The one of `ctr` is the whole namespace's.
         spec["linux"]["cgroupsPath"] = format!("/{}", new_id()).into();
-        spec["process"]["args"] = serde_json::json!(["/bin/sh", "-c", script]);
+        spec["process"]["args"] = json!(["/bin/sh", "-c", script]);
         Self { scratch, root, spec }
+    }
+
+    /// Binds the node of a disk, with a device rule for what may be done to it: `r`, `rw`, or nothing.
+    ///
+    /// # Panics
+    /// When the disk is not there.
+    #[track_caller]
+    pub fn add_disk(&mut self, disk: &LoopDevice, destination: &str, access: &str) {
+        let number = std::fs::metadata(disk.path()).expect("a node").rdev();
+        let mounts = self.spec["mounts"].as_array_mut().expect("mounts");
+        mounts.push(
+            json!({"type": "bind", "source": disk.path(), "destination": destination, "options": ["bind"]}),
+        );
+        let rules = self.spec["linux"]["resources"]["devices"].as_array_mut().expect("device rules");
+        if !access.is_empty() {
+            let (major, minor) = (major(number), minor(number));
+            rules.push(json!({"allow": true, "type": "b", "major": major, "minor": minor, "access": access}));
+        }
     }
 
     /// A directory for more files.

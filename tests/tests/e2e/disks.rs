@@ -1,7 +1,9 @@
-//! Roots on block devices, which the guest mounts itself.
+//! Roots on block devices, which the guest mounts itself, and block devices that are mounted.
 
+use katana_tests::bundle::Bundle;
+use katana_tests::scratch::LoopDevice;
 use katana_tests::turn::shared;
-use katana_tests::{BUSYBOX, Run, ctr, environment};
+use katana_tests::{BUSYBOX, Run, Scratch, ctr, environment};
 
 /// What is mounted as a container's root.
 const ROOT: &str = "awk '$2 == \"/\" { kind = $3 } END { print kind }' /proc/mounts";
@@ -28,4 +30,28 @@ fn a_read_only_root_on_a_block_device_stays_as_it_is() {
     let _turn = shared();
     let run = Run::new(BUSYBOX).options("--snapshotter blockfile --read-only");
     run.sh("! echo x > /file").output().ok().expect_error_line(&["Read-only file system"]);
+}
+
+/// Whoever can name a node in a mount has not been given the disk.
+#[test]
+fn a_mounted_disk_is_for_whom_the_device_rules_give_it() {
+    let _turn = shared();
+    let scratch = Scratch::new();
+    let disk = LoopDevice::of(&scratch.file("image", "x".repeat(1 << 20)));
+    let script = "head -c 3 /dev/seen 2>&1 && echo; (echo yyy > /dev/seen) 2>/dev/null || echo refused";
+    let said = |access| {
+        let mut bundle = Bundle::new(script);
+        bundle.add_disk(&disk, "/dev/seen", access);
+        bundle.run().output()
+    };
+    said("r").ok().expect_text("xxx\nrefused");
+    said("rw").ok().expect_text("xxx");
+    said("rw").ok().expect_text("yyy");
+    if environment::is_vm() {
+        let output = said("");
+        assert_ne!(output.code, 0, "{output}");
+        output.expect_error_line(&["/dev/loop", "device rules do not allow"]);
+    } else {
+        said("").ok().expect_text("head: /dev/seen: Operation not permitted\nrefused");
+    }
 }

@@ -5,6 +5,7 @@ use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use katana_tests::bundle::Bundle;
 use katana_tests::network::{Bridge, Namespace};
 use katana_tests::process::Process;
 use katana_tests::scratch::LoopDevice;
@@ -138,9 +139,10 @@ fn a_disk_that_may_be_read_only_cannot_be_opened_for_writing() {
     }
     let scratch = Scratch::new();
     let disk = LoopDevice::of(&scratch.file("image", "x".repeat(1 << 20)));
-    let run = Run::new(BUSYBOX).bind(Path::new(disk.path()), "/dev/seen", "ro");
-    let container = run.command(&["sleep", "10000"]).start();
-    container.sh("test -b /dev/seen").ok();
+    let mut bundle = Bundle::new("sleep 10000");
+    bundle.add_disk(&disk, "/dev/seen", "r");
+    let container = bundle.run().start();
+    container.exec(&["/bin/sh", "-c", "test -b /dev/seen"]).ok();
     let vmm = Process::vmm_of(container.id());
     let is_disk = |descriptor: &Descriptor| {
         fs::metadata(&descriptor.path).is_ok_and(|status| status.file_type().is_block_device())

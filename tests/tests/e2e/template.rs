@@ -160,7 +160,7 @@ fn code_of_the_guest_is_in_huge_pages() {
     let scratch = Scratch::new();
     let (directory, configuration) = own_templates(&scratch);
     fs::create_dir(&directory).expect("mkdir");
-    mount(Some("templates"), &directory, Some("tmpfs"), MsFlags::empty(), None::<&str>).expect("mount");
+    mount(Some("templates"), &directory, Some("tmpfs"), MsFlags::empty(), Some("mode=0700")).expect("mount");
     start(&configuration);
     template(&directory);
     let container = Run::new(BUSYBOX).configuration(&configuration).command(&["sleep", "10000"]).start();
