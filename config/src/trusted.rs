@@ -72,6 +72,7 @@ impl Walk {
             match kind(&status) {
                 SFlag::S_IFLNK => {
                     owned(&status, &place)?;
+                    walk.check_names()?;
                     followed += 1;
                     if links == Links::Refuse || followed > MOST_LINKS {
                         return Err(other(&place, "is a symbolic link"));
@@ -107,16 +108,23 @@ impl Walk {
         self.way.last().ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
+    /// In a directory of all users, such as /tmp, a name of root's file or link can be another user's hard link to it, and one that is
+    /// about to be made can be another user's link. What is a directory of root's there is root's alone to rename.
+    fn check_names(&self) -> io::Result<()> {
+        let (directory, path) = self.here()?;
+        if fstat(directory)?.st_mode & OTHERS_WRITE != 0 {
+            return Err(other(path, "is a directory in which others than root can make files"));
+        }
+        Ok(())
+    }
+
     fn open(self) -> io::Result<File> {
+        self.check_names()?;
         let (directory, path) = self.here()?;
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
         let Some(name) = &self.name else {
             return Ok(openat(directory, ".", flags | OFlag::O_DIRECTORY, Mode::empty())?.into());
         };
-        // In a directory of all users, such as /tmp, a name of root's file can be another user's hard link to it.
-        if fstat(directory)?.st_mode & OTHERS_WRITE != 0 {
-            return Err(other(path, "is a directory in which others than root can make files"));
-        }
         let path = path.join(name);
         // To open a device or a FIFO is to do something already.
         if kind(&fstat(self.enter(name)?.0)?) != SFlag::S_IFREG {

@@ -266,7 +266,8 @@ impl Draft {
         let Ok(entries) = fs::read_dir(&self.store.directory) else { return };
         for entry in entries.flatten() {
             let (path, name) = (entry.path(), entry.file_name());
-            let Some((name, _)) = name.to_str().and_then(parts) else { continue };
+            let template = name.to_str().map(|name| name.strip_suffix(PART).unwrap_or(name));
+            let Some((name, _)) = template.and_then(parts) else { continue };
             let idle = || entry.metadata().is_ok_and(|metadata| is_idle(&metadata, SystemTime::now()));
             if path != ours && (name == self.store.name || idle()) {
                 let _ = fs::remove_file(path);

@@ -136,8 +136,13 @@ fn old_ones_go_and_strangers_stay() {
     let stranger = name("0123456789abcdef-notes");
     fs::write(&other, "another configuration's, just made").unwrap();
     fs::write(&stranger, "").unwrap();
+    // Of an older version: a whole one, and one whose maker has died.
+    let old = name(&format!("{}-{}", store(&directory).name, hash("c")));
+    let half = name(&format!("{}-{}{PART}", store(&directory).name, hash("d")));
+    [&old, &half].iter().for_each(|file| fs::write(file, "").unwrap());
     store(&directory).begin().unwrap().commit().unwrap();
     assert!(other.exists() && stranger.exists());
+    assert!(!old.exists() && !half.exists());
     let metadata = fs::metadata(&other).unwrap();
     let in_days = |days: u64| SystemTime::now() + Duration::from_secs(days * 24 * 3600);
     assert!(!is_idle(&metadata, in_days(6)) && is_idle(&metadata, in_days(8)));

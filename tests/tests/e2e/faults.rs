@@ -307,15 +307,7 @@ struct Cgroup(PathBuf);
 
 impl Cgroup {
     fn new(path: &Path, file: &str, text: &str) -> Self {
-        for directory in path.ancestors().skip(1).take_while(|above| above.starts_with("/sys/fs/cgroup")) {
-            let _ = std::fs::create_dir_all(directory);
-        }
-        let mut above: Vec<_> =
-            path.ancestors().skip(1).take_while(|above| above.starts_with("/sys/fs/cgroup")).collect();
-        above.reverse();
-        for directory in above {
-            let _ = std::fs::write(directory.join("cgroup.subtree_control"), "+pids");
-        }
+        std::fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+pids").expect("the controller of pids");
         std::fs::create_dir(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         std::fs::write(path.join(file), text).unwrap_or_else(|e| panic!("{file} of {}: {e}", path.display()));
         Self(path.to_owned())

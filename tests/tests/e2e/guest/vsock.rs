@@ -40,7 +40,7 @@ fn connect(port: u32) -> std::io::Result<File> {
 fn nothing_comes_from_the_host() {
     let stop =
         Path::new(&std::env::var(super::DIRECTORY).expect("this runs inside a container")).join("stop");
-    let (mut open, mut rounds) = (HashMap::<u32, File>::new(), 0_usize);
+    let (mut open, mut rounds, mut made) = (HashMap::<u32, File>::new(), 0_usize, 0_usize);
     while !stop.exists() {
         for port in PORTS.chain([AGENT_PORT]) {
             let mut bytes = [0; 64];
@@ -53,7 +53,10 @@ fn nothing_comes_from_the_host() {
             if ended {
                 open.remove(&port);
                 // On a host there may be no such sockets.
-                open.extend(connect(port).ok().map(|stream| (port, stream)));
+                if let Ok(stream) = connect(port) {
+                    made += 1;
+                    open.insert(port, stream);
+                }
             } else if rounds % 2 == 1
                 && let Some(stream) = open.get_mut(&port)
             {
@@ -63,5 +66,6 @@ fn nothing_comes_from_the_host() {
         }
         rounds += 1;
     }
-    println!("{rounds} rounds");
+    // Past what the test runner captures.
+    let _ = writeln!(std::io::stdout(), "{rounds} rounds, {made} connections");
 }
