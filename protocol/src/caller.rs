@@ -1,5 +1,5 @@
-//! What the agent says first on a connection that goes on to a socket of the host: the socket's secret, which no other process
-//! of the guest has, and who has connected there. The shim answers with one byte, 0 or an error number.
+//! What the agent says after the stream key on a connection that goes on to a socket of the host: the socket's secret, by which it is
+//! one to this socket, and who has connected there. The shim answers with one byte, 0 or an error number.
 //!
 //! The shim connects as this user, so that what the host's kernel lets pass, and tells the server (SO_PEERCRED), is what it
 //! would be without a machine in between.

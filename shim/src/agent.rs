@@ -27,6 +27,9 @@ const SHORT: Duration = Duration::from_secs(20);
 /// For what the end of a container, or of a process, waits for. containerd gives 10 s to all that follows from an exit
 /// (`handleEventTimeout` of its CRI plugin).
 const TIDY: Duration = Duration::from_secs(8);
+/// For a signal. The agent lets one wait so long for a young program that has no handler yet (`GROWN` in agent/src/young.rs, 10 s), and
+/// drops what it has not done in time.
+const SIGNAL: Duration = Duration::from_secs(12);
 /// For SIGKILL, after which the machine ends.
 const KILL: Duration = Duration::from_secs(5);
 /// For looking at a container. containerd asks one after the other, so that a guest that does not answer delays what is told of
@@ -51,7 +54,7 @@ const LAST_STATUS: u32 = 255;
 pub struct Agent {
     client: api::AgentClient,
     ended: watch::Receiver<Option<Arc<End>>>,
-    /// When an answer did not come in time, unless there has been one since.
+    /// When one who looked got no answer in time, unless there has been one since.
     missed: Arc<Mutex<Option<Instant>>>,
 }
 
@@ -106,7 +109,6 @@ impl Agent {
             end = wait_end(&mut ended) => return Err(Error::Unavailable(end.to_string())),
         };
         let late = || {
-            *self.missed() = Some(Instant::now());
             let limit = limit.unwrap_or_default().as_secs();
             Error::DeadlineExceeded(format!("the agent did not answer {name} within {limit} s"))
         };
@@ -139,7 +141,12 @@ impl Agent {
             let text = format!("{name}: the agent does not answer");
             return Err(Error::DeadlineExceeded(text));
         }
-        self.call(name, Some(LOOK), request).await
+        let answer = self.call(name, Some(LOOK), request).await;
+        // Only these say that it is silent: what others take depends on what runs in the guest.
+        if matches!(answer, Err(Error::DeadlineExceeded(_))) {
+            *self.missed() = Some(Instant::now());
+        }
+        answer
     }
 
     /// Clock, entropy, name, share, shared memory and network of the pod, and the key to the host's ports.
@@ -219,8 +226,8 @@ impl Agent {
     pub async fn forward_port(&self, port: u16, host_port: u32) -> Result<()> {
         let request = api::ForwardPortRequest { port: port.into(), host_port, ..Default::default() };
         let client = self.client.clone();
-        self.call("ForwardPort", Some(SHORT), async move {
-            client.forward_port(with_duration(SHORT), &request).await
+        self.call("ForwardPort", Some(LONG), async move {
+            client.forward_port(with_duration(LONG), &request).await
         })
         .await?;
         Ok(())
@@ -361,7 +368,7 @@ impl Agent {
 
     /// Signals a process, or all of its container.
     pub async fn signal_process(&self, name: &ProcessName, signal: u32, all: bool) -> Result<()> {
-        let limit = if signal == libc::SIGKILL.unsigned_abs() { KILL } else { TIDY };
+        let limit = if signal == libc::SIGKILL.unsigned_abs() { KILL } else { SIGNAL };
         let request = api::SignalProcessRequest {
             container_id: name.container.clone(),
             exec_id: name.exec.clone(),

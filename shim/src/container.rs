@@ -96,8 +96,10 @@ impl Container {
         let pause = spec.is_sandbox();
         let ceiling = Arc::clone(&sandbox);
         let (found, mut sources, wanted) = crate::blocking(move || {
-            ceiling.see_sources(&spec);
             let sources = spec.sources(&bundle, &pod);
+            if !pause {
+                ceiling.see_sources(&spec, &sources, &layers);
+            }
             let wanted = if pause { Vec::new() } else { disks::wanted(&spec, &sources, &layers)? };
             Ok(((spec, bundle, layers, pod), sources, wanted))
         })

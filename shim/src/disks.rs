@@ -42,6 +42,8 @@ pub struct Wanted {
     pub read_only: bool,
     /// What for.
     pub purpose: Purpose,
+    /// The device that the container's rules were asked about, if the path is the container's to choose: it may lead elsewhere by now.
+    pub checked: Option<(i64, i64)>,
 }
 
 /// A disk that is open.
@@ -68,13 +70,14 @@ pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer]) -> Result<Vec<W
         if !rules.allow_all() {
             let path = path_of(device)?;
             let read_only = !rules.allow(device.major, device.minor, 'w');
-            wanted.push(Wanted { path, read_only, purpose: Purpose::Device(None) });
+            wanted.push(Wanted { path, read_only, purpose: Purpose::Device(None), checked: None });
         }
     }
     for (number, (mount, source)) in spec.mounts.iter().zip(sources).enumerate() {
         if let Source::BlockDevice(path) = source {
             // Whoever may name the node has not been given the device: with runc its node is there and cannot be opened.
-            let (major, minor) = numbers(path)?;
+            let node = fs::metadata(path).map_err(|e| Error::io(path.display(), &e))?;
+            let (major, minor) = numbers(&node).ok_or_else(|| is_another(path))?;
             if !rules.allow(major, minor, 'r') {
                 return Err(Error::InvalidArgument(format!(
                     "mount of block device {}: the container's device rules do not allow {major}:{minor} (a volume with \
@@ -85,7 +88,8 @@ pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer]) -> Result<Vec<W
             let writes =
                 crate::volumes::access(&mount.options).lets_write() && rules.allow(major, minor, 'w');
             let read_only = !writes;
-            wanted.push(Wanted { path: path.clone(), read_only, purpose: Purpose::Device(Some(number)) });
+            let (purpose, checked) = (Purpose::Device(Some(number)), Some((major, minor)));
+            wanted.push(Wanted { path: path.clone(), read_only, purpose, checked });
         }
     }
     Ok(wanted)
@@ -105,7 +109,8 @@ fn root(layers: &[Layer]) -> Option<Wanted> {
     let options: Vec<_> = layer.options.iter().filter(|option| !loops(option)).cloned().collect();
     // erofs has no other way.
     let read_only = layer.kind == "erofs" || options.iter().any(|option| option == "ro");
-    Some(Wanted { path, read_only, purpose: Purpose::Root { kind: layer.kind.clone(), options } })
+    let purpose = Purpose::Root { kind: layer.kind.clone(), options };
+    Some(Wanted { path, read_only, purpose, checked: None })
 }
 
 /// The node of a device that a specification names by its numbers: the kernel knows it.
@@ -121,11 +126,18 @@ fn path_of(device: &Device) -> Result<PathBuf> {
     })
 }
 
-/// Those of the device that a node stands for.
-fn numbers(path: &Path) -> Result<(i64, i64)> {
-    let node = fs::metadata(path).map_err(|e| Error::io(path.display(), &e))?.rdev();
+fn is_another(path: &Path) -> Error {
+    Error::InvalidArgument(format!(
+        "disk {}: it is not the block device any more that it was",
+        path.display()
+    ))
+}
+
+/// Those of the device that a node stands for; nothing of what is none.
+fn numbers(node: &fs::Metadata) -> Option<(i64, i64)> {
     let number = |part: u64| i64::try_from(part).unwrap_or(i64::MAX);
-    Ok((number(major(node)), number(minor(node))))
+    let is_device = node.file_type().is_block_device();
+    is_device.then(|| (number(major(node.rdev())), number(minor(node.rdev()))))
 }
 
 impl Wanted {
@@ -141,12 +153,15 @@ impl Wanted {
         let file = handed::open(&self.path, File::options().read(true).write(!self.read_only));
         let file = file.map_err(|e| failed(&e))?;
         let status = file.metadata().map_err(|e| failed(&e))?;
-        let numbers = |number| {
+        if self.checked.is_some() && self.checked != numbers(&status) {
+            return Err(is_another(&self.path));
+        }
+        let parts = |number| {
             let part = |part: u64| u32::try_from(part).unwrap_or(u32::MAX);
             (part(major(number)), part(minor(number)))
         };
         let (numbers, identity) = if status.file_type().is_block_device() {
-            (numbers(status.rdev()), (true, status.rdev(), 0))
+            (parts(status.rdev()), (true, status.rdev(), 0))
         } else {
             ((0, 0), (false, status.dev(), status.ino()))
         };

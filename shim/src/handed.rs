@@ -15,7 +15,10 @@ use crate::mounts::{Detached, path_of_fd};
 pub fn open(path: &Path, options: &OpenOptions) -> io::Result<File> {
     let mount = match Detached::copy(path, false) {
         // An unbindable mount.
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => return options.open(path),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            log::warn!("{} is on an unbindable mount: kata-vmm gets it as it is on the host", path.display());
+            return options.open(path);
+        }
         mount => mount?,
     };
     let file = options.open(path_of_fd(mount.as_fd()))?;

@@ -28,7 +28,7 @@ use crate::ports::{Ports, Waiter};
 use crate::rootfs::Layer;
 use crate::share::Share;
 use crate::size::{Bounds, Limits, Size};
-use crate::spec::{OnDisks, Pod, Spec};
+use crate::spec::{OnDisks, Pod, Source, Spec};
 use crate::template::Start;
 use crate::vmm::{Thread, Vmm, wait_end};
 use crate::watch::Watcher;
@@ -340,12 +340,16 @@ impl Sandbox {
         }
     }
 
-    /// A container of these mounts is about to come. Blocks.
-    pub fn see_sources(&self, spec: &Spec) {
-        if let Some(ceiling) = &self.ceiling {
-            let binds = spec.mounts.iter().filter(|mount| mount.bind().is_some());
-            ceiling.see(binds.filter_map(|mount| mount.source.as_deref()));
-        }
+    /// A container is about to come that can write to these volumes and layers. Blocks.
+    pub fn see_sources(&self, spec: &Spec, sources: &[Source], layers: &[Layer]) {
+        let Some(ceiling) = &self.ceiling else { return };
+        let upper = layers.iter().flat_map(|layer| &layer.options);
+        let upper = upper.filter_map(|option| option.strip_prefix("upperdir=")).map(Path::new);
+        let binds = spec.mounts.iter().zip(sources).filter_map(|(mount, source)| match source {
+            Source::Host(path) if crate::volumes::access(&mount.options).lets_write() => Some(path.as_path()),
+            _ => None,
+        });
+        ceiling.see(binds.chain(upper));
     }
 
     /// Grows or shrinks the machine to what these limits need. Does not wait for memory to be given back.

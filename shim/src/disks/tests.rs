@@ -142,3 +142,16 @@ fn a_disk_of_two_containers_takes_one_slot() {
     assert_eq!(slots.take("c", &opened(7, false)), place(1, false));
     assert!(slots.has("c") && !slots.has("b"));
 }
+
+#[test]
+fn what_was_exchanged_since_the_rules_were_asked_is_not_opened() {
+    let wanted = |checked| Wanted {
+        path: image().into(),
+        read_only: true,
+        purpose: Purpose::Device(Some(0)),
+        checked,
+    };
+    let error = wanted(Some((7, 3))).open().err().map(|error| error.to_string()).unwrap_or_default();
+    assert!(error.contains("not the block device any more"), "{error}");
+    assert!(wanted(None).open().is_ok());
+}

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tokio::sync::Semaphore;
 
 use super::namespace::Namespace;
 use crate::error::{Error, Result};
+use crate::mounts::path_of_fd;
 use crate::ports::{Listener, Ports};
 use crate::spec::Spec;
 
@@ -47,10 +49,12 @@ pub fn servers_of(spec: &Spec) -> Vec<Ipv4Addr> {
 /// Reads a file that a container's author has named. It may be anything: a FIFO or a device is not waited for, as all of the pod
 /// would wait.
 fn read_file(path: &Path) -> io::Result<String> {
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
-    if !file.metadata()?.is_file() {
+    // To open a device, or a FIFO, is to do something already.
+    let found = File::options().read(true).custom_flags(libc::O_PATH).open(path)?;
+    if !found.metadata()?.is_file() {
         return Err(io::Error::other("not a file"));
     }
+    let file = File::open(path_of_fd(found.as_fd()))?;
     let mut text = String::new();
     file.take(LONGEST_FILE).read_to_string(&mut text)?;
     Ok(text)
