@@ -165,11 +165,14 @@ mod tests {
 
     #[test]
     fn a_target_that_fails_is_found_and_its_input_kept() {
+        let seed = std::env::var("KATANA_FUZZ_SEED").unwrap_or_else(|_| "1".to_owned());
+        let file = std::env::temp_dir().join(format!("katana-fuzz-self-{seed}"));
+        let _ = fs::remove_file(&file);
         let found = catch_unwind(|| {
             fuzz("self", |input| assert!(input.u8() != b'k' || input.u8() < 128, "found"));
         });
         assert!(found.is_err());
-        let kept = fs::read(std::env::temp_dir().join("katana-fuzz-self-1")).unwrap();
+        let kept = fs::read(&file).unwrap();
         assert!(kept[0] == b'k' && kept[1] >= 128);
     }
 

@@ -235,9 +235,11 @@ fn load_kernel(memory: &GuestMemory, kernel: &mut File, wishes: &Wishes) -> Resu
     let shift = match relocations {
         Some(_) => shift(memory, whole, wishes)?,
         None => {
-            log::info!(
-                "guest kernel: not at a random address: nokaslr is given, or the file has no relocations"
-            );
+            if wishes.off {
+                log::info!("guest kernel: at its own address, as nokaslr says");
+            } else {
+                log::warn!("guest kernel: at its own address: the file has no section .relocs");
+            }
             Shift::default()
         }
     };

@@ -198,7 +198,7 @@ fn own_descriptors() -> io::Result<OwnedFd> {
     let mount =
         unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c"/proc/self/fd".as_ptr(), flags) };
     if mount < 0 {
-        return Err(io::Error::last_os_error());
+        return Err(kernel::OPEN_TREE.explain(io::Error::last_os_error()));
     }
     // SAFETY: the kernel has just made this descriptor for us.
     let mount = unsafe { OwnedFd::from_raw_fd(mount as c_int) };
@@ -217,7 +217,7 @@ fn own_descriptors() -> io::Result<OwnedFd> {
             size,
         )
     };
-    if set < 0 { Err(io::Error::last_os_error()) } else { Ok(mount) }
+    if set < 0 { Err(kernel::MOUNT_SETATTR.explain(io::Error::last_os_error())) } else { Ok(mount) }
 }
 
 /// Makes the share, a mount that is attached nowhere yet, the root.

@@ -54,7 +54,8 @@ impl Messages {
     /// count of a write: the guest has deceived itself.
     ///
     /// # Errors
-    /// When it cannot be answered, or not be made sense of: then nothing has been written.
+    /// When it cannot be answered, or not be made sense of: then nothing has been written. What was asked for may have been done if there
+    /// was no room for the answer.
     pub fn handle(&self, mut reader: Reader<'_>, writer: Writer<'_>) -> Result<usize, virtiofsd::Error> {
         if reader.available_bytes().max(writer.available_bytes()) > checks::MOST_BYTES {
             return Err(nonsense("it is longer than any"));
@@ -106,7 +107,6 @@ impl Messages {
 
     fn write(&self, header: InHeader, mut reader: Reader<'_>) -> Answer {
         let WriteIn { fh, offset, size, write_flags, lock_owner, flags, .. } = reader.read_obj()?;
-        checks::transfer(offset, size)?;
         // The library takes whole buffers: what is behind the data must not follow it.
         if reader.split_at(size as usize).is_err() {
             return invalid();
@@ -178,6 +178,9 @@ fn reply(mut writer: Writer<'_>, unique: u64, answer: Answer) -> io::Result<usiz
     };
     let length = size_of::<OutHeader>() + payload.len();
     let len = u32::try_from(length).map_err(io::Error::other)?;
+    if writer.available_bytes() < length {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
     writer.write_all(OutHeader { len, error, unique }.as_slice())?;
     writer.write_all(&payload)?;
     Ok(length)

@@ -1,8 +1,9 @@
 //! virtio-fs (virtio 1.2, 5.11): the pod's shared directory, served by virtiofsd's passthrough file system inside this
 //! process.
 //!
-//! Wiring: `Fs::new(tag, proc_self_fd)`, in the jail, whose root is what is shared. `proc_self_fd` is /proc/self/fd, opened
-//! O_PATH before the jail's root was entered and by the process that then stays: virtiofsd opens inodes through it.
+//! Wiring: `Fs::new(tag, proc_self_fd)`, in the jail, whose root is what is shared. `proc_self_fd` is a mount of
+//! /proc/self/fd alone, made by the process that then stays before it entered the jail's root (`own_descriptors` in `jail.rs`):
+//! virtiofsd opens inodes through it.
 //! RLIMIT_NOFILE must have its final value, since each inode that the guest knows costs a descriptor. The threads
 //! start here and confine themselves by the seccomp filter for [`Kind::Fs`].
 //!
@@ -224,7 +225,7 @@ impl Shared {
         }
     }
 
-    /// Serves chains of a queue until there is none.
+    /// Serves chains of a queue until there is none, or a malformed one.
     fn serve(&self, index: usize) {
         loop {
             let mut state = lock(&self.state);
@@ -233,8 +234,9 @@ impl Shared {
             let memory = session.memory.clone();
             let Some(queue) = session.queues.get_mut(index) else { return };
             let Some(chain) = queue.pop_raw(&memory) else {
+                // More have come, or lie behind a malformed one: another turn's.
                 if queue.sleep(&memory) {
-                    continue;
+                    queue.kick_again();
                 }
                 // For the malformed chains that went back.
                 return queue.interrupt(&memory);

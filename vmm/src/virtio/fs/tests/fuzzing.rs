@@ -155,6 +155,9 @@ fn shape(opcode: u32) -> &'static str {
 fn step(guest: &mut Guest, told: &mut Told, input: &mut Input<'_>) {
     let opcode = if input.once_in(64) { input.u32() } else { input.below(OPCODES) as u32 };
     // A driver does not destroy its session and go on.
+    if opcode == Opcode::Destroy as u32 {
+        return;
+    }
     let payload = told.payload(opcode, input);
     let length = (size_of::<InHeader>() + payload.len()) as u32;
     let id = input.one_of(&[0, 0, 0, 1000, REPLAY_GID, u32::MAX]);
@@ -184,7 +187,7 @@ fn step(guest: &mut Guest, told: &mut Told, input: &mut Input<'_>) {
     guest.bench.rings[queue].publish(0);
     guest.bench.kick(queue);
     let (_, written) = guest.wait(queue);
-    assert!(written <= room.max(16), "{written} bytes of an answer in {room}");
+    assert!(written <= room, "{written} bytes of an answer in {room}");
     if written >= size_of::<OutHeader>() as u32 {
         let out: OutHeader = object(&guest.bench.bytes(answer, size_of::<OutHeader>()));
         assert!(out.len == written && out.error <= 0 && out.unique == header.unique, "{out:?} {header:?}");
