@@ -353,14 +353,14 @@ impl Container {
         Ok(self.cgroup.freeze(false).await?)
     }
 
-    /// Sets new limits.
+    /// Sets new limits, one caller after the other. Blocks for as long as the kernel takes memory away from the container.
     pub fn update(&self, resources: &[u8]) -> Result<()> {
         let mut resources: LinuxResources = serde_json::from_slice(resources)?;
+        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
         self.disks().translate_rules(&mut resources);
         self.cgroup.apply(&resources)?;
         let rules = device_rules(Some(&resources));
         if !rules.is_empty() {
-            let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
             *devices = DeviceFilter::attach(rules, self.cgroup.path(), Some(&devices))?;
         }
         Ok(())

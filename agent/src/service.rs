@@ -273,7 +273,11 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: UpdateContainerRequest,
     ) -> ttrpc::Result<Empty> {
-        self.container(&request.container_id)?.update(&request.resources).map_err(container_status)?;
+        let container = self.container(&request.container_id)?;
+        // Others are served meanwhile: who is not heard for a few seconds is taken for silent.
+        let updated = tokio::task::spawn_blocking(move || container.update(&request.resources)).await;
+        let updated = updated.map_err(|e| ttrpc::Error::Others(e.to_string()))?;
+        updated.map_err(container_status)?;
         Ok(Empty::new())
     }
 
