@@ -608,7 +608,9 @@ fn sixty_four_mebibytes_arrive_in_the_guest() {
     });
     let mut position = 0_usize;
     let mut told = 0_usize;
-    let ended = loop {
+    // The end of the data may be seen before that of the socket: two packets then, with one half each.
+    let mut ended = 0;
+    while ended != SHUTDOWN_BOTH {
         match guest.receive() {
             None => guest.bench.wait(),
             Some((packet, data)) if packet.op.to_native() == op::RW => {
@@ -622,10 +624,10 @@ fn sixty_four_mebibytes_arrive_in_the_guest() {
                     guest.send(Header { buf_alloc: BUFFER.into(), fwd_cnt: taken.into(), ..update }, &[]);
                 }
             }
-            Some((packet, _)) if packet.op.to_native() == op::SHUTDOWN => break packet.flags.to_native(),
+            Some((packet, _)) if packet.op.to_native() == op::SHUTDOWN => ended |= packet.flags.to_native(),
             Some(_) => {}
         }
-    };
+    }
     writer.join().unwrap();
-    assert_eq!((position, ended), (LONG, SHUTDOWN_BOTH));
+    assert_eq!(position, LONG);
 }
