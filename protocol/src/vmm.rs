@@ -3,10 +3,12 @@
 //! The VMM opens nothing itself: whatever it works with arrives here. One packet is one message.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use nix::cmsg_space;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use rustix::cmsg_space;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// The descriptor number at which the VMM finds its end of the socket pair.
@@ -227,30 +229,35 @@ pub fn send<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>]
     Ok(())
 }
 
-/// Receives one message with its descriptors.
+/// Receives one message with its descriptors. Where this process may not open as many, there are none: a lack of them is the
+/// receiver's, and the sender goes on.
 ///
 /// # Errors
 /// [`Error::Closed`] at the end, [`Error::TooLong`] for a message that was cut, or what the socket says.
 pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<(T, Vec<OwnedFd>), Error> {
     let mut bytes = vec![0; MAX_MESSAGE];
-    let mut space = cmsg_space!([RawFd; MAX_FDS]);
+    let mut space = [const { MaybeUninit::uninit() }; cmsg_space!(ScmRights(MAX_FDS))];
+    // nix shows nothing of descriptors of which some are missing, and leaves the others open.
+    let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut iov = [IoSliceMut::new(&mut bytes)];
-    let fd = socket.as_fd().as_raw_fd();
     let message =
-        recvmsg::<()>(fd, &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC).map_err(io::Error::from)?;
+        recvmsg(socket, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC).map_err(io::Error::from)?;
     let mut fds = Vec::new();
-    for control in message.cmsgs().map_err(io::Error::from)? {
-        if let ControlMessageOwned::ScmRights(raw) = control {
-            // SAFETY: the kernel has just put these descriptors into this process for us; nobody else knows them.
-            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+    for control in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = control {
+            fds.extend(rights);
         }
     }
     let (length, flags) = (message.bytes, message.flags);
     if length == 0 {
         return Err(Error::Closed);
     }
-    if flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+    if flags.contains(ReturnFlags::TRUNC) {
         return Err(Error::TooLong);
+    }
+    // `scm_detach_fds` (net/core/scm.c) stops at the first that it cannot make.
+    if flags.contains(ReturnFlags::CTRUNC) {
+        fds.clear();
     }
     Ok((serde_json::from_slice(&bytes[..length])?, fds))
 }
@@ -276,6 +283,21 @@ mod tests {
         let mut text = String::new();
         File::from(fds.remove(0)).read_to_string(&mut text).unwrap();
         assert!(!text.is_empty() && fds.is_empty());
+    }
+
+    #[test]
+    fn a_message_whose_descriptors_have_no_room_arrives_without() {
+        let (a, b) = pair();
+        let file = File::open("/proc/self/comm").unwrap();
+        // More than `send` lets through, which are cut as well.
+        let many = vec![file.as_raw_fd(); MAX_FDS + 5];
+        let bytes = serde_json::to_vec(&Request::Park).unwrap();
+        let before = std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let rights = [ControlMessage::ScmRights(&many)];
+        sendmsg::<()>(a.as_raw_fd(), &[IoSlice::new(&bytes)], &rights, MsgFlags::empty(), None).unwrap();
+        let (request, fds): (Request, _) = receive(&b).unwrap();
+        assert_eq!((request, fds.len()), (Request::Park, 0));
+        assert_eq!(std::fs::read_dir("/proc/self/fd").unwrap().count(), before);
     }
 
     #[test]

@@ -106,7 +106,7 @@ impl Container {
         .await?;
         let (spec, bundle, layers, pod) = found;
         let (disks, on_disks) = sandbox.attach_disks(&id, wanted).await?;
-        let streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
+        let mut streams = Streams::open(&paths, &id, &namespace, &sandbox.ports).await?;
         let (stand_ins, sockets) = if pause {
             Default::default()
         } else {
@@ -159,8 +159,9 @@ impl Container {
         }
         let uses = Uses { disks, sockets: stand_ins, mounts: added.mounts };
         container.sandbox.members.add(&container.id);
-        let pid =
-            container.agent.create_container(&container.id, guest_spec, streams.ports(), pause, uses).await?;
+        let answer =
+            container.agent.create_container(&container.id, guest_spec, streams.ports(), pause, uses).await;
+        let pid = container.with_streams(&container.init, &mut streams, answer).await?;
         log::debug!("timeline: container created");
         container.init.exists(pid, streams);
         container.sandbox.watch(added.watched);
@@ -311,8 +312,10 @@ impl Container {
 
     async fn try_start_exec(&self, process: &Process) -> Result<u32> {
         let namespace = self.events.namespace();
-        let streams = Streams::open(&process.paths, &self.id, namespace, &self.sandbox.ports).await?;
-        let pid = self.agent.exec_process(&process.name, process.spec_for_guest(), streams.ports()).await?;
+        let mut streams = Streams::open(&process.paths, &self.id, namespace, &self.sandbox.ports).await?;
+        let spec = process.spec_for_guest();
+        let answer = self.agent.exec_process(&process.name, spec, streams.ports()).await;
+        let pid = self.with_streams(process, &mut streams, answer).await?;
         process.exists(pid, streams);
         Ok(pid)
     }

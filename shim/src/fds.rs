@@ -4,9 +4,11 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::resource::{Resource, getrlimit, rlim_t, setrlimit};
 
 /// Gives the child these descriptors at these numbers, which must be below 10.
 ///
@@ -39,6 +41,30 @@ pub fn enter_network(command: &mut Command, namespace: BorrowedFd<'_>) -> io::Re
         command.pre_exec(move || Ok(enter()?));
     }
     Ok(())
+}
+
+/// The soft limit on descriptors with which this process was started.
+static USUAL_LIMIT: OnceLock<rlim_t> = OnceLock::new();
+
+/// Lets this process open as many descriptors as it may. A service of systemd starts with 1024, of which a pod of a hundred
+/// containers needs more.
+pub fn raise_limit() -> io::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let _ = USUAL_LIMIT.set(soft);
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
+}
+
+/// Gives the child the limit on descriptors from before [`raise_limit`]: programs that call select(2) can use no more than 1024.
+pub fn usual_limit(command: &mut Command) {
+    let Some(&soft) = USUAL_LIMIT.get() else { return };
+    let lower = move || {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        Ok(setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard), hard)?)
+    };
+    // SAFETY: between fork and exec the closure makes two system calls and allocates nothing.
+    unsafe {
+        command.pre_exec(lower);
+    }
 }
 
 fn duplicate(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::error::{Error, Result, one_line};
+use crate::fds;
 use crate::pidfd::PidFd;
 use crate::spec::{Hook, Spec};
 
@@ -54,6 +55,7 @@ fn run_one(hook: &Hook, state: &str) -> std::result::Result<(), String> {
     }
     let environment = hook.env.iter().filter_map(|variable| variable.split_once('='));
     command.env_clear().envs(environment).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    fds::usual_limit(&mut command);
     let why = |e: std::io::Error| crate::error::reason(&e);
     let mut child = command.spawn().map_err(why)?;
     if let Some(mut stdin) = child.stdin.take() {

@@ -36,6 +36,7 @@ pub async fn start(uri: &str, container: &str, namespace: &str) -> Result<Logger
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
+    fds::usual_limit(&mut command);
     let (stdout, stdout_writer) = fds::pipe().map_err(failed)?;
     let (stderr, stderr_writer) = fds::pipe().map_err(failed)?;
     let (ready, ready_writer) = fds::pipe().map_err(failed)?;

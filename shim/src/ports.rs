@@ -12,11 +12,12 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use katana_protocol::{FIRST_STREAM_PORT, STREAM_KEY};
+use nix::errno::Errno;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Connections to a listener that nobody has taken yet; those beyond are closed.
 const BACKLOG: usize = 32;
@@ -35,7 +36,7 @@ pub struct Ports {
 
 #[derive(Debug)]
 struct Table {
-    waiting: HashMap<u32, oneshot::Sender<UnixStream>>,
+    waiting: HashMap<u32, oneshot::Sender<Result<UnixStream>>>,
     listening: HashMap<u32, mpsc::Sender<UnixStream>>,
     next: u32,
     closed: bool,
@@ -58,7 +59,7 @@ pub struct Listener {
 pub struct Waiter {
     ports: Arc<Ports>,
     port: u32,
-    connection: oneshot::Receiver<UnixStream>,
+    connection: oneshot::Receiver<Result<UnixStream>>,
 }
 
 impl Ports {
@@ -157,8 +158,16 @@ impl Ports {
         }
         let waiting = table.waiting.remove(&port);
         drop(table);
-        if waiting.is_none_or(|sender| sender.send(connection).is_err()) {
+        if waiting.is_none_or(|sender| sender.send(Ok(connection)).is_err()) {
             self.table().stray("nothing waits for connections", port);
+        }
+    }
+
+    /// The guest has connected, and this process may have no more descriptors.
+    pub fn unconnected(&self, port: u32) {
+        if let Some(sender) = self.table().waiting.remove(&port) {
+            // Whoever has stopped waiting need not know.
+            let _ = sender.send(Err(Error::os("connection of the guest", Errno::EMFILE)));
         }
     }
 
@@ -232,9 +241,13 @@ impl Waiter {
         self.port
     }
 
-    /// The connection; nothing when the guest has ended.
-    pub async fn connection(mut self) -> Option<UnixStream> {
-        (&mut self.connection).await.ok()
+    /// The connection.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when the guest has ended, [`Error::Host`] when there is no descriptor for it.
+    pub async fn connection(mut self) -> Result<UnixStream> {
+        let connection = (&mut self.connection).await;
+        connection.unwrap_or_else(|_| Err(Error::Unavailable("the guest is gone".into())))
     }
 }
 
@@ -305,10 +318,13 @@ mod tests {
         assert_eq!(guest.read(&mut [0; 64]).unwrap(), 1);
         drop(a);
         assert!(ports.table().waiting.is_empty());
-        let left = ports.open_any();
+        let (left, unconnected) = (ports.open_any(), ports.open_any());
+        ports.unconnected(unconnected.port());
+        let error = unconnected.connection().await.unwrap_err();
+        assert_eq!(error.to_string(), "connection of the guest: Too many open files");
         ports.close();
-        assert!(left.connection().await.is_none());
-        assert!(ports.open_any().connection().await.is_none());
+        assert!(matches!(left.connection().await, Err(Error::Unavailable(_))));
+        assert!(ports.open_any().connection().await.is_err());
     }
 
     #[tokio::test]
@@ -351,7 +367,7 @@ mod tests {
             (0..MOST_STRANGERS + 10).map(|_| connect(&ports, waiter.port(), b"")).collect();
         assert_eq!(ports.table().strangers.len(), MOST_STRANGERS);
         connect(&ports, waiter.port(), &key);
-        assert!(waiter.connection().await.is_some());
+        assert!(waiter.connection().await.is_ok());
         assert_eq!(silent[0].read(&mut [0]).unwrap_or(0), 0);
         assert!(ports.table().strangers.len() <= MOST_STRANGERS);
     }

@@ -280,10 +280,11 @@ impl Sandbox {
             let text = format!("the agent in the guest did not connect within {} s; {end}", limit.as_secs());
             return Err(Error::Unavailable(text));
         };
-        let Some(connection) = connection else {
-            return Err(Error::Unavailable(wait_end(&mut ended).await.to_string()));
-        };
-        Agent::new(connection, ended)
+        match connection {
+            // Why it has ended says more.
+            Err(Error::Unavailable(_)) => Err(Error::Unavailable(wait_end(&mut ended).await.to_string())),
+            connection => Agent::new(connection?, ended),
+        }
     }
 
     /// Brings the guest's network up to date, after something may have changed it on the host.

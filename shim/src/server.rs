@@ -75,6 +75,9 @@ fn prepare(args: &Args) -> Result<(UnixListener, Identity)> {
     let identity = Identity::new(&args.address, &args.namespace, &args.id)?;
     logger::init(Path::new("log"), &args.id, args.debug);
     protect_from_oom();
+    if let Err(e) = fds::raise_limit() {
+        log::warn!("limit on descriptors: {e}");
+    }
     let listener: OwnedFd = fds::inherited(LISTENER_FD).map_err(|e| Error::io("listening socket", &e))?;
     Ok((UnixListener::from(listener), identity))
 }

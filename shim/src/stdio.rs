@@ -14,7 +14,7 @@ use katana_protocol::agent::Stdio as Ports;
 use nix::sys::socket::{Shutdown, shutdown};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::error::{Error, Result};
@@ -47,7 +47,11 @@ pub struct Streams {
     stdout: Option<Output>,
     stderr: Option<Output>,
     ports: (u32, u32, u32),
+    /// What became of the connections that the guest is to make.
+    connections: Vec<Connected>,
 }
+
+type Connected = oneshot::Receiver<Result<()>>;
 
 #[derive(Debug)]
 struct Input {
@@ -93,19 +97,44 @@ impl Streams {
         if !paths.stdin.is_empty() {
             let waiter = ports.open_any();
             streams.ports.0 = waiter.port();
-            streams.stdin = Some(Input::open(Path::new(&paths.stdin), waiter)?);
+            let made = streams.expect_connection();
+            streams.stdin = Some(Input::open(Path::new(&paths.stdin), waiter, made)?);
         }
         if let Some(sink) = stdout {
             let waiter = ports.open_any();
             streams.ports.1 = waiter.port();
-            streams.stdout = Some(Output::start(sink, waiter));
+            let made = streams.expect_connection();
+            streams.stdout = Some(Output::start(sink, waiter, made));
         }
         if let Some(sink) = stderr {
             let waiter = ports.open_any();
             streams.ports.2 = waiter.port();
-            streams.stderr = Some(Output::start(sink, waiter));
+            let made = streams.expect_connection();
+            streams.stderr = Some(Output::start(sink, waiter, made));
         }
         Ok(streams)
+    }
+
+    fn expect_connection(&mut self) -> oneshot::Sender<Result<()>> {
+        let (made, connected) = oneshot::channel();
+        self.connections.push(connected);
+        made
+    }
+
+    /// The agent says that the process is there: ends when its streams are, too.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when there is no descriptor for one, [`Error::DeadlineExceeded`] when the agent has not connected one.
+    pub async fn connected(&mut self) -> Result<()> {
+        for connected in self.connections.drain(..) {
+            match tokio::time::timeout(PATIENCE, connected).await {
+                Ok(Ok(connected)) => connected?,
+                // The end of the process is heard of in another way.
+                Ok(Err(_)) => {}
+                Err(_) => return Err(Error::DeadlineExceeded("the guest did not connect a stream".into())),
+            }
+        }
+        Ok(())
     }
 
     /// The ports to tell the guest.
@@ -171,14 +200,14 @@ async fn delivered(mut progress: watch::Receiver<Progress>, bytes: u64) {
 }
 
 impl Input {
-    fn open(path: &Path, waiter: Waiter) -> Result<Self> {
+    fn open(path: &Path, waiter: Waiter, made: oneshot::Sender<Result<()>>) -> Result<Self> {
         let failed = |e: &io::Error| Error::io(format_args!("open stdin {}", path.display()), e);
         // The reader first: opening a FIFO for writing fails as long as nobody reads.
         let reader = pipe::OpenOptions::new().open_receiver(path).map_err(|e| failed(&e))?;
         let writer = OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path);
         let writer = Mutex::new(Some(writer.map_err(|e| failed(&e))?));
         let copy = tokio::spawn(async move {
-            let Some(guest) = connect(waiter).await else { return };
+            let Some(guest) = connect(waiter, made).await else { return };
             let guest = Sink::Guest(guest);
             if let Err(e) = copy(&reader, &guest, |_| ()).await {
                 log::debug!("stdin: {e}");
@@ -194,10 +223,10 @@ impl Input {
 }
 
 impl Output {
-    fn start(sink: Sink, waiter: Waiter) -> Self {
+    fn start(sink: Sink, waiter: Waiter, made: oneshot::Sender<Result<()>>) -> Self {
         let (sender, progress) = watch::channel(Progress::default());
         let copy = tokio::spawn(async move {
-            if let Some(guest) = connect(waiter).await {
+            if let Some(guest) = connect(waiter, made).await {
                 let count = |bytes| sender.send_modify(|progress| progress.delivered += bytes);
                 if let Err(e) = copy(&guest, &sink, count).await {
                     log::warn!("output: {e}");
@@ -211,10 +240,19 @@ impl Output {
     }
 }
 
-async fn connect(waiter: Waiter) -> Option<UnixStream> {
-    let connection = waiter.connection().await?;
-    connection.set_nonblocking(true).ok()?;
-    UnixStream::from_std(connection).ok()
+/// Waits for the guest's end of a stream, and tells of it.
+async fn connect(waiter: Waiter, made: oneshot::Sender<Result<()>>) -> Option<UnixStream> {
+    let connection = waiter.connection().await.and_then(|connection| {
+        let stream = connection.set_nonblocking(true).and_then(|()| UnixStream::from_std(connection));
+        stream.map_err(|e| Error::io("connection of the guest", &e))
+    });
+    let (connection, told) = match connection {
+        Ok(connection) => (Some(connection), Ok(())),
+        Err(e) => (None, Err(e)),
+    };
+    // Nobody asks a second time.
+    let _ = made.send(told);
+    connection
 }
 
 /// Tells the guest the end of the input, and waits until it has read all: closing at once would reset the

@@ -8,13 +8,17 @@ use nix::libc::SIGKILL;
 
 use super::Container;
 use crate::error::{Error, Result};
-use crate::process::{Exit, Phase};
+use crate::process::{Exit, Phase, Process};
+use crate::stdio::Streams;
 
 /// How long a process that was never started may take to end.
 const END_LIMIT: Duration = Duration::from_secs(10);
 /// How long a container may take to end by SIGKILL, until its machine ends. What it waits for may be slow: the guest's disks and the
 /// host's file systems.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long what is on its way within this process may take.
+const MOMENT: Duration = Duration::from_millis(100);
 
 impl Container {
     /// Ends a first process that was never started.
@@ -31,6 +35,48 @@ impl Container {
         self.end_machine();
         let ended = tokio::time::timeout(END_LIMIT, self.init.wait()).await;
         ended.map_err(|_| Error::DeadlineExceeded(format!("container {} does not end", self.id)))
+    }
+
+    /// What the agent has answered of a new process, once it has its streams. Without them it is of no use, and ends.
+    pub(super) async fn with_streams(
+        &self,
+        process: &Process,
+        streams: &mut Streams,
+        answer: Result<u32>,
+    ) -> Result<u32> {
+        match answer {
+            Ok(pid) => match streams.connected().await {
+                Ok(()) => Ok(pid),
+                Err(lost) => {
+                    self.withdraw(process).await;
+                    Err(lost)
+                }
+            },
+            // Why the host has closed a stream says more than that the guest has found it closed.
+            Err(e) => match tokio::time::timeout(MOMENT, streams.connected()).await {
+                Ok(Err(lost)) => Err(lost),
+                _ => Err(e),
+            },
+        }
+    }
+
+    /// Ends a process that nobody is told of.
+    async fn withdraw(&self, process: &Process) {
+        let name = &process.name;
+        let ended = async {
+            self.agent.signal_process(name, SIGKILL.unsigned_abs(), true).await?;
+            self.agent.wait_process(name).await?;
+            if name.exec.is_empty() {
+                self.agent.remove_container(&self.id, false).await
+            } else {
+                self.agent.remove_process(name).await
+            }
+        };
+        match tokio::time::timeout(END_LIMIT, ended).await {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => log::warn!("container {} exec {:?}: {e}", name.container, name.exec),
+            Err(_) => log::warn!("container {} exec {:?} does not end", name.container, name.exec),
+        }
     }
 
     /// The guest does not do what nothing can refuse, so it ends with all that is in it.

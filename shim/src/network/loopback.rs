@@ -83,8 +83,7 @@ async fn relay(mut client: TcpStream, agent: &Agent, ports: &Arc<Ports>) -> Resu
 async fn connect(port: u16, agent: &Agent, ports: &Arc<Ports>) -> Result<UnixStream> {
     let waiter = ports.open_any();
     agent.forward_port(port, waiter.port()).await?;
-    let connection = waiter.connection().await;
-    let connection = connection.ok_or_else(|| Error::Unavailable("the guest is gone".into()))?;
+    let connection = waiter.connection().await?;
     let stream = connection.set_nonblocking(true).and_then(|()| UnixStream::from_std(connection));
     stream.map_err(|e| Error::io("connection to the guest", &e))
 }

@@ -114,8 +114,10 @@ impl Listener {
         match event {
             Event::Jailed { pid } => self.jailed(pid),
             Event::Connection { port } => {
-                let fd = fds.into_iter().next().ok_or("a connection without its descriptor")?;
-                self.ports.connected(port, stream(fd)?);
+                match fds.into_iter().next() {
+                    Some(fd) => self.ports.connected(port, stream(fd)?),
+                    None => self.ports.unconnected(port),
+                }
                 Ok(())
             }
             Event::Running if *self.told.runs.borrow() => Err("the machine runs already"),

@@ -267,17 +267,19 @@ async fn a_vmm_that_does_not_answer_is_not_waited_for_for_ever() {
 #[tokio::test]
 async fn what_is_no_connection_is_not_taken_for_one() {
     let (vmm, theirs, mut child, ports) = hostile();
-    let waiter = ports.open(7);
+    let (waiter, lost) = (ports.open(7), ports.open(8));
     let file = fs::File::open("/proc/self/comm").unwrap();
     let (packets, _other) =
         socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
     let internet = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let connection = Event::Connection { port: 7 };
-    vmm::send(&theirs, &connection, &[]).unwrap();
+    // One for which the shim had no descriptor: whoever waits does not wait for ever.
+    vmm::send(&theirs, &Event::Connection { port: 8 }, &[]).unwrap();
     for fd in [file.as_fd(), packets.as_fd(), internet.as_fd()] {
         vmm::send(&theirs, &connection, &[fd]).unwrap();
     }
     heard(&vmm, &theirs, 1).await;
+    assert!(lost.connection().await.unwrap_err().to_string().ends_with("Too many open files"));
     let (guest, host) = UnixStream::pair().unwrap();
     vmm::send(&theirs, &connection, &[host.as_fd()]).unwrap();
     drop(host);
