@@ -15,22 +15,8 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use crate::rehearsal::rehearse;
+use crate::start_error::StartError;
 use crate::{cgroup, console, transparent_huge_pages};
-
-/// Why the guest cannot serve. One line for the console.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot {doing}: {reason}")]
-pub struct StartError {
-    doing: String,
-    reason: String,
-}
-
-impl StartError {
-    /// `doing` completes "cannot ...".
-    pub fn new(doing: impl Into<String>, reason: &dyn std::fmt::Display) -> Self {
-        Self { doing: doing.into(), reason: reason.to_string() }
-    }
-}
 
 /// A file system of every Linux: source and type, target, flags, options.
 struct Mounted(&'static str, &'static str, MsFlags, Option<&'static str>);

@@ -9,8 +9,9 @@ use nix::errno::Errno;
 use nix::pty;
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, VsockAddr};
 
-use crate::boot::StartError;
-use crate::streams::{self, Stream};
+use crate::start_error::StartError;
+use crate::stream::Stream;
+use crate::streams;
 
 struct Console;
 

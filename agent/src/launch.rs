@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use crate::init::control::{Failure, Order, Report, Task};
 use crate::read_ahead::SmallPieces;
 use crate::reaper::{ExitStatus, Launch};
-use crate::streams::Stream;
+use crate::stream::Stream;
 use crate::syscalls::open_process;
 
 /// A process could not be started.

@@ -30,6 +30,8 @@ mod sandbox;
 mod seccomp;
 mod service;
 mod sockets;
+mod start_error;
+mod stream;
 mod streams;
 mod submounts;
 mod syscalls;
@@ -72,7 +74,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn report(error: &boot::StartError) -> ExitCode {
+fn report(error: &start_error::StartError) -> ExitCode {
     eprintln!("kata-agent: {error}");
     ExitCode::FAILURE
 }

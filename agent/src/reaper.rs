@@ -11,7 +11,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::Pid;
 use tokio::sync::oneshot;
 
-use crate::streams::Stream;
+use crate::stream::Stream;
 
 /// The exit code of a process, or 128 and the signal's number.
 pub type ExitStatus = u32;

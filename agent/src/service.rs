@@ -21,7 +21,7 @@ use ttrpc::Code;
 use ttrpc::asynchronous::transport::Listener;
 use ttrpc::asynchronous::{Server, TtrpcContext};
 
-use crate::boot::{self, Never, StartError};
+use crate::boot::{self, Never};
 use crate::container;
 use crate::device_filter;
 use crate::disks;
@@ -31,7 +31,9 @@ use crate::launch::Spares;
 use crate::process;
 use crate::reaper::Reaper;
 use crate::sandbox::{self, Sandbox, Settings};
-use crate::streams::{Ports, Stream};
+use crate::start_error::StartError;
+use crate::stream::Stream;
+use crate::streams::Ports;
 use crate::transport::Transport;
 use crate::{cgroup, console, cpus, init};
 

@@ -23,7 +23,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::streams::Stream;
+use crate::stream::Stream;
 use crate::transport::Transport;
 
 /// Connections to a socket at once. More wait in its queue.

@@ -1,150 +1,24 @@
 //! Standard streams: one connection to the host each, copied to and from the process's pipe or terminal.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::pin::Pin;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{Shutdown, shutdown};
-use nix::unistd::{pipe2, read, write};
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use nix::fcntl::OFlag;
+use nix::unistd::{pipe2, read};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use crate::stream::Stream;
 use crate::transport::Transport;
 
 /// What one copy moves at once: the capacity of a pipe.
 const CHUNK: usize = 64 * 1024;
 /// How long the exit of a process waits for a host that takes none of its output.
 const STALL: Duration = Duration::from_secs(10);
-
-/// A non-blocking descriptor: socket, pipe or terminal.
-#[derive(Debug)]
-pub struct Stream(AsyncFd<OwnedFd>);
-
-impl Stream {
-    /// Makes `fd` non-blocking and watches it.
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
-        fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-        // SAFETY: an OwnedFd always answers the same descriptor, and keeps it open while it lives.
-        Ok(Self(unsafe { AsyncFd::register(fd) }?))
-    }
-
-    /// Runs `operation` when the descriptor can be read, again until it does not answer `WouldBlock`.
-    pub async fn when_readable<T>(
-        &self,
-        operation: impl Fn(BorrowedFd<'_>) -> io::Result<T>,
-    ) -> io::Result<T> {
-        loop {
-            let mut guard = self.0.readable().await?;
-            if let Ok(result) = guard.try_io(|fd| operation(fd.as_fd())) {
-                return result;
-            }
-        }
-    }
-
-    /// Reads what there is, once there is something.
-    pub async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let mut guard = self.0.readable().await?;
-            if let Ok(result) = guard.try_io(|fd| Ok(read(fd, buffer)?)) {
-                return result;
-            }
-        }
-    }
-
-    /// Waits until the descriptor can be written.
-    pub async fn writable(&self) -> io::Result<()> {
-        self.0.writable().await.map(|mut guard| guard.retain_ready())
-    }
-
-    /// Waits until the descriptor can be read.
-    async fn readable(&self) -> io::Result<()> {
-        self.0.readable().await.map(|mut guard| guard.retain_ready())
-    }
-
-    /// Reads what is there, `None` when nothing is. 0 is the end; so is EIO, a terminal that no process has open.
-    fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        let result = self.0.try_io(tokio::io::Interest::READABLE, |fd| match read(fd, buffer) {
-            Err(Errno::EIO) => Ok(0),
-            other => Ok(other?),
-        });
-        match result {
-            Ok(count) => Ok(Some(count)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Writes all of `bytes`; `wrote` hears of every part.
-    async fn write_all(&self, mut bytes: &[u8], wrote: impl Fn(usize)) -> io::Result<()> {
-        while !bytes.is_empty() {
-            let mut guard = self.0.writable().await?;
-            if let Ok(result) = guard.try_io(|fd| Ok(write(fd, bytes)?)) {
-                let count = result?;
-                wrote(count);
-                bytes = bytes.get(count..).unwrap_or_default();
-            }
-        }
-        Ok(())
-    }
-
-    /// How many bytes lie in a pipe, unread.
-    fn pending(&self) -> u64 {
-        let mut count: libc::c_int = 0;
-        // SAFETY: FIONREAD writes an int, which lives through the call.
-        let result = unsafe { libc::ioctl(self.0.as_raw_fd(), libc::FIONREAD, &mut count) };
-        if result == 0 { u64::try_from(count).unwrap_or(0) } else { 0 }
-    }
-}
-
-impl AsFd for Stream {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-/// What ttrpc wants of a connection.
-impl AsyncRead for Stream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        loop {
-            let mut guard = ready!(self.0.poll_read_ready(context))?;
-            if let Ok(result) = guard.try_io(|fd| Ok(read(fd, buffer.initialize_unfilled())?)) {
-                return Poll::Ready(result.map(|count| buffer.advance(count)));
-            }
-        }
-    }
-}
-
-impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        loop {
-            let mut guard = ready!(self.0.poll_write_ready(context))?;
-            if let Ok(result) = guard.try_io(|fd| Ok(write(fd, bytes)?)) {
-                return Poll::Ready(result);
-            }
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(shutdown(self.0.as_raw_fd(), Shutdown::Write)?))
-    }
-}
 
 /// The ports of a process's streams on the host; 0 is "no such stream".
 #[derive(Debug, Clone, Copy, Default)]
@@ -366,7 +240,7 @@ impl CopyOut {
         let wrote = |part: usize| {
             self.sent.fetch_add(part as u64, Ordering::Relaxed);
         };
-        let _ = self.host.write_all(bytes, wrote).await;
+        let _ = self.host.write_counted(bytes, wrote).await;
     }
 }
 
@@ -387,7 +261,7 @@ async fn copy_in(host: Stream, process: Arc<Stream>) {
         buffer.resize(CHUNK, 0);
         while let Ok(Some(count)) = host.try_read(&mut buffer) {
             let bytes = buffer.get(..count).unwrap_or_default();
-            if bytes.is_empty() || process.write_all(bytes, |_| ()).await.is_err() {
+            if bytes.is_empty() || process.write_counted(bytes, |_| ()).await.is_err() {
                 return;
             }
         }
@@ -403,7 +277,7 @@ pub async fn join(a: Stream, b: Stream) {
         while from.readable().await.is_ok() {
             while let Ok(Some(count)) = from.try_read(&mut buffer) {
                 let bytes = buffer.get(..count).unwrap_or_default();
-                if bytes.is_empty() || to.write_all(bytes, |_| ()).await.is_err() {
+                if bytes.is_empty() || to.write_counted(bytes, |_| ()).await.is_err() {
                     return;
                 }
             }

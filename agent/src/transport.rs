@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrLike, UnixAddr, VsockAddr, sockopt};
 use tokio::io::AsyncWriteExt;
 
-use crate::streams::Stream;
+use crate::stream::Stream;
 
 /// The way to the host's ports. Clones share the key.
 #[derive(Debug, Clone)]

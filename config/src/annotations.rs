@@ -5,10 +5,9 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
-use regex_lite::Regex;
 use toml::de::DeValue;
 
-use crate::keys::{HYPERVISOR, KEYS, Key};
+use crate::keys::{HYPERVISOR, KEYS, Key, expression};
 use crate::trusted::Links;
 use crate::{Config, Error, Hypervisor, load_file};
 
@@ -100,11 +99,6 @@ fn find(config: &Config, name: &str) -> Result<&'static Key, String> {
         return Err(format!("\"{}\" is not in enable_annotations of {}", key.name, config.path.display()));
     }
     Ok(key)
-}
-
-/// A regular expression that matches whole names.
-pub(crate) fn expression(text: &str) -> Result<Regex, String> {
-    Regex::new(&format!("^(?:{text})$")).map_err(|e| format!("{text:?} is not a regular expression: {e}"))
 }
 
 /// Annotations are strings; what looks like a number or a truth value is one.

@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use regex_lite::Regex;
 use toml::de::DeValue;
 
-use crate::annotations::expression;
 use crate::{Config, HostNamespaces, TemplateScope};
 
 /// MiB of memory. The guest's kernel keeps some 20 for itself; with less than this no room is left for containers.
@@ -262,4 +262,9 @@ fn parameters(value: &DeValue<'_>, to: &mut String) -> Result<(), String> {
     }
     *to = text.to_owned();
     Ok(())
+}
+
+/// A regular expression that matches whole names.
+pub(crate) fn expression(text: &str) -> Result<Regex, String> {
+    Regex::new(&format!("^(?:{text})$")).map_err(|e| format!("{text:?} is not a regular expression: {e}"))
 }

@@ -13,6 +13,8 @@ pub mod events;
 pub mod host;
 pub mod network;
 pub mod process;
+#[cfg(test)]
+mod rooms;
 pub mod scratch;
 pub mod terminal;
 pub mod turn;

@@ -8,8 +8,8 @@ use kvm_ioctls::VcpuFd;
 
 use crate::boot;
 use crate::cpu::{self, Topology};
+use crate::error::Error;
 use crate::kvm::{self, Vm};
-use crate::machine::{Error, Files};
 use crate::memory::{self, GuestMemory, Range};
 use crate::template::{self, State};
 use crate::vcpus::Maker;
@@ -24,6 +24,18 @@ const KERNEL_PARAMETERS: &str = "console=hvc0 earlyprintk=ttyS0 root=/dev/pmem0 
     dummy.numdummies=0 bonding.max_bonds=0 ifb.numifbs=0 fb_tunnels=none \
     rcupdate.rcu_expedited=1 dhash_entries=16384 ihash_entries=8192 \
     memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+
+/// The files that the machine works with.
+pub struct Files {
+    /// /dev/kvm.
+    pub kvm: OwnedFd,
+    /// The guest's kernel.
+    pub kernel: File,
+    /// The guest's image.
+    pub image: File,
+    /// The template to be made or used.
+    pub template: Option<File>,
+}
 
 /// Memory and vCPUs.
 pub struct Board {

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
@@ -11,12 +11,11 @@ use katana_protocol::SHARE_TAG;
 use katana_protocol::vmm::{ExitReason, MOST_VCPUS, Machine as Shape, Template};
 use kvm_ioctls::VmFd;
 
-use crate::board::Board;
-use crate::boot;
+use crate::board::{Board, Files};
 use crate::bus::{Bus, Overlap};
 use crate::console_ring::ConsoleRing;
-use crate::cpu;
 use crate::end::{End, Ended};
+pub use crate::error::Error;
 use crate::i8042::{self, I8042};
 use crate::jail::Room;
 use crate::kvm::{self, Vm};
@@ -27,7 +26,7 @@ use crate::serial::{self, Serial};
 use crate::sync::lock;
 use crate::template::{self, Maker, State};
 use crate::vcpu::Vcpu;
-use crate::vcpus::{self, Starter, Wanted};
+use crate::vcpus::{Starter, Wanted};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
@@ -38,72 +37,6 @@ use crate::virtio::net::Net;
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Incoming, Vsock};
-
-/// The files that the machine works with.
-pub struct Files {
-    /// /dev/kvm.
-    pub kvm: OwnedFd,
-    /// The guest's kernel.
-    pub kernel: File,
-    /// The guest's image.
-    pub image: File,
-    /// The template to be made or used.
-    pub template: Option<File>,
-}
-
-/// Why there is no machine.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No vCPU, more than there are, or more than the MP table can hold.
-    #[error("{0} of {1} vCPUs: not between 1 and {MOST_VCPUS}")]
-    Vcpus(u8, u8),
-    /// More devices than slots.
-    #[error("too many devices: the PCI bus has {} slots", pci::SLOTS)]
-    Slots,
-    /// KVM.
-    #[error(transparent)]
-    Kvm(#[from] kvm::Error),
-    /// Memory.
-    #[error(transparent)]
-    Memory(#[from] memory::Error),
-    /// Kernel.
-    #[error(transparent)]
-    Boot(#[from] boot::Error),
-    /// vCPU.
-    #[error(transparent)]
-    Cpu(#[from] cpu::Error),
-    /// vCPUs.
-    #[error(transparent)]
-    MakeVcpus(#[from] vcpus::Error),
-    /// Two devices at one address.
-    #[error(transparent)]
-    Bus(#[from] Overlap),
-    /// A device.
-    #[error("{device}: {error}")]
-    Device {
-        /// Its name.
-        device: &'static str,
-        /// Why.
-        error: io::Error,
-    },
-    /// No descriptors or threads left.
-    #[error("{what}: {error}")]
-    Host {
-        /// What was asked for.
-        what: &'static str,
-        /// Why.
-        error: io::Error,
-    },
-    /// The event loop.
-    #[error("event loop: {0}")]
-    Events(event_manager::Error),
-    /// A template with other devices.
-    #[error("template: {0}")]
-    Restore(#[from] RestoreError),
-    /// Seccomp.
-    #[error(transparent)]
-    Seccomp(#[from] seccomp::Error),
-}
 
 /// Is told how the making of a template went.
 pub type Made = Box<dyn FnOnce(Result<(), template::Error>) + Send>;

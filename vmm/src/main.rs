@@ -8,6 +8,7 @@ mod console_ring;
 mod control;
 mod cpu;
 mod end;
+mod error;
 mod i8042;
 mod irq;
 mod jail;
@@ -33,9 +34,10 @@ use std::process::ExitCode;
 use katana_protocol::kernel;
 use katana_protocol::vmm::{Event, Machine as Shape, Request, Template};
 
+use board::Files;
 use control::{Control, ControlService};
 use jail::Side;
-use machine::{Files, Machine};
+use machine::Machine;
 
 /// Why the VM does not start.
 #[derive(Debug, thiserror::Error)]

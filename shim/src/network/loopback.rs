@@ -15,9 +15,9 @@ use tokio::sync::Semaphore;
 
 use super::namespace::Namespace;
 use super::steer::Steered;
-use crate::agent::Agent;
 use crate::error::{Error, Result};
-use crate::ports::Ports;
+use crate::guest::agent::Agent;
+use crate::guest::ports::Ports;
 
 /// Connections of a pod at once. More wait in the socket.
 const MOST_AT_ONCE: usize = 256;
@@ -38,7 +38,7 @@ impl Loopback {
                 || Steered::listen(namespace.as_fd()).map_err(|e| Error::io("listen on localhost", &e));
             namespace.inside(listen)
         };
-        crate::blocking(listen).await.map(Self)
+        crate::host::blocking(listen).await.map(Self)
     }
 
     /// Passes connections on to the guest until this is dropped.

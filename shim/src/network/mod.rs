@@ -21,9 +21,9 @@ use self::namespace::Namespace;
 pub use self::namespace::Record;
 use self::scan::{Interface, Snapshot};
 use crate::error::{Error, Result};
-use crate::ports::Ports;
+use crate::guest::ports::Ports;
+use crate::guest::vmm::Vmm;
 use crate::spec::Spec;
-use crate::vmm::Vmm;
 
 /// Containers of Docker have this namespace in containerd.
 const DOCKER: &str = "moby";
@@ -61,7 +61,7 @@ impl Network {
     /// Finds or makes the network namespace of a specification. `client` is containerd's namespace.
     pub async fn open(spec: &Spec, client: &str, cards: Cards) -> Result<Self> {
         let wanted = spec.clone();
-        let (namespace, first) = crate::blocking(move || {
+        let (namespace, first) = crate::host::blocking(move || {
             let namespace = Namespace::of(&wanted)?;
             let first = if namespace.is_new() { Snapshot::default() } else { scan_inside(&namespace)? };
             Ok((namespace, first))
@@ -99,7 +99,7 @@ impl Network {
             Some(first) => first,
             None => {
                 let namespace = Arc::clone(&self.namespace);
-                crate::blocking(move || scan_inside(&namespace)).await?
+                crate::host::blocking(move || scan_inside(&namespace)).await?
             }
         };
         for interface in &snapshot.interfaces {
@@ -143,7 +143,8 @@ impl Network {
 
     async fn tap(&self, interface: Interface, slot: u8, name_server: bool) -> Result<Vec<OwnedFd>> {
         let (namespace, pairs) = (Arc::clone(&self.namespace), self.cards.pairs);
-        crate::blocking(move || namespace.inside(|| tap::connect(&interface, slot, pairs, name_server))).await
+        crate::host::blocking(move || namespace.inside(|| tap::connect(&interface, slot, pairs, name_server)))
+            .await
     }
 }
 

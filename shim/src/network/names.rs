@@ -19,9 +19,9 @@ use tokio::sync::Semaphore;
 
 use super::namespace::Namespace;
 use crate::error::{Error, Result};
-use crate::mounts::path_of_fd;
-use crate::ports::{Listener, Ports};
+use crate::guest::ports::{Listener, Ports};
 use crate::spec::Spec;
+use crate::storage::mounts::path_of_fd;
 
 const PORT: u16 = 53;
 /// As many as resolv.conf(5) may name.
@@ -150,7 +150,7 @@ async fn inside<T: Send + 'static>(
     make: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     let made = move || -> Result<T> { namespace.inside(|| make().map_err(|e| Error::io("socket", &e))) };
-    crate::blocking(made).await.map_err(io::Error::other)
+    crate::host::blocking(made).await.map_err(io::Error::other)
 }
 
 #[cfg(test)]

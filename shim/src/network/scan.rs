@@ -2,8 +2,6 @@
 
 use katana_protocol::netlink::{self, Body, LOOPBACK, Socket, attribute, kind, text_of, u16_at, u32_at};
 
-use super::tap;
-
 /// A network namespace at one moment.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
@@ -43,7 +41,7 @@ pub fn scan() -> Result<Snapshot, netlink::Error> {
     };
     let links = list(kind::LINK)?;
     let interfaces: Vec<_> = links.iter().filter_map(|link| interface(link)).collect();
-    let in_use = links.iter().filter_map(|link| name(link)).any(|name| tap::is_ours(&name));
+    let in_use = links.iter().filter_map(|link| name(link)).any(|name| is_ours(&name));
     let known = |index: u32| index == LOOPBACK || interfaces.iter().any(|known| known.index == index);
     let mut routes: Vec<_> = list(kind::ROUTE)?.iter().filter_map(|body| route(body, &known)).collect();
     routes.sort_by_key(|body| has_gateway(body));
@@ -75,7 +73,7 @@ fn interface(link: &[u8]) -> Option<Interface> {
     const IFF_UP: u32 = libc::IFF_UP as u32;
     let name = name(link)?;
     let (device, index, flags) = (u16_at(link, 2)?, u32_at(link, 4)?, u32_at(link, 8)?);
-    if device != ARPHRD_ETHER || flags & IFF_UP == 0 || tap::is_ours(&name) {
+    if device != ARPHRD_ETHER || flags & IFF_UP == 0 || is_ours(&name) {
         return None;
     }
     let mac = attribute(link, kind::LINK.header, IFLA_ADDRESS)?.try_into().ok()?;
@@ -213,6 +211,12 @@ fn rule(body: &[u8]) -> Option<Vec<u8>> {
     let kept = u32_at(body, 8)? & FIB_RULE_INVERT;
     rule.get_mut(8..12)?.copy_from_slice(&kept.to_ne_bytes());
     Some(rule)
+}
+
+/// Whether this is the name of a tap that a shim made.
+fn is_ours(name: &str) -> bool {
+    let number = name.strip_prefix("tap").and_then(|rest| rest.strip_suffix("_kata"));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 #[cfg(test)]

@@ -150,3 +150,11 @@ fn fuzz_scan() {
         }
     });
 }
+
+#[test]
+fn taps_are_known_by_their_names() {
+    assert!(is_ours("tap0_kata") && is_ours("tap12_kata"));
+    for other in ["tap0", "tap_kata", "tapx_kata", "eth0", ""] {
+        assert!(!is_ours(other), "{other}");
+    }
+}

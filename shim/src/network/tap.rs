@@ -14,7 +14,7 @@ use nix::errno::Errno;
 
 use super::scan::Interface;
 use crate::error::{Error, Result};
-use crate::handed;
+use crate::storage::handed;
 
 const IFLA_MTU: u16 = 4;
 // linux/rtnetlink.h, linux/pkt_sched.h, linux/pkt_cls.h, linux/tc_act/tc_mirred.h
@@ -46,12 +46,6 @@ const PRIORITIES: [u16; 3] = [PRIORITY_ARP, PRIORITY_IP, PRIORITY_ALL];
 const DNS_PORT: u16 = 53;
 /// The lowest of the ports whose four highest bits are set.
 const NAME_SERVER_PORTS: u16 = 0xf000;
-
-/// Whether this is the name of a tap that a shim made.
-pub fn is_ours(name: &str) -> bool {
-    let number = name.strip_prefix("tap").and_then(|rest| rest.strip_suffix("_kata"));
-    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
-}
 
 /// Makes the tap for a slot and connects it to an interface, in the network namespace of the calling thread. The answer is
 /// its queues, one for each pair of the card's. With a name server in that namespace, the answers that the server waits for do
@@ -231,17 +225,4 @@ pub fn disconnect_all() -> Result<()> {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn taps_are_known_by_their_names() {
-        assert!(is_ours("tap0_kata") && is_ours("tap12_kata"));
-        for other in ["tap0", "tap_kata", "tapx_kata", "eth0", ""] {
-            assert!(!is_ours(other), "{other}");
-        }
-    }
 }

@@ -186,7 +186,10 @@ fn fuzz_spec() {
         let pod = Pod { sandbox_pid: Some(7), ..Pod::default() };
         let sources = spec.sources(Path::new("/nowhere"), &pod);
         let _ = (spec.owns_pid_namespace(), spec.joined_pid(), spec.is_sandbox());
-        let _ = (crate::size::Limits::of_container(&spec), crate::size::Limits::announced(&spec));
+        let _ = (
+            crate::machine::size::Limits::of_container(&spec),
+            crate::machine::size::Limits::announced(&spec),
+        );
         let _ = spec.shared_memory(Path::new("/nowhere"));
         for spec in [spec.for_pause(), spec] {
             let Ok(guest) = spec.for_guest("c1", true, &sources, &pod, &OnDisks::default()) else { return };

@@ -16,12 +16,9 @@ use virtiofsd::soft_idmap::Id;
 
 use super::transfer::Look;
 use super::unnamed::{Unnamed, checked};
-use super::{acl, inode_flags};
+use super::{Handle, Inode, acl, inode_flags};
 
 mod calls;
-
-pub type Inode = u64;
-pub type Handle = u64;
 
 /// When a file was made.
 #[derive(Debug, Clone, Copy, Default)]

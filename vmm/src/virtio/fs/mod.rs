@@ -63,6 +63,9 @@ const CACHE_TIME: Duration = Duration::from_secs(1);
 /// How long a reset waits for requests that are under way.
 const RESET_PATIENCE: Duration = Duration::from_secs(5);
 
+type Inode = u64;
+type Handle = u64;
+
 /// The file server.
 pub struct Fs {
     shared: Arc<Shared>,

@@ -23,8 +23,9 @@ use virtiofsd::filesystem::{
 };
 use virtiofsd::fuse::{Attr, FsOptions, SetattrIn};
 
-use super::host::{Handle, Host, Inode};
+use super::host::Host;
 use super::known::{Known, Name, References};
+use super::{Handle, Inode};
 
 /// With this bit, a directory's number is that of the [`REPLAY_SOURCE`] in it, which is nowhere on the host. virtiofsd counts
 /// its own numbers up from 1.

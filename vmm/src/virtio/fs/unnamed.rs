@@ -18,7 +18,7 @@ use virtiofsd::oslib::ScopedUmask;
 use virtiofsd::soft_idmap::Id;
 
 use super::CACHE_TIME;
-use super::host::{Handle, Inode};
+use super::{Handle, Inode};
 use crate::sync::lock;
 
 /// Numbers of inodes and handles from here on are of such files; the library's count up from 0, and those of

@@ -1,0 +1,42 @@
+//! What all rooms need of the host's kernel and of containerd: descriptors, processes, cgroups, log, events.
+//!
+//! Uses no other room.
+
+pub mod cgroup;
+pub mod events;
+pub mod fds;
+pub mod logger;
+pub mod pidfd;
+pub mod rate;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// Runs what blocks on a thread beside the one that serves.
+pub async fn blocking<T, F>(work: F) -> Result<T>
+where
+    F: FnOnce() -> Result<T> + Send + 'static,
+    T: Send + 'static,
+{
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::Host(e.to_string()))?
+}
+
+/// Random bytes of the host's kernel.
+pub fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    // SAFETY: a buffer of the given length.
+    let count = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), N, 0) };
+    if usize::try_from(count) == Ok(N) {
+        return Ok(bytes);
+    }
+    Err(Error::os("getrandom", nix::errno::Errno::last()))
+}
+
+/// Creates a directory and its parents for root only.
+pub fn create_private(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}

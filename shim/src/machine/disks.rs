@@ -1,0 +1,94 @@
+//! Disks of the host in the slots of the machine.
+
+use std::sync::Arc;
+
+use katana_protocol::agent as api;
+
+use super::Machine;
+use crate::error::{Error, Result};
+use crate::spec::OnDisks;
+use crate::storage::disks::{Place, Purpose, Wanted};
+
+impl Machine {
+    /// Gives a container its disks; answers what the agent is told of them, and what the specification.
+    ///
+    /// On a task of its own: it must not stop halfway when containerd drops its request.
+    pub async fn attach_disks(
+        self: &Arc<Self>,
+        container: &str,
+        wanted: Vec<Wanted>,
+    ) -> Result<(Vec<api::Disk>, OnDisks)> {
+        let (machine, container) = (Arc::clone(self), container.to_owned());
+        let attached = tokio::spawn(async move { machine.try_attach_disks(&container, wanted).await });
+        attached.await.map_err(|e| Error::Host(format!("disks: {e}")))?
+    }
+
+    async fn try_attach_disks(
+        &self,
+        container: &str,
+        wanted: Vec<Wanted>,
+    ) -> Result<(Vec<api::Disk>, OnDisks)> {
+        let (mut messages, mut on_disks) = (Vec::new(), OnDisks::default());
+        if self.becomes_template && !wanted.is_empty() {
+            self.agent().await?;
+        }
+        for wanted in wanted {
+            let (path, is_needed) = (wanted.path.clone(), wanted.is_needed());
+            let disk = crate::host::blocking(move || wanted.open()).await?;
+            let mut slots = self.disks.lock().await;
+            let Some(Place { slot, shared }) = slots.take(container, &disk) else {
+                if !is_needed {
+                    log::info!("{} is mounted on the host: all disk slots are in use", path.display());
+                    continue;
+                }
+                return Err(Error::FailedPrecondition(format!(
+                    "disk {}: all {} disk slots of the pod's VM are in use (disk_slots in the configuration)",
+                    path.display(),
+                    slots.count()
+                )));
+            };
+            let message = disk.message(slot);
+            match disk.purpose() {
+                Purpose::Root { .. } => on_disks.root = true,
+                Purpose::Device(mount) => {
+                    on_disks.mounts.extend(mount.map(|number| (number, slot)));
+                    on_disks.devices.push((message.major.into(), message.minor.into()));
+                }
+            }
+            messages.push(message);
+            if !shared {
+                self.vmm.attach_disk(slot, disk.read_only(), disk.into_file()).await?;
+            }
+        }
+        Ok((messages, on_disks))
+    }
+
+    /// Whether a container has disks. What it wrote to them is on them after [`Machine::release_disks`].
+    pub async fn has_disks(&self, container: &str) -> bool {
+        self.disks.lock().await.has(container)
+    }
+
+    /// A container is gone from the guest, and its disks with it. On a task of its own.
+    pub async fn release_disks(self: &Arc<Self>, container: &str) {
+        let (machine, container) = (Arc::clone(self), container.to_owned());
+        let released = tokio::spawn(async move {
+            let mut slots = machine.disks.lock().await;
+            for slot in slots.leave(&container) {
+                match machine.release_disk(slot).await {
+                    Ok(()) => slots.free(slot),
+                    // The guest may still write to it: nobody else gets the slot.
+                    Err(e) => log::error!("disk slot {slot}: {e}"),
+                }
+            }
+        });
+        let _ = released.await;
+    }
+
+    async fn release_disk(&self, slot: u8) -> Result<()> {
+        if self.is_dead() {
+            return Ok(());
+        }
+        self.agent().await?.release_disk(slot).await?;
+        self.vmm.detach_disk(slot).await
+    }
+}

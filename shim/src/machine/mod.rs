@@ -1,0 +1,135 @@
+//! A pod's virtual machine: launched for its first container ([`launch`]), ended after its last ([`Machine::end`]). In between it
+//! takes containers' disks, files and limits.
+//!
+//! May use [`crate::network`], [`crate::storage`] and what is below them.
+
+mod ceiling;
+pub mod cleanup;
+mod connect;
+mod disks;
+mod follow;
+mod launch;
+pub mod layout;
+pub mod members;
+mod pids;
+mod record;
+mod resize;
+mod shape;
+pub mod size;
+pub mod sockets;
+mod template;
+mod watch;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use katana_config::HostNamespaces;
+use katana_protocol::agent as api;
+use tokio::sync::watch::{Receiver, Sender};
+
+use self::ceiling::Ceiling;
+use self::follow::Follower;
+pub use self::launch::{First, Launch};
+use self::layout::Layout;
+use self::members::Members;
+use self::pids::Threads;
+use self::size::{Bounds, Size};
+use self::watch::Watcher;
+use crate::error::{Error, Result};
+use crate::guest::agent::Agent;
+use crate::guest::ports::Ports;
+use crate::guest::vmm::{Vmm, wait_end};
+use crate::host::pidfd::PidFd;
+use crate::network::Network;
+use crate::storage::disks::Slots;
+use crate::storage::share::Share;
+
+/// How long the end of a killed VMM is waited for.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// A pod's virtual machine.
+pub struct Machine {
+    /// The shared directory.
+    pub share: Arc<Share>,
+    /// The ports that the guest may connect to.
+    pub ports: Arc<Ports>,
+    /// The directory of the host for which the guest has a tmpfs: the pod's /dev/shm.
+    pub shared_memory: Option<PathBuf>,
+    /// What becomes of containers that ask for namespaces of the host.
+    pub host_namespaces: HostNamespaces,
+    /// The containers that the agent may speak of.
+    pub members: Arc<Members>,
+    vmm: Vmm,
+    /// The VMM's threads that stand for containers, by the containers' ids.
+    threads: Sender<Threads>,
+    network: Network,
+    /// The network as the guest knows it.
+    told: tokio::sync::Mutex<api::Network>,
+    /// Whether a container has been started; the pod's network is complete then.
+    started: AtomicBool,
+    layout: Layout,
+    /// Whether a template is made of the machine: then it stays empty until the agent is there, or the machines that go on from
+    /// the template would have its cards, disks and memory.
+    becomes_template: bool,
+    agent: Receiver<Option<Result<Agent>>>,
+    bounds: Bounds,
+    size: tokio::sync::Mutex<Size>,
+    /// On a host with cgroup v2.
+    ceiling: Option<Arc<Ceiling>>,
+    disks: tokio::sync::Mutex<Slots>,
+    /// For the first volume that is watched.
+    watcher: tokio::sync::Mutex<Option<Watcher>>,
+    /// For the first volume that follows the host's mounts.
+    follower: tokio::sync::Mutex<Option<Follower>>,
+}
+
+impl Machine {
+    /// Waits until the VMM is in its jail, in whose mount namespace containers' mounts are made from now on; the answer is
+    /// its process.
+    pub async fn running(&self) -> Result<PidFd> {
+        let process = if self.vmm.running().await { self.vmm.process() } else { None };
+        match process {
+            Some(process) => Ok(process),
+            None => {
+                Err(self.agent().await.err().unwrap_or_else(|| Error::Unavailable("the VM is gone".into())))
+            }
+        }
+    }
+
+    /// The agent, as soon as it is there, or why it is not.
+    pub async fn agent(&self) -> Result<Agent> {
+        let mut agent = self.agent.clone();
+        let ready = agent.wait_for(Option::is_some).await.ok().and_then(|agent| agent.clone());
+        let agent = ready.unwrap_or_else(|| Err(Error::Unavailable("the VM is gone".into())))?;
+        match &*self.vmm.ended().borrow() {
+            Some(end) => Err(Error::Unavailable(end.to_string())),
+            None => Ok(agent),
+        }
+    }
+
+    /// The VMM's pid on the host.
+    pub fn pid(&self) -> u32 {
+        u32::try_from(self.vmm.pid()).unwrap_or(0)
+    }
+
+    /// Whether the VM has ended.
+    pub fn is_dead(&self) -> bool {
+        self.vmm.ended().borrow().is_some()
+    }
+
+    /// Has the VM end; what is left of it stays.
+    pub fn kill(&self) {
+        self.vmm.kill();
+    }
+
+    /// Ends the VM and removes all that is left of it.
+    pub async fn end(&self) {
+        self.vmm.kill();
+        if tokio::time::timeout(END_LIMIT, wait_end(&mut self.vmm.ended())).await.is_err() {
+            log::error!("the killed VMM does not end");
+        }
+        cleanup::remove_blocking(&self.layout).await;
+    }
+}

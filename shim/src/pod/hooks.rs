@@ -1,0 +1,129 @@
+//! The hooks of a specification that run on the host (runtime-spec, "POSIX-platform Hooks").
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::error::{Error, Result, one_line};
+use crate::host::fds;
+use crate::host::pidfd::PidFd;
+use crate::spec::{Hook, Spec};
+
+/// A hook without a limit of its own must not hold a container for ever.
+const DEFAULT_LIMIT: Duration = Duration::from_secs(120);
+
+/// A container's state as hooks read it from their standard input.
+pub struct State<'a> {
+    /// The container.
+    pub id: &'a str,
+    /// "creating", "created", "running" or "stopped".
+    pub status: &'a str,
+    /// A process of the host.
+    pub pid: i32,
+    /// The bundle.
+    pub bundle: &'a Path,
+    /// For its annotations.
+    pub spec: &'a Spec,
+}
+
+/// Runs hooks in order up to the first that fails. Blocks.
+pub fn run(hooks: &[Hook], state: &State<'_>) -> Result<()> {
+    if hooks.is_empty() {
+        return Ok(());
+    }
+    let state = json!({
+        "ociVersion": state.spec.rest.get("ociVersion"), "id": state.id, "status": state.status, "pid": state.pid,
+        "bundle": state.bundle, "annotations": state.spec.annotations,
+    });
+    let state = state.to_string();
+    hooks.iter().enumerate().try_for_each(|(number, hook)| {
+        run_one(hook, &state).map_err(|why| {
+            Error::Host(format!("error running hook #{number}: {} {why}", hook.path.display()))
+        })
+    })
+}
+
+fn run_one(hook: &Hook, state: &str) -> std::result::Result<(), String> {
+    let mut command = Command::new(&hook.path);
+    if let Some((name, arguments)) = hook.args.split_first() {
+        command.arg0(name).args(arguments);
+    }
+    let environment = hook.env.iter().filter_map(|variable| variable.split_once('='));
+    command.env_clear().envs(environment).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    fds::usual_limit(&mut command);
+    let why = |e: std::io::Error| crate::error::reason(&e);
+    let mut child = command.spawn().map_err(why)?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A hook need not read its input.
+        let _ = stdin.write_all(state.as_bytes());
+    }
+    let stderr = child.stderr.take().map(|stderr| std::thread::spawn(move || tail(stderr)));
+    let process = PidFd::open(i32::try_from(child.id()).unwrap_or_default()).map_err(why)?;
+    let limit = hook.timeout.map_or(DEFAULT_LIMIT, Duration::from_secs);
+    let in_time = process.wait(limit);
+    if !in_time {
+        process.kill();
+    }
+    let status = child.wait().map_err(why)?;
+    if !in_time {
+        return Err(format!("did not end within {} s", limit.as_secs()));
+    }
+    if status.success() {
+        return Ok(());
+    }
+    let said = stderr.and_then(|thread| thread.join().ok()).unwrap_or_default();
+    Err(format!("{status}, stderr: {}", one_line(&said)))
+}
+
+/// What a hook says, up to 4 KiB. A process that it left behind may hold the pipe, so reading ends after a while.
+fn tail(mut stderr: impl Read + AsFd) -> String {
+    let mut said = vec![0; 4096];
+    let mut length = 0;
+    while let Some(room) = said.get_mut(length..).filter(|room| !room.is_empty()) {
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&stderr.as_fd());
+        let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd that outlives the call.
+        if unsafe { libc::poll(&raw mut poll, 1, 1000) } <= 0 {
+            break;
+        }
+        match stderr.read(room) {
+            Ok(0) | Err(_) => break,
+            Ok(count) => length += count,
+        }
+    }
+    said.truncate(length);
+    String::from_utf8_lossy(&said).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, timeout: Option<u64>) -> Hook {
+        let args = ["sh", "-c", script].map(str::to_owned).to_vec();
+        Hook { path: "/bin/sh".into(), args, env: vec!["A=b".into()], timeout }
+    }
+
+    fn try_run(hook: Hook) -> Result<()> {
+        let spec = Spec::default();
+        let state = State { id: "c1", status: "creating", pid: 7, bundle: Path::new("/b"), spec: &spec };
+        run(&[hook], &state)
+    }
+
+    #[test]
+    fn hooks_get_the_state_and_their_failures_are_told() {
+        let check = "read s; case $s in *'\"id\":\"c1\"'*'\"pid\":7'*) [ $A = b ];; *) exit 9;; esac";
+        try_run(shell(check, None)).unwrap();
+        let error = try_run(shell("echo bad thing >&2; exit 3", None)).unwrap_err().to_string();
+        assert_eq!(error, "error running hook #0: /bin/sh exit status: 3, stderr: bad thing");
+        let error = try_run(shell("exec sleep 100", Some(0))).unwrap_err().to_string();
+        assert_eq!(error, "error running hook #0: /bin/sh did not end within 0 s");
+        let error = try_run(Hook { path: "/nowhere".into(), ..Hook::default() }).unwrap_err().to_string();
+        assert_eq!(error, "error running hook #0: /nowhere No such file or directory");
+    }
+}

@@ -1,0 +1,316 @@
+//! Disks: block devices and images that a container uses, in the machine's slots for them.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use katana_protocol::agent as api;
+use nix::sys::stat::{major, minor};
+use serde_json::{Map, Value};
+
+use super::handed;
+use super::rootfs::Layer;
+use crate::error::{Error, Result};
+use crate::spec::{Device, Source, Spec};
+
+/// File systems on disks that the guest's kernel can mount.
+const GUEST_FILE_SYSTEMS: [&str; 2] = ["ext4", "erofs"];
+
+/// What a container uses a disk for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Purpose {
+    /// A device of its specification, or the source of the mount of this number.
+    Device(Option<usize>),
+    /// Its root.
+    Root {
+        /// The file system.
+        kind: String,
+        /// How it is mounted, in the form of fstab.
+        options: Vec<String>,
+    },
+}
+
+/// A disk that a container wants.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    /// The device or image on the host.
+    pub path: PathBuf,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// What for.
+    pub purpose: Purpose,
+    /// The device that the container's rules were asked about, if the path is the container's to choose: it may lead elsewhere by now.
+    pub checked: Option<(i64, i64)>,
+}
+
+/// A disk that is open.
+pub struct Opened {
+    file: OwnedFd,
+    read_only: bool,
+    purpose: Purpose,
+    /// The device's numbers; 0 for an image.
+    numbers: (u32, u32),
+    identity: Identity,
+}
+
+/// The same disk has the same: of a device its number, of an image file system and inode.
+type Identity = (bool, u64, u64);
+
+/// The disks that a container wants: block devices that its specification names, and a root that the guest can mount
+/// itself. Blocks.
+pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer]) -> Result<Vec<Wanted>> {
+    let resources = spec.linux.as_ref().and_then(|linux| linux.resources.as_ref());
+    let rules = Rules::of(resources);
+    let mut wanted: Vec<_> = root(layers).into_iter().collect();
+    for device in spec.linux.iter().flat_map(|linux| &linux.devices).filter(|device| device.kind == "b") {
+        // Privileged containers get the numbers of all disks of the host, for what they might need.
+        if !rules.allow_all() {
+            let path = path_of(device)?;
+            let read_only = !rules.allow(device.major, device.minor, 'w');
+            wanted.push(Wanted { path, read_only, purpose: Purpose::Device(None), checked: None });
+        }
+    }
+    for (number, (mount, source)) in spec.mounts.iter().zip(sources).enumerate() {
+        if let Source::BlockDevice(path) = source {
+            // Whoever may name the node has not been given the device: with runc its node is there and cannot be opened.
+            let node = fs::metadata(path).map_err(|e| Error::io(path.display(), &e))?;
+            let (major, minor) = numbers(&node).ok_or_else(|| is_another(path))?;
+            if !rules.allow(major, minor, 'r') {
+                return Err(Error::InvalidArgument(format!(
+                    "mount of block device {}: the container's device rules do not allow {major}:{minor} (a volume with \
+                     volumeMode: Block, or --device, does)",
+                    path.display()
+                )));
+            }
+            let writes = crate::storage::volumes::access(&mount.options).lets_write()
+                && rules.allow(major, minor, 'w');
+            let read_only = !writes;
+            let (purpose, checked) = (Purpose::Device(Some(number)), Some((major, minor)));
+            wanted.push(Wanted { path: path.clone(), read_only, purpose, checked });
+        }
+    }
+    Ok(wanted)
+}
+
+/// A root that is one file system on a device or in an image. More than one mount, overlays, and what the guest's kernel does
+/// not know are mounted on the host.
+fn root(layers: &[Layer]) -> Option<Wanted> {
+    let [layer] = layers else { return None };
+    let mountable = GUEST_FILE_SYSTEMS.contains(&layer.kind.as_str()) && layer.target.is_empty();
+    let path = PathBuf::from(&layer.source);
+    let kind = fs::metadata(&path).ok().filter(|_| mountable)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return None;
+    }
+    let loops = |option: &&String| *option == "loop" || option.starts_with("loop=");
+    let options: Vec<_> = layer.options.iter().filter(|option| !loops(option)).cloned().collect();
+    // erofs has no other way.
+    let read_only = layer.kind == "erofs" || options.iter().any(|option| option == "ro");
+    let purpose = Purpose::Root { kind: layer.kind.clone(), options };
+    Some(Wanted { path, read_only, purpose, checked: None })
+}
+
+/// The node of a device that a specification names by its numbers: the kernel knows it.
+fn path_of(device: &Device) -> Result<PathBuf> {
+    let text = fs::read_to_string(format!("/sys/dev/block/{}:{}/uevent", device.major, device.minor));
+    let path = text.ok().and_then(|text| {
+        let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
+        Some(Path::new("/dev").join(name))
+    });
+    path.ok_or_else(|| {
+        let (path, major, minor) = (device.path.display(), device.major, device.minor);
+        Error::InvalidArgument(format!("device {path}: the host has no block device {major}:{minor}"))
+    })
+}
+
+fn is_another(path: &Path) -> Error {
+    Error::InvalidArgument(format!(
+        "disk {}: it is not the block device any more that it was",
+        path.display()
+    ))
+}
+
+/// Those of the device that a node stands for; nothing of what is none.
+fn numbers(node: &fs::Metadata) -> Option<(i64, i64)> {
+    let number = |part: u64| i64::try_from(part).unwrap_or(i64::MAX);
+    let is_device = node.file_type().is_block_device();
+    is_device.then(|| (number(major(node.rdev())), number(minor(node.rdev()))))
+}
+
+impl Wanted {
+    /// Whether there is no other way: a root on a device can also be mounted on the host.
+    pub fn is_needed(&self) -> bool {
+        let is_device = fs::metadata(&self.path).is_ok_and(|status| status.file_type().is_block_device());
+        !is_device || matches!(self.purpose, Purpose::Device(_))
+    }
+
+    /// Opens it. Blocks.
+    pub fn open(self) -> Result<Opened> {
+        let failed = |e: &io::Error| Error::io(format_args!("disk {}", self.path.display()), e);
+        let file = handed::open(&self.path, File::options().read(true).write(!self.read_only));
+        let file = file.map_err(|e| failed(&e))?;
+        let status = file.metadata().map_err(|e| failed(&e))?;
+        if self.checked.is_some() && self.checked != numbers(&status) {
+            return Err(is_another(&self.path));
+        }
+        let parts = |number| {
+            let part = |part: u64| u32::try_from(part).unwrap_or(u32::MAX);
+            (part(major(number)), part(minor(number)))
+        };
+        let (numbers, identity) = if status.file_type().is_block_device() {
+            (parts(status.rdev()), (true, status.rdev(), 0))
+        } else {
+            ((0, 0), (false, status.dev(), status.ino()))
+        };
+        let Self { read_only, purpose, .. } = self;
+        Ok(Opened { file: file.into(), read_only, purpose, numbers, identity })
+    }
+}
+
+/// The rules of a device cgroup.
+struct Rules<'a>(Vec<&'a Map<String, Value>>);
+
+impl<'a> Rules<'a> {
+    fn of(resources: Option<&'a Map<String, Value>>) -> Self {
+        let list = resources.and_then(|resources| resources.get("devices")).and_then(Value::as_array);
+        Self(list.into_iter().flatten().filter_map(Value::as_object).collect())
+    }
+
+    fn allow_all(&self) -> bool {
+        let any = |rule: &&Map<String, Value>| {
+            matches!(rule.get("type").and_then(Value::as_str), None | Some("a"))
+                && rule.get("major").and_then(Value::as_i64).is_none_or(|number| number < 0)
+        };
+        self.0.iter().any(|rule| any(rule) && rule.get("allow").and_then(Value::as_bool) == Some(true))
+    }
+
+    /// Whether a block device may be read ('r') or written to ('w'): the last rule that speaks of it decides.
+    fn allow(&self, major: i64, minor: i64, wanted: char) -> bool {
+        let is = |rule: &Map<String, Value>, name, number| {
+            rule.get(name).and_then(Value::as_i64).is_none_or(|given| given < 0 || given == number)
+        };
+        let speaks = |rule: &&&Map<String, Value>| {
+            let kind = rule.get("type").and_then(Value::as_str).unwrap_or("a");
+            let access = rule.get("access").and_then(Value::as_str).unwrap_or_default();
+            let everything = kind == "a";
+            (everything || kind == "b" && access.contains(wanted))
+                && is(rule, "major", major)
+                && is(rule, "minor", minor)
+        };
+        let last = self.0.iter().rev().find(speaks);
+        last.is_none_or(|rule| rule.get("allow").and_then(Value::as_bool) == Some(true))
+    }
+}
+
+/// The machine's slots, and who uses them.
+#[derive(Debug)]
+pub struct Slots {
+    slots: Vec<Option<Use>>,
+    /// By container.
+    taken: HashMap<String, Vec<u8>>,
+}
+
+#[derive(Debug)]
+struct Use {
+    identity: Identity,
+    read_only: bool,
+    users: usize,
+}
+
+/// A slot, and whether its disk is there already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Its number.
+    pub slot: u8,
+    /// Whether another container has brought the disk.
+    pub shared: bool,
+}
+
+impl Slots {
+    /// So many empty slots.
+    pub fn new(count: u8) -> Self {
+        Self { slots: (0..count).map(|_| None).collect(), taken: HashMap::new() }
+    }
+
+    /// Takes a slot for a container. A disk that another one has is shared with it, so that both see what either writes;
+    /// `None` when all slots are in use.
+    pub fn take(&mut self, container: &str, disk: &Opened) -> Option<Place> {
+        let fits = |used: &Use| used.identity == disk.identity && (disk.read_only || !used.read_only);
+        let shared = self.slots.iter().position(|slot| slot.as_ref().is_some_and(fits));
+        let number = shared.or_else(|| self.slots.iter().position(Option::is_none))?;
+        let slot = u8::try_from(number).ok()?;
+        let used = self.slots.get_mut(number)?.get_or_insert(Use {
+            identity: disk.identity,
+            read_only: disk.read_only,
+            users: 0,
+        });
+        used.users += 1;
+        self.taken.entry(container.to_owned()).or_default().push(slot);
+        Some(Place { slot, shared: shared.is_some() })
+    }
+
+    /// A container is gone; the answer is the slots that nobody uses any more, to be passed to [`Slots::free`].
+    pub fn leave(&mut self, container: &str) -> Vec<u8> {
+        let mut unused = Vec::new();
+        for slot in self.taken.remove(container).unwrap_or_default() {
+            if let Some(Some(used)) = self.slots.get_mut(usize::from(slot)) {
+                used.users -= 1;
+                if used.users == 0 {
+                    unused.push(slot);
+                }
+            }
+        }
+        unused
+    }
+
+    /// A slot's disk is gone.
+    pub fn free(&mut self, slot: u8) {
+        if let Some(used) = self.slots.get_mut(usize::from(slot)) {
+            *used = None;
+        }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Whether a container has a disk.
+    pub fn has(&self, container: &str) -> bool {
+        self.taken.contains_key(container)
+    }
+}
+
+impl Opened {
+    /// The descriptor, for the VMM.
+    pub fn into_file(self) -> OwnedFd {
+        self.file
+    }
+
+    /// Whether writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// What for.
+    pub fn purpose(&self) -> &Purpose {
+        &self.purpose
+    }
+
+    /// For the agent.
+    pub fn message(&self, slot: u8) -> api::Disk {
+        let (file_system, options) = match &self.purpose {
+            Purpose::Root { kind, options } => (kind.clone(), options.clone()),
+            Purpose::Device(_) => Default::default(),
+        };
+        let (major, minor) = self.numbers;
+        api::Disk { slot: slot.into(), major, minor, file_system, options, ..Default::default() }
+    }
+}
+
+#[cfg(test)]
+#[path = "disks/tests.rs"]
+mod tests;

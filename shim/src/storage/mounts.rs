@@ -1,0 +1,378 @@
+//! Mounts: the few system calls.
+//!
+//! What the guest sees is mounted in the VMM's mount namespace only. In the host's it would keep directories busy that others
+//! want to remove, and a copy of what is mounted there would be one more for everybody. So each mount is made without a place,
+//! in the host's namespace, where its source is; then a thread that goes into the VMM's namespace gives it its place.
+//!
+//! Whatever the source is like, nothing can be executed there with somebody else's rights, and no device can be opened: it is the guest's kernel that
+//! does so, when a container opens a device node or executes a set-user-ID file that it finds there. To it these are flags of the host's
+//! mount all the same, so it is told of those that the source has itself ([`Hardened`]).
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use katana_protocol::kernel;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::mount::{MntFlags, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::Mode;
+use nix::sys::statvfs::{FsFlags, fstatvfs};
+use nix::unistd::fchdir;
+
+use super::mount_table::{self, Mounted};
+
+/// What a bind mount's options say about writing (runtime-spec, config.md, "Linux mount options").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// As the source is.
+    Inherited,
+    /// The mount itself is read-only ("ro").
+    ReadOnly,
+    /// The mount and all mounts below it are read-only ("rro").
+    RecursivelyReadOnly,
+    /// Neither the mount nor those below it are read-only, whatever the source is ("rrw").
+    RecursivelyWritable,
+}
+
+impl Access {
+    /// Whether the mount can be written to where its source can.
+    pub fn lets_write(self) -> bool {
+        matches!(self, Self::Inherited | Self::RecursivelyWritable)
+    }
+}
+
+fn path_of(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// Takes the descriptor that a system call has answered with.
+pub fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = RawFd::try_from(Errno::result(result)?).map_err(|_| io::ErrorKind::InvalidData)?;
+    // SAFETY: the kernel has just made this descriptor for the caller.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// A mount that is attached nowhere yet. It is gone with its last descriptor unless it gets a place. Its flags are set before
+/// anybody can see it.
+#[derive(Debug)]
+pub struct Detached(OwnedFd);
+
+impl AsFd for Detached {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<OwnedFd> for Detached {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+impl From<Detached> for OwnedFd {
+    fn from(mount: Detached) -> Self {
+        mount.0
+    }
+}
+
+impl Detached {
+    /// A copy of the mount at `source`: open_tree(2) with OPEN_TREE_CLONE.
+    pub fn copy(source: &Path, recursive: bool) -> io::Result<Self> {
+        let path = path_of(source)?;
+        let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
+        let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | u32::try_from(recursive).unwrap_or(0);
+        // SAFETY: a path that outlives the call, and integers.
+        let copy = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+        owned(copy).map(Self).map_err(|e| kernel::OPEN_TREE.explain(e))
+    }
+
+    /// A copy of `source` for a container. Mounts that the host makes below it later appear if it `follows`; none goes back.
+    pub fn bound(source: &Path, recursive: bool, follows: bool, access: Access) -> io::Result<Self> {
+        let tree = Self::copy(source, recursive)?;
+        tree.set(0, 0, if follows { libc::MS_SLAVE } else { libc::MS_PRIVATE }, recursive)?;
+        match access {
+            Access::Inherited => {}
+            Access::ReadOnly => tree.set(libc::MOUNT_ATTR_RDONLY, 0, 0, false)?,
+            Access::RecursivelyReadOnly => tree.set(libc::MOUNT_ATTR_RDONLY, 0, 0, true)?,
+            Access::RecursivelyWritable => tree.set(0, libc::MOUNT_ATTR_RDONLY, 0, true)?,
+        }
+        Ok(tree)
+    }
+
+    /// mount_setattr(2): sets and clears attributes, and sets the propagation type.
+    pub fn set(&self, set: u64, clear: u64, propagation: u64, recursive: bool) -> io::Result<()> {
+        let attr = libc::mount_attr { attr_set: set, attr_clr: clear, propagation, userns_fd: 0 };
+        let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+        // SAFETY: an empty path, and a structure of the given size that outlives the call.
+        Errno::result(unsafe {
+            libc::syscall(
+                libc::SYS_mount_setattr,
+                self.0.as_raw_fd(),
+                c"".as_ptr(),
+                flags,
+                &raw const attr,
+                size_of::<libc::mount_attr>(),
+            )
+        })
+        .map_err(|e| kernel::MOUNT_SETATTR.explain(e))?;
+        Ok(())
+    }
+
+    /// move_mount(2): attaches it, in this thread's mount namespace, to a directory or file.
+    fn attach(&self, target: &OwnedFd) -> io::Result<()> {
+        let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
+        let (from, to) = (self.0.as_raw_fd(), target.as_raw_fd());
+        // SAFETY: empty paths, and integers.
+        Errno::result(unsafe {
+            libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), to, c"".as_ptr(), flags)
+        })
+        .map_err(|e| kernel::MOVE_MOUNT.explain(e))?;
+        Ok(())
+    }
+}
+
+/// What every mount for a VMM is.
+const HARDENED: [(&str, FsFlags); 2] = [("nosuid", FsFlags::ST_NOSUID), ("nodev", FsFlags::ST_NODEV)];
+
+/// The flags that mounts of a namespace have beyond those of the host's mounts that they are copies of, by their places.
+#[derive(Debug, Default)]
+pub struct Hardened(Mutex<BTreeMap<PathBuf, Vec<&'static str>>>);
+
+impl Hardened {
+    /// Hardens a mount that is to get this place, with all that is mounted in it. Whether it is `nosuid` and `nodev` as it is, the
+    /// mount of the host tells that it is a copy of, or its file system, which may have to answer.
+    fn harden(&self, place: &Path, mount: &Detached, original: Option<&Mounted>) -> io::Result<()> {
+        let had = match original {
+            Some(original) => original.restrictions(),
+            None => {
+                let flags = fstatvfs(mount)?.flags();
+                let had = HARDENED.iter().filter(|(_, flag)| flags.contains(*flag));
+                had.map(|(name, _)| (*name).to_owned()).collect()
+            }
+        };
+        mount.set(libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV, 0, 0, true)?;
+        self.note(Path::new("/").join(place), &had);
+        Ok(())
+    }
+
+    fn note(&self, point: PathBuf, had: &[String]) {
+        let added =
+            HARDENED.map(|(name, _)| name).into_iter().filter(|name| !had.iter().any(|had| had == name));
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(point, added.collect());
+    }
+
+    /// A place of a tree, and the directory of the host that it is a copy of: notes the mounts in it.
+    fn note_tree(&self, all: &[Mounted], place: &Path, source: &Path) -> io::Result<()> {
+        let root = Path::new("/").join(place);
+        let inner = |mounted: &&Mounted| mounted.point != root;
+        let mut seen = mount_table::tree(all, &root).into_iter().filter(inner).peekable();
+        if seen.peek().is_none() {
+            return Ok(());
+        }
+        let (source, host) = (std::fs::canonicalize(source)?, mount_table::host()?);
+        let originals = mount_table::tree(&host, &source);
+        for mounted in seen {
+            let Ok(below) = mounted.point.strip_prefix(&root) else { continue };
+            let point = source.join(below);
+            // One that has gone meanwhile was as strict as could be.
+            if let Some(original) = originals.iter().find(|original| original.point == point) {
+                self.note(mounted.point.clone(), &original.restrictions());
+            }
+        }
+        Ok(())
+    }
+
+    /// The mounts of the namespace as they would be if none had been hardened.
+    fn undone(&self, all: &[Mounted]) -> Vec<Mounted> {
+        let noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let undone = |mounted: &Mounted| {
+            let added = noted.get(&mounted.point);
+            added.map_or_else(|| mounted.clone(), |added| mounted.without(added))
+        };
+        all.iter().map(undone).collect()
+    }
+
+    /// What was at or in a place is gone.
+    pub fn forget(&self, place: &Path) {
+        let root = Path::new("/").join(place);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|point, _| !point.starts_with(&root));
+    }
+}
+
+/// What is to be done in a mount namespace, at a path relative to its root.
+enum Step {
+    Mount(PathBuf, Detached),
+    /// The same, where the place may be gone.
+    Try(PathBuf, Detached),
+    /// With all below it; if it is there.
+    Unmount(PathBuf),
+}
+
+/// The mount namespace of a pod's VMM, and what is to be done in it.
+pub struct Place<'a> {
+    /// The VMM's process (a pidfd), or the namespace itself.
+    namespace: BorrowedFd<'a>,
+    /// Its root, the share.
+    root: BorrowedFd<'a>,
+    hardened: &'a Hardened,
+    steps: Vec<Step>,
+    /// Places of whole trees, and what they are copies of.
+    trees: Vec<(PathBuf, PathBuf)>,
+    /// Whether what is recursive is to be copied mount by mount, see [`Place::add_tree`].
+    piecewise: bool,
+}
+
+impl<'a> Place<'a> {
+    /// Nothing is to be done yet.
+    pub fn new(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>, hardened: &'a Hardened) -> Self {
+        Self { namespace, root, hardened, steps: Vec::new(), trees: Vec::new(), piecewise: false }
+    }
+
+    /// The same, for a second attempt after the kernel has refused a tree with ELOOP: a mount namespace takes none in which there
+    /// is a file that stands for an older mount namespace (`check_for_nsfs_mounts` in fs/namespace.c).
+    pub fn piecewise(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>, hardened: &'a Hardened) -> Self {
+        Self { piecewise: true, ..Self::new(namespace, root, hardened) }
+    }
+
+    /// Has a private copy of `source` wait for its place.
+    pub fn add_tree(
+        &mut self,
+        place: PathBuf,
+        source: &Path,
+        recursive: bool,
+        access: Access,
+    ) -> io::Result<()> {
+        if !(self.piecewise && recursive) {
+            return self.add_copy(place, source, Detached::bound(source, recursive, false, access)?);
+        }
+        // As the kernel does where it copies mounts by itself, without such files.
+        let source = std::fs::canonicalize(source)?;
+        self.add(place.clone(), Detached::bound(&source, false, false, access)?)?;
+        let access = if access == Access::ReadOnly { Access::Inherited } else { access };
+        for mounted in mount_table::tree(&mount_table::host()?, &source) {
+            let Ok(below) = mounted.point.strip_prefix(&source) else { continue };
+            if !below.as_os_str().is_empty() && !mounted.is_mount_namespace() {
+                let copy = Detached::bound(&mounted.point, false, false, access)?;
+                self.try_to_add(place.join(below), copy, mounted)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has a copy of a directory or file of the host, with what is mounted there, wait for its place.
+    pub fn add_copy(&mut self, place: PathBuf, source: &Path, mount: Detached) -> io::Result<()> {
+        self.trees.push((place.clone(), source.to_owned()));
+        self.add(place, mount)
+    }
+
+    /// Has a mount wait for its place, a path relative to the share.
+    pub fn add(&mut self, place: PathBuf, mount: Detached) -> io::Result<()> {
+        self.hardened.harden(&place, &mount, None)?;
+        self.steps.push(Step::Mount(place, mount));
+        Ok(())
+    }
+
+    /// The same for a copy of a mount of the host, and a place that is in a volume, where it may be gone.
+    pub fn try_to_add(&mut self, place: PathBuf, mount: Detached, original: &Mounted) -> io::Result<()> {
+        self.hardened.harden(&place, &mount, Some(original))?;
+        self.steps.push(Step::Try(place, mount));
+        Ok(())
+    }
+
+    /// Has a mount be unmounted, with all below it.
+    pub fn remove(&mut self, place: PathBuf) {
+        self.steps.push(Step::Unmount(place));
+    }
+
+    /// Does all that is to be done. The answer is what is mounted in the namespace then, as the host's mounts are. Blocks.
+    pub fn settle(&mut self) -> io::Result<Vec<Mounted>> {
+        let steps = std::mem::take(&mut self.steps);
+        // Whoever has entered a mount namespace has its root and working directory, which threads otherwise share. This one
+        // ends.
+        let work = || {
+            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            let thread = openat(AT_FDCWD, "/proc/thread-self", flags, Mode::empty())?;
+            unshare(CloneFlags::CLONE_FS)?;
+            setns(self.namespace, CloneFlags::CLONE_NEWNS)?;
+            for step in &steps {
+                match step {
+                    Step::Mount(place, mount) => mount.attach(&self.find(place)?)?,
+                    Step::Try(place, mount) => {
+                        if let Err(e) = self.find(place).and_then(|target| mount.attach(&target)) {
+                            log::info!("mount {}: {e}", place.display());
+                        }
+                    }
+                    Step::Unmount(place) => {
+                        if let Err(e) = self.unmount(place) {
+                            log::debug!("unmount {}: {e}", place.display());
+                        }
+                    }
+                }
+            }
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+            mount_table::read(File::from(openat(&thread, "mountinfo", flags, Mode::empty())?))
+        };
+        let all = std::thread::scope(|scope| {
+            scope.spawn(work).join().unwrap_or_else(|_| Err(io::Error::other("the thread has panicked")))
+        })?;
+        for (place, source) in self.trees.drain(..) {
+            if let Err(e) = self.hardened.note_tree(&all, &place, &source) {
+                log::warn!("what is mounted in {}: {e}", source.display());
+            }
+        }
+        Ok(self.hardened.undone(&all))
+    }
+
+    /// What is in volumes is the guest's to change: no link is followed.
+    fn find(&self, place: &Path) -> io::Result<OwnedFd> {
+        let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
+        let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
+        openat2(self.root, place, how).map_err(|e| kernel::OPENAT2.explain(e))
+    }
+
+    fn unmount(&self, place: &Path) -> io::Result<()> {
+        let (Some(parent), Some(name)) = (place.parent(), place.file_name()) else { return Ok(()) };
+        fchdir(self.find(parent)?)?;
+        Ok(umount2(name, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?)
+    }
+}
+
+/// Unmounts everything at and below `directory`, the last mounted first. Blocks.
+///
+/// # Errors
+/// When mounts are left.
+pub fn unmount_all(directory: &Path) -> io::Result<()> {
+    for _ in 0..3 {
+        let points = mount_table::below(directory)?;
+        if points.is_empty() {
+            return Ok(());
+        }
+        for point in points.iter().rev() {
+            let _ = umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        }
+    }
+    let left = mount_table::below(directory)?;
+    if left.is_empty() {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("{} mounts are left below {}", left.len(), directory.display())))
+}
+
+/// Opens a directory as a mere place.
+pub fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    Ok(File::options().read(true).custom_flags(flags).open(path)?.into())
+}
+
+/// The path of what a descriptor stands for.
+pub fn path_of_fd(fd: BorrowedFd<'_>) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}

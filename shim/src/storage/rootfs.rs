@@ -1,0 +1,79 @@
+//! A container's root file system on the host.
+
+use std::io;
+use std::path::Path;
+
+use containerd_shim_protos::api::Mount;
+
+use super::file_system;
+use super::mounts::{Access, Detached, Place};
+use crate::error::{Error, Result};
+use crate::spec::Spec;
+
+/// One of the mounts that make up a root, as the snapshotter gave it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// File system, or "bind".
+    pub kind: String,
+    /// Device, directory or name.
+    pub source: String,
+    /// A directory in the root; unused by today's snapshotters.
+    pub target: String,
+    /// Options in the form of fstab.
+    pub options: Vec<String>,
+}
+
+impl From<&Mount> for Layer {
+    fn from(mount: &Mount) -> Self {
+        Self {
+            kind: mount.type_.clone(),
+            source: mount.source.clone(),
+            target: mount.target.clone(),
+            options: mount.options.clone(),
+        }
+    }
+}
+
+/// What makes up a root, to be mounted on `target` of the share: the snapshotter's mounts one after the other, or without any
+/// the directory that the specification names. `point` is the empty directory of the host that is there. Blocks.
+pub fn mount(
+    layers: &[Layer],
+    bundle: &Path,
+    spec: &Spec,
+    point: &Path,
+    target: &Path,
+    place: &mut Place<'_>,
+) -> Result<()> {
+    if layers.is_empty() {
+        let root = spec.root.as_ref().map_or(Path::new("rootfs"), |root| &root.path);
+        bind(&bundle.join(root), true, false, target, place)?;
+    }
+    for layer in layers {
+        if !layer.target.is_empty() {
+            let text = format!(
+                "root file system: mount of {:?} to {:?} in it is not supported",
+                layer.source, layer.target
+            );
+            return Err(Error::Unimplemented(text));
+        }
+        let has = |name: &str| layer.options.iter().any(|option| option == name);
+        if layer.kind == "bind" || has("bind") || has("rbind") {
+            bind(Path::new(&layer.source), has("rbind"), has("ro"), target, place)?;
+        } else {
+            let made = file_system::make(&layer.kind, &layer.source, &layer.options, point)?;
+            place.add(target.to_owned(), made).map_err(|e| failed(&layer.source, &e))?;
+        }
+    }
+    Ok(())
+}
+
+fn bind(source: &Path, recursive: bool, read_only: bool, target: &Path, place: &mut Place<'_>) -> Result<()> {
+    let access = if read_only { Access::ReadOnly } else { Access::Inherited };
+    let bound = Detached::bound(source, recursive, true, access);
+    let added = bound.and_then(|bound| place.add_copy(target.to_owned(), source, bound));
+    added.map_err(|e| failed(&source.display(), &e))
+}
+
+fn failed(source: &dyn std::fmt::Display, error: &io::Error) -> Error {
+    Error::io(format_args!("root file system {source}"), error)
+}
