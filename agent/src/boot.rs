@@ -14,8 +14,8 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use crate::rehearsal::rehearse;
 use crate::start_error::StartError;
+use crate::warm_up::warm_up;
 use crate::{cgroup, console, transparent_huge_pages};
 
 /// A file system of every Linux: source and type, target, flags, options.
@@ -120,7 +120,7 @@ fn raise_loopback() -> io::Result<()> {
     Ok(())
 }
 
-/// Tells the VMM, by a write to its host bridge, that the guest is up and knows no pod yet: other guests may go on from
+/// Tells the VMM, by a write to its host bridge, that the guest is up and knows no pod yet: other guests may be restored from
 /// here. What runs after this may run in any of them, at a later time.
 pub fn ready() {
     const HOST_BRIDGE: &str = "/sys/bus/pci/devices/0000:00:00.0/config";
@@ -128,9 +128,9 @@ pub fn ready() {
         let mut wanted = [0];
         host_bridge.read_exact_at(&mut wanted, bridge::REGISTER)?;
         if wanted == [bridge::WANTED]
-            && let Err(error) = rehearse(&host_bridge)
+            && let Err(error) = warm_up(&host_bridge)
         {
-            log::warn!("rehearsal: {error}");
+            log::warn!("warm-up: {error}");
         }
         host_bridge.write_all_at(&[bridge::READY], bridge::REGISTER)
     });

@@ -38,7 +38,7 @@ pub enum Error {
     /// The process says why.
     #[error(transparent)]
     Failed(#[from] Failure),
-    /// The process died, killed by the kernel for want of memory, say.
+    /// The process died, killed by the kernel for lack of memory, say.
     #[error("the process ended before it was set up; is its memory limit too low?")]
     Died,
 }

@@ -28,9 +28,9 @@ const IFLA_MTU: u16 = 4;
 /// What cannot be done.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The machine has no such card, or no driver takes it.
-    #[error("network card {0}: {1}")]
-    Card(u32, io::Error),
+    /// The machine has no such NIC, or no driver takes it.
+    #[error("NIC {0}: {1}")]
+    Nic(u32, io::Error),
     /// The kernel refuses.
     #[error("{0}: {1}")]
     Refused(String, netlink::Error),
@@ -88,11 +88,11 @@ fn add_rule(socket: &Socket, rule: &[u8]) -> Result<()> {
     }
 }
 
-/// Gives a card its name, address and MTU, and raises it. Answers its index.
+/// Gives a NIC its name, address and MTU, and raises it. Answers its index.
 fn set_up(socket: &Socket, interface: &Interface) -> Result<u32> {
-    let failed = |error| Error::Card(interface.slot, error);
+    let failed = |error| Error::Nic(interface.slot, error);
     let what = || format!("network interface {}", interface.name);
-    let index = card(interface.slot).and_then(|name| index_of(&name)).map_err(failed)?;
+    let index = nic(interface.slot).and_then(|name| index_of(&name)).map_err(failed)?;
     let link = Body::link(index, 0, 0)
         .with_text(IFLA_IFNAME, &interface.name)
         .with(IFLA_MTU, &interface.mtu.to_ne_bytes())
@@ -116,15 +116,15 @@ fn set_up(socket: &Socket, interface: &Interface) -> Result<u32> {
     Ok(index)
 }
 
-/// Cards get names from the kernel in the order in which they are found; one of them may have another one's.
+/// NICs get names from the kernel in the order in which they are found; one of them may have another one's.
 fn make_way(socket: &Socket, name: &str) -> std::result::Result<(), netlink::Error> {
     let index = index_of(name)?;
-    socket.set(kind::LINK, 0, Body::link(index, 0, 0).with_text(IFLA_IFNAME, &format!("card{index}")).bytes())
+    socket.set(kind::LINK, 0, Body::link(index, 0, 0).with_text(IFLA_IFNAME, &format!("nic{index}")).bytes())
 }
 
-/// The present name of the card in a slot of the VMM.
-fn card(slot: u32) -> io::Result<String> {
-    let function = pci::function(Kind::Card, slot)?;
+/// The present name of the NIC in a slot of the VMM.
+fn nic(slot: u32) -> io::Result<String> {
+    let function = pci::function(Kind::Nic, slot)?;
     if let Some(name) = interface_of(&function) {
         return Ok(name);
     }
@@ -141,7 +141,7 @@ fn index_of(name: &str) -> io::Result<u32> {
     text.trim().parse().map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-/// Waits until packets pass: a driver's first look at its card's link comes after the interface was raised. A link that
+/// Waits until packets pass: a driver's first look at its NIC's link comes after the interface was raised. A link that
 /// stays down is no reason not to start.
 async fn wait_for_link(socket: &Socket, changes: &Socket, index: u32, name: &str) -> Result<()> {
     let failed = |error: io::Error| Error::Refused(format!("network interface {name}"), error.into());

@@ -11,8 +11,8 @@ const VENDOR: &str = "0x1af4";
 /// Kinds of functions by their device numbers: virtio 1.2, 4.1.2 and 5.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// A network card.
-    Card,
+    /// A NIC.
+    Nic,
     /// A disk.
     Disk,
 }
@@ -20,7 +20,7 @@ pub enum Kind {
 impl Kind {
     fn number(self) -> &'static str {
         match self {
-            Self::Card => "0x1041",
+            Self::Nic => "0x1041",
             Self::Disk => "0x1042",
         }
     }

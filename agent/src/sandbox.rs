@@ -18,9 +18,9 @@ use nix::unistd::sethostname;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::container::{self, Container, Pod, Request};
+use crate::dns::{self, Names};
 use crate::forward;
 use crate::launch::Spares;
-use crate::names::{self, Names};
 use crate::network;
 use crate::reaper::Reaper;
 use crate::replay::Replayer;
@@ -50,7 +50,7 @@ pub enum Error {
     Network(#[from] network::Error),
     /// A name server cannot be stood in for.
     #[error(transparent)]
-    Names(#[from] names::Error),
+    Names(#[from] dns::Error),
     /// Nobody listens on a port.
     #[error("connect to port {0}: {1}")]
     Port(u32, io::Error),

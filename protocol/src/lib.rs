@@ -30,7 +30,7 @@ pub mod bridge {
     pub const REGISTER: u64 = 0x40;
     /// Read: a template is to be made of this guest.
     pub const WANTED: u8 = 1;
-    /// Written: other guests may go on from here.
+    /// Written: other guests may be restored from here.
     pub const READY: u8 = 1;
     /// Written: the guest's clocks may go on by [`SKIPPED`] at once.
     pub const LATER: u8 = 2;

@@ -17,7 +17,7 @@ pub const CONTROL_FD: RawFd = 3;
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// Most descriptors beside one message.
 pub const MAX_FDS: usize = 2 * MOST_NET_PAIRS;
-/// Pairs of queues that a network card can have.
+/// Pairs of queues that a NIC can have.
 pub const MOST_NET_PAIRS: usize = 8;
 
 /// The most vCPUs of a machine: an even number whose APIC ids, of 8 bits in the table by which the guest finds its CPUs, all
@@ -37,7 +37,7 @@ pub struct Machine {
     pub pluggable_mib: u64,
     /// The whole kernel command line but for what the VMM itself must add (console, root device).
     pub kernel_params: String,
-    /// Number of virtio-net slots, in which the guest sees no card until [`Request::AttachNet`].
+    /// Number of virtio-net slots, in which the guest sees no NIC until [`Request::AttachNet`].
     /// They are the last functions on the PCI bus, in the order of their numbers.
     pub net_slots: u8,
     /// Number of virtio-blk slots, in which the guest sees no disk until [`Request::AttachDisk`]. They come right before the
@@ -58,7 +58,7 @@ pub enum Template {
     None,
     /// It is written to the file when the guest is up, and answered by [`Event::TemplateMade`].
     Make,
-    /// The machine goes on from it, instead of booting. If there is any doubt about the file, it boots, and says why in
+    /// The machine is restored from it, instead of booting. If there is any doubt about the file, it boots, and says why in
     /// the log.
     Use,
 }
@@ -105,21 +105,21 @@ pub enum Request {
         /// Slot number from 0.
         slot: u8,
     },
-    /// Gives a tap device to a network slot, in which the guest then finds a card if it looks. Descriptors: the tap's
+    /// Gives a tap device to a network slot, in which the guest then finds a NIC if it looks. Descriptors: the tap's
     /// queues, and as many fresh /dev/vhost-net if the host's kernel is to move the packets. Answered by [`Event::Done`].
     AttachNet {
         /// Slot number from 0.
         slot: u8,
-        /// The card's address.
+        /// The NIC's address.
         mac: [u8; 6],
         /// How many queues of the tap there are, at most [`MOST_NET_PAIRS`].
         pairs: u8,
     },
-    /// Makes a thread that does nothing, by whose id clients of the host know a container. Answered by [`Event::Parked`],
+    /// Makes a thread that does nothing, by whose id clients of the host know a container. Answered by [`Event::PlaceholderAdded`],
     /// or by [`Event::Done`] with an error.
-    Park,
+    AddPlaceholder,
     /// Ends such a thread. Answered by [`Event::Done`].
-    Unpark {
+    RemovePlaceholder {
         /// Its id in the VMM's pid namespace.
         thread: i32,
     },
@@ -150,13 +150,13 @@ pub enum Event {
         mib: u64,
     },
     /// There is a thread that does nothing.
-    Parked {
+    PlaceholderAdded {
         /// Its id in the VMM's pid namespace.
         thread: i32,
     },
     /// The answer to a request to attach or detach, or about a thread or vCPUs: an error text if it failed.
     Done(Option<String>),
-    /// The template has been made; or why it has not, or is of no use to go on from. The VM runs in any case.
+    /// The template has been made; or why it has not, or is of no use. The VM runs in any case.
     TemplateMade(Option<String>),
     /// The VM ended; the VMM ends as well.
     Exit {
@@ -291,12 +291,12 @@ mod tests {
         let file = File::open("/proc/self/comm").unwrap();
         // More than `send` lets through, which are cut as well.
         let many = vec![file.as_raw_fd(); MAX_FDS + 5];
-        let bytes = serde_json::to_vec(&Request::Park).unwrap();
+        let bytes = serde_json::to_vec(&Request::AddPlaceholder).unwrap();
         let before = std::fs::read_dir("/proc/self/fd").unwrap().count();
         let rights = [ControlMessage::ScmRights(&many)];
         sendmsg::<()>(a.as_raw_fd(), &[IoSlice::new(&bytes)], &rights, MsgFlags::empty(), None).unwrap();
         let (request, fds): (Request, _) = receive(&b).unwrap();
-        assert_eq!((request, fds.len()), (Request::Park, 0));
+        assert_eq!((request, fds.len()), (Request::AddPlaceholder, 0));
         assert_eq!(std::fs::read_dir("/proc/self/fd").unwrap().count(), before);
     }
 

@@ -440,7 +440,7 @@ pub fn process_for_guest(process: &mut Map<String, Value>, terminal: bool) {
     process.insert("terminal".into(), Value::Bool(terminal));
 }
 
-/// Removes limits that name processors, disks and cards of the host.
+/// Removes limits that name processors, disks and NICs of the host.
 pub fn resources_for_guest(resources: &mut Map<String, Value>) {
     for member in ["network", "rdma", "blockIO"] {
         resources.remove(member);

@@ -25,7 +25,7 @@ use katana_protocol::vmm::{Machine, Template};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
-/// Network cards that a machine from a template has places for. A pod that needs more boots.
+/// NICs that a machine from a template has places for. A pod that needs more boots.
 pub const NET_SLOTS: u8 = 4;
 
 /// Linux takes memory in sections of so many MiB.
@@ -206,7 +206,7 @@ pub struct Found {
 }
 
 impl Found {
-    /// What the VMM goes on from.
+    /// What the VMM restores.
     pub fn file(&self) -> &File {
         &self.file
     }

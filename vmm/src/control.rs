@@ -12,7 +12,7 @@ use nix::sys::time::TimeVal;
 
 use crate::end::{End, Ended};
 use crate::machine::{self, Slots};
-use crate::parked::{self, Parked};
+use crate::placeholder::{self, Placeholder};
 use crate::sync::lock;
 use crate::vcpus;
 use crate::virtio::{blk, net};
@@ -97,7 +97,7 @@ enum Refused {
     #[error(transparent)]
     Show(#[from] machine::Error),
     #[error(transparent)]
-    Parked(#[from] parked::Error),
+    Placeholder(#[from] placeholder::Error),
     #[error("thread {0}: does not stand for a container")]
     NoThread(i32),
     #[error("there can be no more vCPUs")]
@@ -110,13 +110,13 @@ pub struct ControlService {
     slots: Slots,
     end: Arc<End>,
     /// By their ids.
-    parked: HashMap<i32, Parked>,
+    placeholders: HashMap<i32, Placeholder>,
 }
 
 impl ControlService {
     /// A service for these slots, which ends the VM when the shim is gone.
     pub fn new(control: Control, slots: Slots, end: Arc<End>) -> Self {
-        Self { control, slots, end, parked: HashMap::new() }
+        Self { control, slots, end, placeholders: HashMap::new() }
     }
 
     fn serve(&mut self, request: &Request, fds: Vec<OwnedFd>) -> Result<(), Error> {
@@ -133,12 +133,12 @@ impl ControlService {
                 let vhosts = taps.split_off(usize::from(pairs).min(taps.len()));
                 self.attach_net(slot, mac, taps, vhosts)
             }
-            Request::Park => match self.park() {
-                Ok(thread) => return self.control.tell(&Event::Parked { thread }),
+            Request::AddPlaceholder => match self.add_placeholder() {
+                Ok(thread) => return self.control.tell(&Event::PlaceholderAdded { thread }),
                 Err(error) => Err(error),
             },
-            Request::Unpark { thread } => {
-                self.parked.remove(&thread).map(Parked::end).ok_or(Refused::NoThread(thread))
+            Request::RemovePlaceholder { thread } => {
+                self.placeholders.remove(&thread).map(Placeholder::end).ok_or(Refused::NoThread(thread))
             }
             Request::AddVcpus { count } => {
                 let control = self.control.clone();
@@ -199,10 +199,10 @@ impl ControlService {
         Ok(net.show()?)
     }
 
-    fn park(&mut self) -> Result<i32, Refused> {
-        let parked = Parked::start()?;
-        let id = parked.id();
-        self.parked.insert(id, parked);
+    fn add_placeholder(&mut self) -> Result<i32, Refused> {
+        let placeholder = Placeholder::start()?;
+        let id = placeholder.id();
+        self.placeholders.insert(id, placeholder);
         Ok(id)
     }
 }

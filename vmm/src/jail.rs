@@ -24,7 +24,7 @@ use nix::unistd::{chdir, dup2_stdin, dup2_stdout, fchdir, pipe2, pivot_root, rea
 /// The network namespace is the pod's, in which the shim has started this process: clients look up the pod's network
 /// by this process's id. To the jailed process it is as good as none. It belongs to another user namespace, in
 /// which no capability of the jail counts, and seccomp knows no socket(2); all there is in it is what the guest
-/// reaches through its card as well.
+/// reaches through its NIC as well.
 const NAMESPACES: c_int = libc::CLONE_NEWUSER
     | libc::CLONE_NEWNS
     | libc::CLONE_NEWIPC

@@ -57,8 +57,8 @@ pub struct Slots {
     pub vcpus: Sender<Wanted>,
 }
 
-/// A place for a disk or a network card, which the guest sees once something is attached. An empty one costs no driver's
-/// start; a card's driver asks for address and link then, a disk's for whether it can be written to, and a card without a
+/// A place for a disk or a NIC, which the guest sees once something is attached. An empty one costs no driver's
+/// start; a NIC's driver asks for address and link then, a disk's for whether it can be written to, and a NIC without a
 /// network would be one more interface in every container.
 pub struct Slot<D> {
     /// The device.
@@ -133,8 +133,8 @@ impl Machine {
             pluggable.map(|range| devices.add("virtio-mem", Mem::new(range, plugged))).transpose()?;
         let disk = |slot| devices.add_slot("virtio-blk", Blk::new(&format!("disk{slot}")));
         let disks = (0..shape.disk_slots).map(disk).collect::<Result<_, _>>()?;
-        let card = |_| devices.add_slot("virtio-net", Net::new());
-        let nets = (0..shape.net_slots).map(card).collect::<Result<_, _>>()?;
+        let nic = |_| devices.add_slot("virtio-net", Net::new());
+        let nets = (0..shape.net_slots).map(nic).collect::<Result<_, _>>()?;
         let maker = match beginning {
             Beginning::Template(state) => {
                 devices.restore(&state)?;

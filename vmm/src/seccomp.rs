@@ -15,7 +15,7 @@ pub enum Kind {
     /// Serves files.
     Fs,
     /// Does nothing: stands for a container.
-    Parked,
+    Placeholder,
     /// Makes and starts vCPUs while the guest runs. They inherit its filter, and add their own.
     Starter,
 }
@@ -33,7 +33,7 @@ impl Kind {
             Self::TemplateVcpu => include_bytes!(concat!(env!("OUT_DIR"), "/template_vcpu.bpf")),
             Self::Main => include_bytes!(concat!(env!("OUT_DIR"), "/main.bpf")),
             Self::Fs => include_bytes!(concat!(env!("OUT_DIR"), "/fs.bpf")),
-            Self::Parked => include_bytes!(concat!(env!("OUT_DIR"), "/parked.bpf")),
+            Self::Placeholder => include_bytes!(concat!(env!("OUT_DIR"), "/placeholder.bpf")),
             Self::Starter => include_bytes!(concat!(env!("OUT_DIR"), "/starter.bpf")),
         }
     }
@@ -110,10 +110,10 @@ mod tests {
             [libc::SYS_clone, 0, 0, 0],
             [libc::SYS_exit_group, 0, 0, 0],
         ] {
-            let fate = fate(Kind::Parked, call);
+            let fate = fate(Kind::Placeholder, call);
             assert!(matches!(fate, WaitStatus::Signaled(_, SIGSYS, _)), "{call:?}: {fate:?}");
         }
-        let end = fate(Kind::Parked, [libc::SYS_exit, 0, 0, 0]);
+        let end = fate(Kind::Placeholder, [libc::SYS_exit, 0, 0, 0]);
         assert!(matches!(end, WaitStatus::Exited(_, 0)), "{end:?}");
     }
 

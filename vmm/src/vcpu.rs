@@ -99,7 +99,7 @@ impl Vcpu {
                 seccomp::install(Kind::Vcpu)
             }
             (Asked::Later, Some(maker)) => {
-                if let Err(error) = maker.let_time_pass(&self.fd) {
+                if let Err(error) = maker.advance_clock(&self.fd) {
                     log::warn!("the guest's clocks cannot go on at once: {error}");
                 }
                 self.maker = Some(maker);

@@ -48,13 +48,13 @@ type Made = std::result::Result<(), String>;
 /// The id of a thread that was asked for, otherwise 0; or what has failed.
 type Answer = std::result::Result<i32, String>;
 
-/// Who waits for the answer to a request to attach or to park: one at a time, as the VMM answers in the order of the requests. An
+/// Who waits for the answer to a request to attach or to add a placeholder: one at a time, as the VMM answers in the order of the requests. An
 /// answer for which nobody waits is none.
 type Asked = Arc<Mutex<Option<Waiting>>>;
 
 struct Waiting {
     /// Whether the request is one for a thread.
-    parks: bool,
+    adds: bool,
     answer: oneshot::Sender<Answer>,
 }
 
@@ -231,8 +231,8 @@ impl Vmm {
     }
 
     /// Has the VMM make a thread that does nothing.
-    pub async fn park(&self) -> Result<Thread> {
-        let inner = self.ask(Request::Park, Vec::new()).await?;
+    pub async fn add_placeholder(&self) -> Result<Thread> {
+        let inner = self.ask(Request::AddPlaceholder, Vec::new()).await?;
         let vmm = self.pid();
         // The VMM knows itself by other ids, and none of a process but its own is believed.
         let found =
@@ -240,15 +240,15 @@ impl Vmm {
         match found.await {
             Ok(pid) => Ok(Thread { pid, inner }),
             Err(e) => {
-                self.ask(Request::Unpark { thread: inner }, Vec::new()).await?;
+                self.ask(Request::RemovePlaceholder { thread: inner }, Vec::new()).await?;
                 Err(e)
             }
         }
     }
 
     /// Ends such a thread.
-    pub async fn unpark(&self, thread: Thread) -> Result<()> {
-        self.ask(Request::Unpark { thread: thread.inner }, Vec::new()).await.map(drop)
+    pub async fn remove_placeholder(&self, thread: Thread) -> Result<()> {
+        self.ask(Request::RemovePlaceholder { thread: thread.inner }, Vec::new()).await.map(drop)
     }
 
     /// Passes descriptors on, which are closed here before the answer comes. On a task of its own: the answer is taken even
@@ -256,11 +256,11 @@ impl Vmm {
     async fn ask(&self, request: Request, fds: Vec<OwnedFd>) -> Result<i32> {
         let (control, turn, asked, mut ended) =
             (Arc::clone(&self.control), Arc::clone(&self.turn), Arc::clone(&self.asked), self.ended());
-        let parks = matches!(request, Request::Park);
+        let adds = matches!(request, Request::AddPlaceholder);
         let answered = tokio::spawn(async move {
             let _turn = turn.lock().await;
             let (answer, answered) = oneshot::channel();
-            *asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Waiting { parks, answer });
+            *asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Waiting { adds, answer });
             if let Some(end) = ended.borrow().clone() {
                 return Err(Error::Unavailable(end.to_string()));
             }

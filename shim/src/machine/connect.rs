@@ -42,7 +42,7 @@ impl Machine {
         };
         log::debug!("timeline: agent connected");
         if let Some(vcpus) = vcpus {
-            // Before the cards are found: their driver uses as many pairs of queues as there are CPUs then.
+            // Before the NICs are found: their driver uses as many pairs of queues as there are CPUs then.
             self.vmm.add_vcpus(vcpus).await?;
             agent.set_cpus(vcpus).await?;
         }

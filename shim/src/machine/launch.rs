@@ -24,7 +24,7 @@ use crate::guest::vmm::Vmm;
 use crate::host::cgroup;
 use crate::host::events::Publisher;
 use crate::host::pidfd::ProcessId;
-use crate::network::{Cards, Network};
+use crate::network::{Network, Nics};
 use crate::spec::{Pod, Spec};
 use crate::storage::disks::{self, Slots};
 use crate::storage::rootfs::Layer;
@@ -80,8 +80,8 @@ impl Machine {
         let disk_slots = disk_slots(launch).await?;
         let bounds = Bounds::of(config);
         let size = bounds.size(&launch.limits);
-        let cards = Cards { pairs: size.vcpus, vhost: !config.hypervisor.disable_vhost_net };
-        let network = Network::open(spec, &identity.namespace, cards).await?;
+        let nics = Nics { pairs: size.vcpus, vhost: !config.hypervisor.disable_vhost_net };
+        let network = Network::open(spec, &identity.namespace, nics).await?;
         log::debug!("timeline: network looked at");
         let record = Record {
             layout: layout.clone(),

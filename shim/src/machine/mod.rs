@@ -70,8 +70,8 @@ pub struct Machine {
     /// Whether a container has been started; the pod's network is complete then.
     started: AtomicBool,
     layout: Layout,
-    /// Whether a template is made of the machine: then it stays empty until the agent is there, or the machines that go on from
-    /// the template would have its cards, disks and memory.
+    /// Whether a template is made of the machine: then it stays empty until the agent is there, or the machines that are restored from
+    /// the template would have its NICs, disks and memory.
     becomes_template: bool,
     agent: Receiver<Option<Result<Agent>>>,
     bounds: Bounds,

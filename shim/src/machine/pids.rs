@@ -12,7 +12,7 @@ use crate::guest::vmm::Thread;
 pub type Threads = BTreeMap<String, Thread>;
 
 /// How long the end of a thread of the VMM is waited for. Nothing depends on it.
-const UNPARK_LIMIT: Duration = Duration::from_secs(2);
+const REMOVAL_LIMIT: Duration = Duration::from_secs(2);
 
 impl Machine {
     /// The pid on the host by which clients are to know one more container of a pod, so that they can name it by that. If it
@@ -20,7 +20,7 @@ impl Machine {
     pub async fn take_pid(self: &Arc<Self>, container: &str) -> u32 {
         let (machine, container) = (Arc::clone(self), container.to_owned());
         let taken = tokio::spawn(async move {
-            let thread = machine.vmm.park().await?;
+            let thread = machine.vmm.add_placeholder().await?;
             machine.threads.send_modify(|threads| {
                 threads.insert(container, thread);
             });
@@ -45,8 +45,8 @@ impl Machine {
         });
         let Some(thread) = thread.filter(|_| !self.is_dead()) else { return };
         let machine = Arc::clone(self);
-        let released = tokio::spawn(async move { machine.vmm.unpark(thread).await });
-        match tokio::time::timeout(UNPARK_LIMIT, released).await {
+        let released = tokio::spawn(async move { machine.vmm.remove_placeholder(thread).await });
+        match tokio::time::timeout(REMOVAL_LIMIT, released).await {
             Ok(Ok(Err(e))) => log::warn!("the pid of container {container}: {e}"),
             Err(_) => log::warn!("the pid of container {container}: kata-vmm does not answer"),
             Ok(_) => {}

@@ -17,7 +17,7 @@ const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 const EROFS_MAGIC: [u8; 4] = 0xE0F5_E1E2_u32.to_le_bytes();
 
 /// The machine for a pod that boots for itself, with the processors that it needs first, and places for its network
-/// cards and disks. Memory for its limits is plugged, see [`crate::machine::size`].
+/// NICs and disks. Memory for its limits is plugged, see [`crate::machine::size`].
 pub fn machine(config: &Config, vcpus: u8, net_slots: u8, disk_slots: u8) -> Result<Machine> {
     let guest_cid = guest_cid()?;
     Ok(Machine { vcpus, net_slots, disk_slots, guest_cid, ..katana_template::machine(config) })

@@ -15,7 +15,7 @@ pub enum Start {
     Boot,
     /// It boots, and becomes the template for those after it.
     First(Box<Draft>),
-    /// It goes on from a template.
+    /// It is restored from a template.
     Template(Found),
 }
 

@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 
 use super::namespace::Namespace;
-use super::steer::Steered;
+use super::sk_lookup::Redirected;
 use crate::error::{Error, Result};
 use crate::guest::agent::Agent;
 use crate::guest::ports::Ports;
@@ -28,14 +28,14 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Where clients connect to. Dropped, there is nothing.
 #[derive(Debug)]
-pub struct Loopback(Steered);
+pub struct Loopback(Redirected);
 
 impl Loopback {
     /// Listens in a namespace.
     pub async fn listen(namespace: Arc<Namespace>) -> Result<Self> {
         let listen = move || {
             let listen =
-                || Steered::listen(namespace.as_fd()).map_err(|e| Error::io("listen on localhost", &e));
+                || Redirected::listen(namespace.as_fd()).map_err(|e| Error::io("listen on localhost", &e));
             namespace.inside(listen)
         };
         crate::host::blocking(listen).await.map(Self)
@@ -43,7 +43,7 @@ impl Loopback {
 
     /// Passes connections on to the guest until this is dropped.
     pub async fn serve(self, agent: Agent, ports: Arc<Ports>) -> io::Result<()> {
-        let Self(Steered { listener, link: _link }) = self;
+        let Self(Redirected { listener, link: _link }) = self;
         let listener = TcpListener::from_std(listener)?;
         let places = Arc::new(Semaphore::new(MOST_AT_ONCE));
         while let Ok(place) = Arc::clone(&places).acquire_owned().await {

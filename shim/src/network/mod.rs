@@ -1,14 +1,14 @@
-//! The pod's network: the interfaces in its network namespace, each connected to a card of the machine.
+//! The pod's network: the interfaces in its network namespace, each connected to a NIC of the machine.
 //!
 //! The guest gets them with names, addresses and routes as they are on the host. [`Network::connect`] may be called any
-//! number of times: interfaces that were added since get their cards then. CNI plugins are done before the pod is
+//! number of times: interfaces that were added since get their NICs then. CNI plugins are done before the pod is
 //! created; hooks run during its creation; Docker and `ctr --cni` add theirs between Create and Start.
 
+mod dns;
 mod loopback;
-mod names;
 mod namespace;
 mod scan;
-mod steer;
+mod sk_lookup;
 mod tap;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -34,13 +34,13 @@ const DOCKERS_SPARE_SLOTS: u8 = 4;
 pub struct Network {
     namespace: Arc<Namespace>,
     slots: u8,
-    cards: Cards,
+    nics: Nics,
     state: tokio::sync::Mutex<State>,
 }
 
-/// What the machine's cards are like.
+/// What the machine's NICs are like.
 #[derive(Debug, Clone, Copy)]
-pub struct Cards {
+pub struct Nics {
     /// How many pairs of queues each has; as many as are possible if these are more.
     pub pairs: u8,
     /// Whether the host's kernel may move packets.
@@ -51,15 +51,15 @@ pub struct Cards {
 struct State {
     /// What the namespace looked like before the machine was there.
     first: Option<Snapshot>,
-    /// The index of the interface on each slot's card.
-    cards: Vec<u32>,
+    /// The index of the interface on each slot's NIC.
+    nics: Vec<u32>,
     /// What stands in for the name servers on the namespace's loopback interface.
     name_servers: Vec<api::NameServer>,
 }
 
 impl Network {
     /// Finds or makes the network namespace of a specification. `client` is containerd's namespace.
-    pub async fn open(spec: &Spec, client: &str, cards: Cards) -> Result<Self> {
+    pub async fn open(spec: &Spec, client: &str, nics: Nics) -> Result<Self> {
         let wanted = spec.clone();
         let (namespace, first) = crate::host::blocking(move || {
             let namespace = Namespace::of(&wanted)?;
@@ -74,10 +74,10 @@ impl Network {
         }
         let slots = slots(first.interfaces.len(), spec, client);
         let state = State { first: Some(first), ..State::default() };
-        Ok(Self { namespace: Arc::new(namespace), slots, cards, state: tokio::sync::Mutex::new(state) })
+        Ok(Self { namespace: Arc::new(namespace), slots, nics, state: tokio::sync::Mutex::new(state) })
     }
 
-    /// How many cards the machine must have places for.
+    /// How many NICs the machine must have places for.
     pub fn slots(&self) -> u8 {
         self.slots
     }
@@ -103,23 +103,23 @@ impl Network {
             }
         };
         for interface in &snapshot.interfaces {
-            if !state.cards.contains(&interface.index) {
-                let slot = self.free_slot(&state.cards, interface)?;
+            if !state.nics.contains(&interface.index) {
+                let slot = self.free_slot(&state.nics, interface)?;
                 let taps = self.tap(interface.clone(), slot, !state.name_servers.is_empty()).await?;
-                let vhosts = if self.cards.vhost { tap::vhosts(taps.len()) } else { Vec::new() };
+                let vhosts = if self.nics.vhost { tap::vhosts(taps.len()) } else { Vec::new() };
                 vmm.attach_net(slot, interface.mac, taps, vhosts).await?;
-                state.cards.push(interface.index);
+                state.nics.push(interface.index);
             }
         }
-        Ok(api::Network { name_servers: state.name_servers.clone(), ..message(snapshot, &state.cards) })
+        Ok(api::Network { name_servers: state.name_servers.clone(), ..message(snapshot, &state.nics) })
     }
 
     /// Lets the guest ask the name servers on the namespace's loopback interface that a container is given.
     pub async fn serve_names(&self, spec: &Spec, ports: &Arc<Ports>) {
-        let servers = names::servers_of(spec);
+        let servers = dns::servers_of(spec);
         let mut state = self.state.lock().await;
         if state.name_servers.is_empty() {
-            let serve = |server| names::serve(server, &self.namespace, ports);
+            let serve = |server| dns::serve(server, &self.namespace, ports);
             state.name_servers = servers.into_iter().map(serve).collect();
         }
     }
@@ -131,8 +131,8 @@ impl Network {
         listening.inspect_err(|e| log::warn!("ports of this pod cannot be forwarded: {e}")).ok()
     }
 
-    fn free_slot(&self, cards: &[u32], interface: &Interface) -> Result<u8> {
-        let slot = u8::try_from(cards.len()).ok().filter(|slot| *slot < self.slots);
+    fn free_slot(&self, nics: &[u32], interface: &Interface) -> Result<u8> {
+        let slot = u8::try_from(nics.len()).ok().filter(|slot| *slot < self.slots);
         slot.ok_or_else(|| {
             Error::FailedPrecondition(format!(
                 "network interface {} was added too late: the machine was made for {} of them",
@@ -142,7 +142,7 @@ impl Network {
     }
 
     async fn tap(&self, interface: Interface, slot: u8, name_server: bool) -> Result<Vec<OwnedFd>> {
-        let (namespace, pairs) = (Arc::clone(&self.namespace), self.cards.pairs);
+        let (namespace, pairs) = (Arc::clone(&self.namespace), self.nics.pairs);
         crate::host::blocking(move || namespace.inside(|| tap::connect(&interface, slot, pairs, name_server)))
             .await
     }
@@ -152,7 +152,7 @@ fn scan_inside(namespace: &Namespace) -> Result<Snapshot> {
     namespace.inside(|| scan::scan().map_err(|e| Error::Host(format!("look at the pod's network: {e}"))))
 }
 
-/// A card for each interface, and one that may come later if there is a sign of it: nothing there yet, or hooks.
+/// A NIC for each interface, and one that may come later if there is a sign of it: nothing there yet, or hooks.
 fn slots(present: usize, spec: &Spec, client: &str) -> u8 {
     let hooks = spec
         .hooks
@@ -166,9 +166,9 @@ fn slots(present: usize, spec: &Spec, client: &str) -> u8 {
     u8::try_from(present).unwrap_or(u8::MAX).saturating_add(spare)
 }
 
-fn message(snapshot: Snapshot, cards: &[u32]) -> api::Network {
+fn message(snapshot: Snapshot, nics: &[u32]) -> api::Network {
     let interface = |interface: Interface| {
-        let slot = cards.iter().position(|index| *index == interface.index)?;
+        let slot = nics.iter().position(|index| *index == interface.index)?;
         Some(api::Interface {
             slot: u32::try_from(slot).ok()?,
             index: interface.index,

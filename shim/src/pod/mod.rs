@@ -364,7 +364,7 @@ impl Pod {
         let mut targets = others.filter_map(|(_, place)| place.as_ref()).filter(named);
         match (targets.next(), targets.next()) {
             (Some(_), Some(_)) => Err(Error::FailedPrecondition(format!(
-                "pid namespace of process {pid}: several containers have this pid, for want of threads"
+                "pid namespace of process {pid}: several containers have this pid, for lack of threads"
             ))),
             (Some(target), None) => Ok(Some(target.init.guest_pid()).filter(|pid| *pid != 0)),
             (None, _) if pid == vmm => Ok(None),

@@ -68,7 +68,7 @@ fn stand_in() {
         .map(|port| (port, UnixListener::bind(directory.join(format!("{port}.sock"))).unwrap()))
         .collect();
     // The agent's namespaces leave no way to make any later.
-    let threads = (0..THREADS).map(|_| park()).collect();
+    let threads = (0..THREADS).map(|_| placeholder()).collect();
     let silent = machine.kernel_params.contains("fail=silent");
     make_guest_of_namespace(&directory, &fds[3]);
     // From now on the shim mounts in there.
@@ -88,7 +88,7 @@ fn forward(
     listeners: &HashMap<u32, UnixListener>,
     mut threads: Vec<(i32, Sender<()>)>,
 ) {
-    let mut parked = HashMap::new();
+    let mut placeholders = HashMap::new();
     loop {
         let ports: Vec<_> = listeners.iter().collect();
         let mut fds = vec![PollFd::new(control, PollFlags::POLLIN)];
@@ -96,16 +96,16 @@ fn forward(
         poll(&mut fds, PollTimeout::NONE).unwrap();
         if fds[0].any() == Some(true) {
             match receive(control) {
-                Ok((Request::Park, _)) => {
+                Ok((Request::AddPlaceholder, _)) => {
                     let answer = threads.pop().map(|(thread, end)| {
-                        parked.insert(thread, end);
-                        Event::Parked { thread }
+                        placeholders.insert(thread, end);
+                        Event::PlaceholderAdded { thread }
                     });
                     let failed = || Event::Done(Some("no more threads".into()));
                     send(control, &answer.unwrap_or_else(failed), &[]).unwrap();
                 }
-                Ok((Request::Unpark { thread }, _)) => {
-                    let failed = parked.remove(&thread).is_none().then(|| "no such thread".to_owned());
+                Ok((Request::RemovePlaceholder { thread }, _)) => {
+                    let failed = placeholders.remove(&thread).is_none().then(|| "no such thread".to_owned());
                     send(control, &Event::Done(failed), &[]).unwrap();
                 }
                 _ => return,
@@ -122,7 +122,7 @@ fn forward(
 }
 
 /// A thread that waits until the sender is dropped.
-fn park() -> (i32, Sender<()>) {
+fn placeholder() -> (i32, Sender<()>) {
     let ((tell, told), (end, ended)) = (channel(), channel());
     std::thread::spawn(move || {
         tell.send(nix::unistd::gettid().as_raw()).unwrap();

@@ -247,7 +247,7 @@ fn two_interfaces_with_all_that_belongs_to_them() {
     let [[near, near6], [far, _]] = [bridges[0].addresses(1), bridges[1].addresses(1)];
     let own = &bridges[0].addresses(2)[0];
     let namespace = Namespace::new();
-    // In an order in which the kernel's own names for the cards would be wrong.
+    // In an order in which the kernel's own names for the NICs would be wrong.
     bridges[1].connect(namespace.name(), "eth1", 2);
     bridges[0].connect(namespace.name(), "eth0", 2);
     for command in [

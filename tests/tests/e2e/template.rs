@@ -1,4 +1,4 @@
-//! Machines go on from a template: what they must not have in common, and what becomes of a template that is no good.
+//! Machines are restored from a template: what they must not have in common, and what becomes of a template that is no good.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -173,7 +173,7 @@ fn code_of_the_guest_is_in_huge_pages() {
     assert!(kib >= 4096, "{rollup}");
 }
 
-/// The machine that a template is made of has cards, CPUs, memory and a disk of its own afterwards.
+/// The machine that a template is made of has NICs, CPUs, memory and a disk of its own afterwards.
 #[test]
 fn a_template_has_nothing_of_the_machine_that_it_is_made_of() {
     let _turn = shared();
@@ -290,7 +290,7 @@ fn a_directory_that_takes_no_template_is_no_obstacle() {
     start_without(&configuration, "a file is in its place");
 }
 
-/// Whoever can write to a template is in all machines that go on from it.
+/// Whoever can write to a template is in all machines that are restored from it.
 #[test]
 fn templates_that_others_can_change_are_of_no_use() {
     let _turn = alone();

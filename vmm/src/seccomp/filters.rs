@@ -16,12 +16,12 @@ pub const KINDS: [(&str, &[c_long], Ioctls); 6] = [
     ("main", MAIN, &[MAIN_IOCTLS]),
     ("fs", FS, &[&[INTERRUPT], INODE_FLAGS]),
     ("starter", &[libc::SYS_sched_getaffinity, libc::SYS_sendmsg], &[VCPU_IOCTLS, STARTER_IOCTLS]),
-    (PARKED, WAIT_AND_END, &[]),
+    (PLACEHOLDER, WAIT_AND_END, &[]),
 ];
 
 /// The kind that gets none of what the others have in common.
-const PARKED: &str = "parked";
-/// See `parked.rs`.
+const PLACEHOLDER: &str = "placeholder";
+/// See `placeholder.rs`.
 const WAIT_AND_END: &[c_long] = &[libc::SYS_futex, libc::SYS_exit];
 
 /// What any Rust thread needs: locks, memory, a clock, its end, and standard error.
@@ -55,7 +55,7 @@ const INTERRUPT: u64 = 0x4020_aea5;
 /// KVM_SET_GSI_ROUTING, when the driver moves the interrupt of a queue that vhost-net serves.
 const ROUTE: u64 = 0x4008_ae6a;
 /// KVM's calls of a running VM: KVM_RUN and KVM_GET_REGS of a vCPU, KVM_SIGNAL_MSI and the like of the VM. And
-/// VHOST_NET_SET_BACKEND, since a card that is reset is at rest when the driver goes on.
+/// VHOST_NET_SET_BACKEND, since a NIC that is reset is at rest when the driver goes on.
 const VCPU_IOCTLS: &[u64] = &[0xae80, 0x8090_ae81, INTERRUPT, ROUTE, 0x4008_af30];
 
 /// The state of a vCPU: KVM_GET_REGS, SREGS, MSRS, LAPIC, XSAVE, MP_STATE, VCPU_EVENTS, DEBUGREGS, XCRS, TSC_KHZ, and
@@ -107,7 +107,7 @@ const MAIN: &[c_long] = &[
     // For an irqfd.
     libc::SYS_eventfd2,
 ];
-/// The flags of clone(2) in `parked.rs`: a thread, and neither a process nor a namespace.
+/// The flags of clone(2) in `placeholder.rs`: a thread, and neither a process nor a namespace.
 const THREAD: libc::c_int = libc::CLONE_VM
     | libc::CLONE_FS
     | libc::CLONE_FILES
@@ -269,9 +269,10 @@ fn jump(code: u16, k: u32, jt: usize, jf: usize) -> Result<Instruction, TryFromI
 /// # Errors
 /// When the lists are too long.
 pub fn compile(name: &str, calls: &[c_long], ioctls: &[&[u64]]) -> Result<Vec<Instruction>, TryFromIntError> {
-    let rules: Vec<_> = if name == PARKED { rules_of(calls)? } else { usual_rules(name, calls, ioctls)? }
-        .into_iter()
-        .collect();
+    let rules: Vec<_> =
+        if name == PLACEHOLDER { rules_of(calls)? } else { usual_rules(name, calls, ioctls)? }
+            .into_iter()
+            .collect();
     let start =
         [step(LOAD, ARCHITECTURE), jump(IF_EQUAL, AUDIT_ARCH_X86_64, 1, 0)?, KILL, step(LOAD, NUMBER)];
     Ok([&start[..], &find(&rules)?].concat())

@@ -30,7 +30,7 @@ const GAP: u64 = 16;
 /// What a guest asks the maker for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Asked {
-    /// Others may go on from here.
+    /// Others may be restored from here.
     Template,
     /// Time may pass.
     Later,
@@ -76,7 +76,7 @@ impl Maker {
     ///
     /// # Errors
     /// When KVM does not take it. The guest goes on all the same.
-    pub fn let_time_pass(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+    pub fn advance_clock(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         kvm::set_clock(&self.vm, kvm::clock(&self.vm)? + bridge::SKIPPED * 1_000_000_000)?;
         Ok(cpu::skip(vcpu, bridge::SKIPPED)?)
     }

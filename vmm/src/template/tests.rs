@@ -1,4 +1,4 @@
-//! A machine without devices on the real KVM: a template of it, and those that go on from there.
+//! A machine without devices on the real KVM: a template of it, and those that are restored from it.
 
 use super::*;
 use crate::boot;

@@ -1,8 +1,8 @@
-//! virtio-net (virtio 1.2, 5.1): a slot for a network card whose tap may come later.
+//! virtio-net (virtio 1.2, 5.1): a slot for a NIC whose tap may come later.
 //!
-//! Wiring: `Net::new()` makes a card with its link down. `attach(taps, mac, ...)`, on the device thread, connects it to a tap
+//! Wiring: `Net::new()` makes a NIC with its link down. `attach(taps, mac, ...)`, on the device thread, connects it to a tap
 //! that was opened with IFF_VNET_HDR, gives it its address and raises the link. A tap that was opened several times, with
-//! IFF_MULTI_QUEUE, gives the card as many pairs of queues.
+//! IFF_MULTI_QUEUE, gives the NIC as many pairs of queues.
 //!
 //! Linux takes address and MTU from the configuration space only while it probes the device, so a slot is hidden from
 //! the guest until it is attached. F_MTU is not offered: it would limit what can be set later.
@@ -66,11 +66,11 @@ const TUN_F_CSUM: u32 = 1;
 const TUN_F_TSO4: u32 = 2;
 const TUN_F_TSO6: u32 = 4;
 
-/// A network card.
+/// A NIC.
 pub struct Net {
     base: Base,
     mac: [u8; 6],
-    /// A tap's queues, one for each pair of the card's; none while the link is down.
+    /// A tap's queues, one for each pair of the NIC's; none while the link is down.
     taps: Vec<Tap>,
     /// How many pairs the driver uses: the first one, until it asks for more.
     in_use: usize,
@@ -117,7 +117,7 @@ pub enum AttachError {
 }
 
 impl Net {
-    /// A card without a network.
+    /// A NIC without a network.
     ///
     /// # Errors
     /// When the process is out of descriptors.
@@ -126,11 +126,11 @@ impl Net {
         Ok(Self { base: Base::new("net")?, mac: [0; 6], taps, in_use: 1, vhosts, waiting: None })
     }
 
-    /// Connects the card to the queues of a tap, gives it its address and raises its link. `vhosts` are as many /dev/vhost-net,
+    /// Connects the NIC to the queues of a tap, gives it its address and raises its link. `vhosts` are as many /dev/vhost-net,
     /// if the kernel is to move the packets.
     ///
     /// # Errors
-    /// When the card is connected already, or it is not a tap with IFF_VNET_HDR.
+    /// When the NIC is connected already, or it is not a tap with IFF_VNET_HDR.
     pub fn attach(
         &mut self,
         taps: Vec<OwnedFd>,
@@ -229,7 +229,7 @@ impl Net {
         [a, b, c, d, e, f, status, 0, self.pairs() as u8, 0]
     }
 
-    /// How many pairs of queues the card has.
+    /// How many pairs of queues the NIC has.
     fn pairs(&self) -> usize {
         self.taps.len().max(1)
     }

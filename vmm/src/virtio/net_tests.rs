@@ -12,7 +12,7 @@ const TRANSMIT: usize = 1;
 const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const BUFFERS: u64 = 0x10_0000;
 
-/// A card whose tap is one end of a pair of datagram sockets.
+/// A NIC whose tap is one end of a pair of datagram sockets.
 fn bench(features: u64) -> (Bench<Net>, UnixDatagram) {
     let (near, far) = UnixDatagram::pair().unwrap();
     near.set_nonblocking(true).unwrap();
@@ -46,13 +46,10 @@ fn the_link_comes_up_with_the_tap() {
     assert_eq!((bench.config(0, 10), bench.config_interrupts()), (config, 1));
     let (_, other) = UnixDatagram::pair().unwrap();
     assert!(matches!(bench.device().attach(vec![other.into()], [0; 6], vec![]), Err(AttachError::InUse)));
-    let mut card = Net::new().unwrap();
+    let mut nic = Net::new().unwrap();
     let (_, no_tap) = UnixDatagram::pair().unwrap();
-    assert!(matches!(
-        card.attach(vec![no_tap.into()], [0; 6], vec![]),
-        Err(AttachError::Tap("TUNGETIFF", _))
-    ));
-    assert!(matches!(card.attach(vec![], [0; 6], vec![]), Err(AttachError::Pairs(0))));
+    assert!(matches!(nic.attach(vec![no_tap.into()], [0; 6], vec![]), Err(AttachError::Tap("TUNGETIFF", _))));
+    assert!(matches!(nic.attach(vec![], [0; 6], vec![]), Err(AttachError::Pairs(0))));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! vhost-net (linux/vhost.h): the host's kernel moves packets between a tap and the queues of a card, and neither a kick
+//! vhost-net (linux/vhost.h): the host's kernel moves packets between a tap and the queues of a NIC, and neither a kick
 //! nor an interrupt passes through this process.
 //!
 //! Guest memory that is not plugged is not mapped here, so the kernel cannot reach it for the guest either.
@@ -71,7 +71,7 @@ struct MemoryTable {
     regions: [Region; MOST_REGIONS],
 }
 
-/// The kernel's side of a pair of a card's queues. Dropped, it serves none.
+/// The kernel's side of a pair of a NIC's queues. Dropped, it serves none.
 pub struct Vhost {
     fd: OwnedFd,
     /// How many queues it serves now.
@@ -82,7 +82,7 @@ impl Vhost {
     /// Takes a fresh /dev/vhost-net over for this process.
     ///
     /// # Errors
-    /// When it is something else, or too old for the features that cards have.
+    /// When it is something else, or too old for the features that NICs have.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let vhost = Self { fd, serves: 0 };
         let mut features = 0_u64;

@@ -137,17 +137,17 @@ impl Listener {
                 Ok(())
             }
             Event::Done(outcome) => self.answer(false, outcome.map_or(Ok(0), |why| Err(one_line(&why)))),
-            Event::Parked { thread } => self.answer(true, Ok(thread)),
+            Event::PlaceholderAdded { thread } => self.answer(true, Ok(thread)),
             Event::Exit { .. } | Event::Failed(_) => Ok(()),
         }
     }
 
-    fn answer(&self, parked: bool, answer: Answer) -> Result<(), &'static str> {
+    fn answer(&self, added: bool, answer: Answer) -> Result<(), &'static str> {
         let mut asked = self.told.asked.lock().unwrap_or_else(PoisonError::into_inner);
         match &*asked {
             None => return Err("an answer to nothing"),
             // A request for a thread can fail, but not be done without one.
-            Some(waiting) if waiting.parks != parked && answer.is_ok() => {
+            Some(waiting) if waiting.adds != added && answer.is_ok() => {
                 return Err("an answer to another request");
             }
             Some(_) => {}

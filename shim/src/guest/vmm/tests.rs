@@ -95,10 +95,10 @@ async fn a_thread_of_the_vmm_is_known_by_the_hosts_id() {
     let vmm = Vmm::listen(ours, PidFd::open(id as i32).unwrap(), id, Ports::new(), None).unwrap();
     let asked = std::thread::spawn(move || {
         let answers = [
-            Event::Parked { thread: id as i32 },
+            Event::PlaceholderAdded { thread: id as i32 },
             Event::Done(None),
             // It has no such thread, and the shim does not want it.
-            Event::Parked { thread: 1 },
+            Event::PlaceholderAdded { thread: 1 },
             Event::Done(None),
             Event::Done(Some("no threads".into())),
         ];
@@ -109,13 +109,14 @@ async fn a_thread_of_the_vmm_is_known_by_the_hosts_id() {
         };
         answers.map(one)
     });
-    let thread = vmm.park().await.unwrap();
+    let thread = vmm.add_placeholder().await.unwrap();
     assert_eq!(thread.pid, id);
-    vmm.unpark(thread).await.unwrap();
-    vmm.park().await.unwrap_err();
-    assert_eq!(vmm.park().await.unwrap_err().to_string(), "kata-vmm: no threads");
-    let (unpark, own) = (|thread| Request::Unpark { thread }, id as i32);
-    let expected = [Request::Park, unpark(own), Request::Park, unpark(1), Request::Park];
+    vmm.remove_placeholder(thread).await.unwrap();
+    vmm.add_placeholder().await.unwrap_err();
+    assert_eq!(vmm.add_placeholder().await.unwrap_err().to_string(), "kata-vmm: no threads");
+    let (remove, own) = (|thread| Request::RemovePlaceholder { thread }, id as i32);
+    let expected =
+        [Request::AddPlaceholder, remove(own), Request::AddPlaceholder, remove(1), Request::AddPlaceholder];
     assert_eq!(asked.join().unwrap(), expected);
     vmm.kill();
     let _ = child.wait();
@@ -240,13 +241,13 @@ async fn answers_that_nobody_has_asked_for_are_dropped() {
         heard(&vmm, &theirs, 1000 + number).await;
     }
     let asked = std::thread::spawn(move || {
-        assert!(matches!(vmm::receive::<Request>(&theirs).unwrap().0, Request::Park));
+        assert!(matches!(vmm::receive::<Request>(&theirs).unwrap().0, Request::AddPlaceholder));
         // Not what was asked for: a thread is.
         vmm::send(&theirs, &Event::Done(None), &[]).unwrap();
         vmm::send(&theirs, &Event::Done(Some("none\x1b[2J left".into())), &[]).unwrap();
         theirs
     });
-    assert_eq!(vmm.park().await.unwrap_err().to_string(), "kata-vmm: none\\u{1b}[2J left");
+    assert_eq!(vmm.add_placeholder().await.unwrap_err().to_string(), "kata-vmm: none\\u{1b}[2J left");
     drop(asked.join().unwrap());
     vmm.kill();
     let _ = child.wait();

@@ -40,14 +40,14 @@ const VICTIMS: [Victim; 4] = [Victim::Shim, Victim::Vmm, Victim::Agent, Victim::
 
 /// What goes on meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Deed {
+enum Operation {
     Start,
     Exec,
     Pause,
     Delete,
 }
 
-const DEEDS: [Deed; 4] = [Deed::Start, Deed::Exec, Deed::Pause, Deed::Delete];
+const OPERATIONS: [Operation; 4] = [Operation::Start, Operation::Exec, Operation::Pause, Operation::Delete];
 
 /// A container that does nothing, or has its guest's kernel panic after a while.
 fn run(id: &str, panics_after: Option<Duration>) -> Run {
@@ -77,36 +77,36 @@ fn processes_of(id: &str, victim: Victim) -> Vec<Process> {
     all.iter().filter(is_victim).cloned().collect()
 }
 
-fn begin(deed: Deed, container: &Container, panics_after: Option<Duration>) -> Running {
-    match deed {
-        Deed::Start => run(container.id(), panics_after).spawn(),
-        Deed::Exec => container.exec_command(&[], &["sleep", "10000"]).spawn(),
-        Deed::Pause => container.task_command("pause", &[]).spawn(),
-        Deed::Delete => container.task_command("delete", &["--force"]).spawn(),
+fn begin(operation: Operation, container: &Container, panics_after: Option<Duration>) -> Running {
+    match operation {
+        Operation::Start => run(container.id(), panics_after).spawn(),
+        Operation::Exec => container.exec_command(&[], &["sleep", "10000"]).spawn(),
+        Operation::Pause => container.task_command("pause", &[]).spawn(),
+        Operation::Delete => container.task_command("delete", &["--force"]).spawn(),
     }
 }
 
-/// How long a deed takes when nobody is killed.
-fn usual_time(deed: Deed) -> Duration {
+/// How long a operation takes when nobody is killed.
+fn usual_time(operation: Operation) -> Duration {
     let id = katana_tests::container::new_id();
     let container = Container::adopt(&id);
-    if deed != Deed::Start {
+    if operation != Operation::Start {
         run(&id, None).detached().ok();
     }
     let start = Instant::now();
-    match deed {
-        Deed::Start => drop(Run::new(BUSYBOX).id(&id).command(&["true"]).output().ok()),
-        Deed::Exec => drop(container.exec(&["true"]).ok()),
-        Deed::Pause | Deed::Delete => drop(begin(deed, &container, None).finish()),
+    match operation {
+        Operation::Start => drop(Run::new(BUSYBOX).id(&id).command(&["true"]).output().ok()),
+        Operation::Exec => drop(container.exec(&["true"]).ok()),
+        Operation::Pause | Operation::Delete => drop(begin(operation, &container, None).finish()),
     }
     start.elapsed()
 }
 
 struct Round<'a> {
     instance: &'a Instance,
-    deed: Deed,
+    operation: Operation,
     victim: Victim,
-    /// From the beginning of the deed to the death.
+    /// From the beginning of the operation to the death.
     pause: Duration,
 }
 
@@ -115,12 +115,12 @@ impl Round<'_> {
         let id = katana_tests::container::new_id();
         let container = Container::adopt(&id);
         let panics_after = (self.victim == Victim::Agent).then_some(self.pause);
-        if self.deed != Deed::Start {
+        if self.operation != Operation::Start {
             // The guest may have panicked before that is answered.
             let started = run(&id, panics_after).detached();
             assert!(panics_after.is_some() || started.code == 0, "{started}");
         }
-        let running = begin(self.deed, &container, panics_after);
+        let running = begin(self.operation, &container, panics_after);
         std::thread::sleep(self.pause);
         match self.victim {
             Victim::Containerd => {
@@ -142,12 +142,15 @@ impl Round<'_> {
             // It may have ended by itself.
             let _ = kill(Pid::from_raw(process.pid), Signal::SIGKILL);
         }
-        if victim == Victim::Agent || !victims.is_empty() || matches!(self.deed, Deed::Pause | Deed::Delete) {
+        if victim == Victim::Agent
+            || !victims.is_empty()
+            || matches!(self.operation, Operation::Pause | Operation::Delete)
+        {
             // Whatever it was, it is answered.
             running.finish();
             return;
         }
-        if self.deed == Deed::Start {
+        if self.operation == Operation::Start {
             // A container that is deleted before containerd has answered can leave a task without it, with every runtime.
             container.wait_for_task();
         }
@@ -164,17 +167,17 @@ fn deaths_at_random_moments_leave_nothing_behind() {
     let instance = Instance::start(Version::One);
     let _entered = instance.containerd().enter();
     let before = Host::before();
-    let usual = DEEDS.map(usual_time);
+    let usual = OPERATIONS.map(usual_time);
     let (mut random, rounds) = (Random(11), environment::rounds(20));
     let mut played = Vec::new();
     for number in 0..rounds {
         // Each with each, over and over.
-        let deed = number % DEEDS.len();
-        let victim = VICTIMS[(number / DEEDS.len() + number) % VICTIMS.len()];
-        let pause = random.part_of(usual[deed]);
-        played.push(format!("{:?} of {victim:?} after {pause:?}", DEEDS[deed]));
+        let operation = number % OPERATIONS.len();
+        let victim = VICTIMS[(number / OPERATIONS.len() + number) % VICTIMS.len()];
+        let pause = random.part_of(usual[operation]);
+        played.push(format!("{:?} of {victim:?} after {pause:?}", OPERATIONS[operation]));
         println!("{number}: {}", played[number]);
-        Round { instance: &instance, deed: DEEDS[deed], victim, pause }.play();
+        Round { instance: &instance, operation: OPERATIONS[operation], victim, pause }.play();
         // So that it is known which of them left something.
         if number % 5 == 4 || number + 1 == rounds {
             before.expect_unchanged();

@@ -12,13 +12,13 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// What is done to the container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Deed {
+enum Operation {
     Exec,
     Pause,
     Delete,
 }
 
-impl Deed {
+impl Operation {
     fn done(self, container: &Container) -> Output {
         match self {
             Self::Exec => container.exec(&["echo", "it runs"]),
@@ -41,16 +41,16 @@ fn expect_named(
 ) -> usize {
     let before = Host::before();
     let mut named = 0;
-    for deed in [Deed::Exec, Deed::Pause, Deed::Delete] {
+    for operation in [Operation::Exec, Operation::Pause, Operation::Delete] {
         for &amount in amounts {
             let container = Run::new(BUSYBOX).command(&["sleep", "10000"]).start();
-            let output = limited(&container, amount, &|| deed.done(&container));
+            let output = limited(&container, amount, &|| operation.done(&container));
             // Whoever is deleted by force is told to have been killed.
-            let killed = deed == Deed::Delete && output.code == 137;
+            let killed = operation == Operation::Delete && output.code == 137;
             if output.code != 0 && !killed {
-                println!("{deed:?} with {amount} {what}: {}", output.errors().trim());
+                println!("{operation:?} with {amount} {what}: {}", output.errors().trim());
                 let said = texts.iter().any(|text| output.errors().contains(text));
-                assert!(said, "{deed:?} with {amount} {what}, which is not said:\n{output}");
+                assert!(said, "{operation:?} with {amount} {what}, which is not said:\n{output}");
                 named += 1;
             }
             drop(container);
@@ -72,10 +72,10 @@ fn limit(process: &Process, resource: &str, amount: &str) -> String {
 }
 
 /// The shim has a lower limit meanwhile.
-fn with_limit(container: &Container, resource: &str, amount: u64, deed: &dyn Fn() -> Output) -> Output {
+fn with_limit(container: &Container, resource: &str, amount: u64, operation: &dyn Fn() -> Output) -> Output {
     let shim = Process::shim_of(container.id());
     let before = limit(&shim, resource, &amount.to_string());
-    let output = deed();
+    let output = operation();
     if shim.lives() {
         limit(&shim, resource, &before);
     }
@@ -90,10 +90,10 @@ fn a_lack_of_descriptors_while_it_runs_is_named() {
     }
     let texts = ["Too many open files", "No file descriptors available"];
     let amounts: &[u64] = if environment::is_soak() { &[0, 1, 2, 3, 4, 5, 6, 8, 12] } else { &[0, 3] };
-    let named = expect_named("more descriptors", &texts, amounts, |container, more, deed| {
+    let named = expect_named("more descriptors", &texts, amounts, |container, more, operation| {
         let open = format!("/proc/{}/fd", Process::shim_of(container.id()).pid);
         let open = std::fs::read_dir(open).expect("the shim's descriptors").count() as u64;
-        with_limit(container, "nofile", open + more, deed)
+        with_limit(container, "nofile", open + more, operation)
     });
     assert!(named > 0, "{amounts:?} more descriptors were enough");
 }
@@ -107,11 +107,11 @@ fn a_lack_of_memory_while_it_runs_leaves_nothing_behind() {
     // A program of Rust ends where it gets no memory, which is what containerd can say.
     let texts = ["Cannot allocate memory", "ttrpc: closed", "not found"];
     let amounts: &[u64] = if environment::is_soak() { &[0, 1, 2, 4, 8, 16, 64] } else { &[0, 1] };
-    expect_named("more pages", &texts, amounts, |container, more, deed| {
+    expect_named("more pages", &texts, amounts, |container, more, operation| {
         let pid = Process::shim_of(container.id()).pid;
         let size = std::fs::read_to_string(format!("/proc/{pid}/statm")).expect("the shim's size");
         let pages: u64 = size.split(' ').next().and_then(|word| word.parse().ok()).expect("a number");
-        with_limit(container, "as", (pages + more) << 12, deed)
+        with_limit(container, "as", (pages + more) << 12, operation)
     });
 }
 
@@ -124,7 +124,7 @@ fn a_lack_of_pids_while_it_runs_is_named() {
     const GROUP: &str = "/sys/fs/cgroup/katana-faults";
     // All that these need is there: the shim and the VMM have their threads.
     let texts = ["Resource temporarily unavailable"];
-    expect_named("more pids", &texts, &[0], |container, more, deed| {
+    expect_named("more pids", &texts, &[0], |container, more, operation| {
         let group = Path::new(GROUP);
         std::fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+pids").expect("the controller of pids");
         std::fs::create_dir(group).expect("a cgroup");
@@ -133,7 +133,7 @@ fn a_lack_of_pids_while_it_runs_is_named() {
         let inside = std::fs::read_to_string(group.join("pids.current")).expect("how many there are");
         let most = inside.trim().parse::<u64>().expect("a number") + more;
         std::fs::write(group.join("pids.max"), most.to_string()).expect("the limit");
-        let output = deed();
+        let output = operation();
         std::fs::write(group.join("pids.max"), "max").expect("no limit");
         // It may be the shim's own to end, or already have ended.
         let _ = std::fs::write("/sys/fs/cgroup/cgroup.procs", shim.pid.to_string());
@@ -153,17 +153,17 @@ fn a_lack_of_space_while_it_runs_leaves_nothing_behind() {
     const PLACE: &str = "/run/kata-containers";
     std::fs::create_dir_all(PLACE).expect("the directory");
     let before = Host::before();
-    for deed in [Deed::Exec, Deed::Pause, Deed::Delete] {
+    for operation in [Operation::Exec, Operation::Pause, Operation::Delete] {
         // Whatever is there stays below.
         let options = Some("size=1m,nr_inodes=1000");
         mount(Some("tmpfs"), PLACE, Some("tmpfs"), MsFlags::empty(), options).expect("tmpfs");
         let container = Run::new(BUSYBOX).command(&["sleep", "10000"]).start();
         let fill = format!("cat /dev/zero > {PLACE}/zeros; i=0; while : > {PLACE}/$i; do i=$((i+1)); done");
         Command::new(&["sh", "-c", &fill]).output();
-        let output = deed.done(&container);
+        let output = operation.done(&container);
         let (errors, code) = (output.errors(), output.code);
-        let works = code == 0 || deed == Deed::Delete && code == 137;
-        assert!(works || errors.contains("No space left on device"), "{deed:?}: {output}");
+        let works = code == 0 || operation == Operation::Delete && code == 137;
+        assert!(works || errors.contains("No space left on device"), "{operation:?}: {output}");
         drop(container);
         umount2(PLACE, MntFlags::MNT_DETACH).expect("unmount");
         before.expect_unchanged();

@@ -14,7 +14,7 @@ mod acl;
 mod checks;
 mod host;
 mod inode_flags;
-mod known;
+mod inode_table;
 mod messages;
 mod replay;
 mod transfer;

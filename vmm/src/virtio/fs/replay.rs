@@ -24,7 +24,7 @@ use virtiofsd::filesystem::{
 use virtiofsd::fuse::{Attr, FsOptions, SetattrIn};
 
 use super::host::Host;
-use super::known::{Known, Name, References};
+use super::inode_table::{Known, Name, References};
 use super::{Handle, Inode};
 
 /// With this bit, a directory's number is that of the [`REPLAY_SOURCE`] in it, which is nowhere on the host. virtiofsd counts

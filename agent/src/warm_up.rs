@@ -15,7 +15,7 @@ use crate::device_filter::DeviceFilter;
 
 /// A cgroup that stays, with a device filter: with the first of each, the kernel changes its own code in dozens of places
 /// (static keys), so as to count what each cgroup uses, and to ask the filters.
-const CGROUP: &str = "rehearsal";
+const CGROUP: &str = "warm-up";
 /// The kernel reports no more free memory at a time than this, in blocks of 4 MiB (page_reporting_cycle), and then puts
 /// the rest off by two seconds.
 const REPORTED_AT_ONCE: u64 = 32 * (4 << 20);
@@ -30,7 +30,7 @@ const MOMENT: Duration = Duration::from_millis(20);
 ///
 /// # Errors
 /// With what could not be done. The guest is as good without.
-pub fn rehearse(host_bridge: &File) -> io::Result<()> {
+pub fn warm_up(host_bridge: &File) -> io::Result<()> {
     let cgroup = Path::new(cgroup::ROOT).join(CGROUP);
     fs::create_dir(&cgroup)?;
     DeviceFilter::attach(&[], &cgroup, None).map_err(io::Error::other)?;

@@ -29,7 +29,7 @@ const STACK: usize = 4096 - 32;
 
 /// States of a thread; a negative number is the error with which it ends.
 const STARTS: i32 = 0;
-const PARKED: i32 = 1;
+const PLACEHOLDER: i32 = 1;
 const TO_END: i32 = 2;
 
 /// What a thread lives in: one page.
@@ -46,7 +46,7 @@ struct Room {
 const _: () = assert!(size_of::<Room>() == 4096);
 
 /// A thread that waits in one system call until it is ended; or else until the process ends.
-pub struct Parked {
+pub struct Placeholder {
     room: NonNull<Room>,
     id: i32,
 }
@@ -56,13 +56,13 @@ pub struct Parked {
 #[error("thread for a container: {0}")]
 pub struct Error(io::Error);
 
-impl Parked {
+impl Placeholder {
     /// Starts the thread, confined. The main thread's filter allows what that needs.
     ///
     /// # Errors
     /// When there can be no more threads, or it cannot be confined.
     pub fn start() -> Result<Self, Error> {
-        let mut program = Kind::Parked.program();
+        let mut program = Kind::Placeholder.program();
         let len = program.len().try_into().map_err(|_| Error(io::ErrorKind::InvalidData.into()))?;
         let room = room(libc::sock_fprog { len, filter: program.as_mut_ptr().cast() }).map_err(Error)?;
         let started = start(room);
@@ -78,7 +78,7 @@ impl Parked {
         // SAFETY: as above.
         let state = unsafe { room.as_ref() }.state.load(Ordering::Acquire);
         match started {
-            Ok(id) if state == PARKED => Ok(Self { room, id }),
+            Ok(id) if state == PLACEHOLDER => Ok(Self { room, id }),
             failed => {
                 leave(room);
                 Err(Error(failed.err().unwrap_or_else(|| io::Error::from_raw_os_error(-state))))
@@ -156,10 +156,10 @@ extern "C" fn wait(room: *mut c_void) -> c_int {
     let mode = libc::SECCOMP_SET_MODE_FILTER as usize;
     // SAFETY: the filter is valid: whoever has started this thread waits for the next state.
     let confined = unsafe { call(libc::SYS_seccomp, [mode, 0, from_ref(&room.filter) as usize, 0]) };
-    room.state.store(if confined == 0 { PARKED } else { confined as i32 }, Ordering::Release);
+    room.state.store(if confined == 0 { PLACEHOLDER } else { confined as i32 }, Ordering::Release);
     futex(&room.state, libc::FUTEX_WAKE, 1);
-    while room.state.load(Ordering::Acquire) == PARKED {
-        futex(&room.state, libc::FUTEX_WAIT, PARKED);
+    while room.state.load(Ordering::Acquire) == PLACEHOLDER {
+        futex(&room.state, libc::FUTEX_WAIT, PLACEHOLDER);
     }
     0
 }
@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn a_thread_waits_until_it_is_ended() {
         nix::sys::prctl::set_no_new_privs().unwrap();
-        let (one, two) = (Parked::start().unwrap(), Parked::start().unwrap());
+        let (one, two) = (Placeholder::start().unwrap(), Placeholder::start().unwrap());
         assert_ne!(one.id(), two.id());
         let confined = status(one.id()).unwrap();
         assert!(confined.lines().any(|line| line == "Seccomp:\t2"), "{confined}");
@@ -235,8 +235,8 @@ mod tests {
                 nix::sys::prctl::set_no_new_privs().unwrap();
                 seccomp::install(Kind::Main).unwrap();
                 for _ in 0..3 {
-                    let threads: Vec<_> = (0..50).map(|_| Parked::start().unwrap()).collect();
-                    threads.into_iter().for_each(Parked::end);
+                    let threads: Vec<_> = (0..50).map(|_| Placeholder::start().unwrap()).collect();
+                    threads.into_iter().for_each(Placeholder::end);
                 }
                 // SAFETY: _exit does not come back.
                 unsafe { libc::_exit(0) }

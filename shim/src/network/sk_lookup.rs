@@ -1,4 +1,4 @@
-//! Steers what connects to a network namespace's own loopback addresses, whatever the port, to one listening socket.
+//! Sends what connects to a network namespace's own loopback addresses, whatever the port, to one listening socket.
 //!
 //! A `BPF_PROG_TYPE_SK_LOOKUP` program answers which socket a new connection is for (Linux, bpf/prog_sk_lookup.rst). It
 //! needs no packet filter in the namespace, which others may look at and change, and ends with its descriptor.
@@ -10,16 +10,16 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use katana_protocol::bpf::code::*;
 use katana_protocol::bpf::{self, Instruction, op};
 
-/// A socket and the program that steers to it.
+/// A socket and the program that sends connections to it.
 #[derive(Debug)]
-pub struct Steered {
+pub struct Redirected {
     /// Non-blocking. A connection's own address tells what the client connected to.
     pub listener: TcpListener,
     /// Ends the program when dropped.
     pub link: OwnedFd,
 }
 
-impl Steered {
+impl Redirected {
     /// Listens in the network namespace of the calling thread, which is this one.
     pub fn listen(namespace: BorrowedFd<'_>) -> io::Result<Self> {
         // A socket of IPv6 takes both, unless it is bound to an address; without IPv6 there is one kind only.
@@ -189,7 +189,7 @@ mod tests {
         let up = libc::IFF_UP as u32;
         Socket::open().unwrap().set(kind::LINK, 0, Body::link(1, up, up).bytes()).unwrap();
         let namespace = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
-        let steered = match Steered::listen(namespace.as_fd()) {
+        let redirected = match Redirected::listen(namespace.as_fd()) {
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
                 return println!("SKIPPED: no BPF here: {e}");
             }
@@ -197,7 +197,7 @@ mod tests {
         };
         for address in ["127.0.0.1:1", "127.0.0.1:65535", "[::1]:80"] {
             let client = connect(address).unwrap_or_else(|e| panic!("{address}: {e}"));
-            let (accepted, peer) = steered.listener.accept().unwrap();
+            let (accepted, peer) = redirected.listener.accept().unwrap();
             assert_eq!(peer.port(), client.local_addr().unwrap().port());
             assert_eq!(accepted.local_addr().unwrap().port(), client.peer_addr().unwrap().port());
         }
@@ -205,7 +205,7 @@ mod tests {
         connect("127.0.0.11:53").unwrap();
         other.accept().unwrap();
         assert_eq!(connect("127.0.0.2:80").unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-        drop(steered);
+        drop(redirected);
         assert_eq!(connect("127.0.0.1:80").unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 }
