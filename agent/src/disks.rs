@@ -1,4 +1,4 @@
-//! The machine's disks: taken into use for a container, let go of after the last one.
+//! The machine's disks: mounted for a container, released after the last one.
 
 use std::fs;
 use std::io;

@@ -193,7 +193,7 @@ impl Directory {
         Ok(utimensat(AT_FDCWD, &path_of(&file), &access, &modification, UtimensatFlags::FollowSymlink)?)
     }
 
-    /// Also has the kernel let go of the old contents that it has cached.
+    /// Also has the kernel drop the old contents that it has cached.
     fn write(&self, name: &Path) -> io::Result<()> {
         let file = self.find(name)?;
         if SFlag::from_bits_truncate(fstat(&file)?.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG {

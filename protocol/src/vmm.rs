@@ -100,7 +100,7 @@ pub enum Request {
         /// Refuse writes.
         read_only: bool,
     },
-    /// Takes the disk out of a slot; the guest has let go of it. Answered by [`Event::Done`].
+    /// Takes the disk out of a slot; the guest has released it. Answered by [`Event::Done`].
     DetachDisk {
         /// Slot number from 0.
         slot: u8,
@@ -134,8 +134,8 @@ pub enum Event {
         /// Process id.
         pid: i32,
     },
-    /// The vCPUs run. Descriptor: the machine in the kernel (KVM_CREATE_VM). Whoever lets go of it last waits, for tens of
-    /// milliseconds, until the kernel has undone it; the VMM, whose end others wait for, need not be the one.
+    /// The vCPUs run. Descriptor: the machine in the kernel (KVM_CREATE_VM). Whoever closes it last waits, for tens of
+    /// milliseconds, until the kernel has torn it down; the VMM, whose end others wait for, need not be the one.
     Running,
     /// The VM cannot be started; the VMM ends. One line that names what failed, on what, and why.
     Failed(String),

@@ -25,7 +25,7 @@ use katana_protocol::vmm::{Machine, Template};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest, Sha256};
 
-/// NICs that a machine from a template has places for. A pod that needs more boots.
+/// NIC slots of a machine from a template. A pod that needs more boots.
 pub const NET_SLOTS: u8 = 4;
 
 /// Linux takes memory in sections of so many MiB.
@@ -60,7 +60,7 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { path: path.to_owned(), source }
 }
 
-/// The machine of a configuration as it is in a template: one vCPU on line, no memory plugged, places for what most
+/// The machine of a configuration as it is in a template: one vCPU on line, no memory plugged, slots for what most
 /// pods need.
 pub fn machine(config: &Config) -> Machine {
     let hypervisor = &config.hypervisor;
@@ -242,7 +242,7 @@ impl Draft {
         &self.file
     }
 
-    /// Puts the complete file in its place. Whoever has filled it has to have let go of it.
+    /// Puts the complete file in its place. Whoever has filled it has to have closed it.
     ///
     /// # Errors
     /// When it has not, or the file system refuses.

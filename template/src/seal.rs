@@ -26,7 +26,7 @@ pub(crate) struct Sealed<'a> {
 }
 
 /// Seals a file that is open for reading, or answers nothing if somebody still has it open for writing: for the kernel that is so
-/// until the last descriptor is closed and the last mapping undone that was made of such a one, in whatever process. A
+/// until the last descriptor is closed and the last mapping removed that was made of such a one, in whatever process. A
 /// time of modification that no write leaves behind tells those who use the file that it has been here.
 ///
 /// # Errors

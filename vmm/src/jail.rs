@@ -1,4 +1,4 @@
-//! The jail: an empty room for a process that runs hostile guests.
+//! The jail: an empty root for a process that runs hostile guests.
 //!
 //! The process that the shim spawned stays outside. It makes a second one, in namespaces of its own, as the
 //! shim's direct child; that one makes the pod's shared directory the root of all it can see. What the guest is to see in
@@ -60,11 +60,11 @@ pub enum Side {
     /// The process that the shim spawned: it has nothing left to do.
     Outside,
     /// The jailed one.
-    Inside(Room),
+    Inside(Jail),
 }
 
 /// The inside of the jail. Its root is the shared directory.
-pub struct Room {
+pub struct Jail {
     /// /proc/self/fd of the jailed process, which has no /proc: virtiofsd opens files anew through it. A mount of this
     /// directory alone: `..` does not lead out of it.
     pub proc_self_fd: OwnedFd,
@@ -171,7 +171,7 @@ fn make_room_for_descriptors() -> Result<(), Error> {
 }
 
 /// The inner process's way in, in this order.
-fn lock_up(share: &OwnedFd) -> Result<Room, Error> {
+fn lock_up(share: &OwnedFd) -> Result<Jail, Error> {
     let proc_self_fd = own_descriptors().map_err(step("copy the mount of /proc/self/fd"))?;
     setgroups(&[]).map_err(step("drop groups"))?;
     drop_standard_streams().map_err(step("standard streams"))?;
@@ -183,7 +183,7 @@ fn lock_up(share: &OwnedFd) -> Result<Room, Error> {
     landlock::restrict(share).map_err(step("restrict files to the share (Landlock)"))?;
     // The end of the control socket tells as well; this also ends a VMM that does not listen any more.
     prctl("parent death signal", libc::PR_SET_PDEATHSIG, libc::SIGKILL as c_ulong)?;
-    Ok(Room { proc_self_fd })
+    Ok(Jail { proc_self_fd })
 }
 
 /// A mount of /proc/self/fd that is attached nowhere: the directory is all there is of it. Simply opened, it would be a

@@ -17,7 +17,7 @@ use crate::console_ring::ConsoleRing;
 use crate::end::{End, Ended};
 pub use crate::error::Error;
 use crate::i8042::{self, I8042};
-use crate::jail::Room;
+use crate::jail::Jail;
 use crate::kvm::{self, Vm};
 use crate::memory::{self, BARS, GuestMemory, Pluggable};
 use crate::pci::{self, BAR_SIZE, PciBus, RestoreError, TemplateRegister, VirtioPci};
@@ -57,7 +57,7 @@ pub struct Slots {
     pub vcpus: Sender<Wanted>,
 }
 
-/// A place for a disk or a NIC, which the guest sees once something is attached. An empty one costs no driver's
+/// A slot for a disk or a NIC, which the guest sees once something is attached. An empty one costs no driver's
 /// start; a NIC's driver asks for address and link then, a disk's for whether it can be written to, and a NIC without a
 /// network would be one more interface in every container.
 pub struct Slot<D> {
@@ -106,7 +106,7 @@ impl Machine {
     pub fn build(
         shape: &Shape,
         mut files: Files,
-        room: Room,
+        jail: Jail,
         incoming: Incoming,
         plugged: Told,
         made: Made,
@@ -124,7 +124,7 @@ impl Machine {
         let output = console.clone();
         devices.add("virtio-console", Console::new(Arc::new(move |bytes| output.push(bytes))))?;
         devices.add("virtio-pmem", Pmem::new(image.0, image.1))?;
-        devices.add("virtio-fs", Fs::new(SHARE_TAG, room.proc_self_fd))?;
+        devices.add("virtio-fs", Fs::new(SHARE_TAG, jail.proc_self_fd))?;
         let incoming = after_template(devices.register.clone(), incoming);
         let vsock = devices.add("virtio-vsock", Vsock::new(shape.guest_cid, incoming))?;
         devices.add("virtio-rng", Rng::new())?;

@@ -90,7 +90,7 @@ fn run(control: &Control) -> Result<(), Error> {
     let (shape, files, share, cgroup) = receive_machine(control)?;
     logger::start(shape.debug);
     let announce = |pid| control.tell(&Event::Jailed { pid }).map_err(io::Error::other);
-    let Side::Inside(room) = jail::enter(&share, cgroup.as_ref(), announce)? else { return Ok(()) };
+    let Side::Inside(jail) = jail::enter(&share, cgroup.as_ref(), announce)? else { return Ok(()) };
     drop((share, cgroup));
 
     let streams = control.clone();
@@ -110,7 +110,7 @@ fn run(control: &Control) -> Result<(), Error> {
             log::warn!("control socket: {error}");
         }
     });
-    let (mut machine, slots) = Machine::build(&shape, files, room, incoming, plugged, made)?;
+    let (mut machine, slots) = Machine::build(&shape, files, jail, incoming, plugged, made)?;
     machine.subscribe(ControlService::new(control.clone(), slots, machine.end()));
     machine.start()?;
     control.tell_running(machine.vm())?;

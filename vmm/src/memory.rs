@@ -183,7 +183,7 @@ pub fn pluggable_range(mib: u64, image: u64, pluggable_mib: u64) -> Option<Range
     (size > 0).then_some((start, size))
 }
 
-/// A file in this process's memory, for good: mappings are never undone, since the guest runs on them.
+/// A file in this process's memory, for good: mappings are never removed, since the guest runs on them.
 pub struct Mapping {
     address: *mut u8,
     size: u64,

@@ -34,7 +34,7 @@ const TO_END: i32 = 2;
 
 /// What a thread lives in: one page.
 #[repr(C, align(16))]
-struct Room {
+struct Memory {
     state: AtomicI32,
     /// The thread's id. The kernel makes it 0 when the thread is gone, and wakes who waits.
     id: AtomicI32,
@@ -43,11 +43,11 @@ struct Room {
     stack: UnsafeCell<[u8; STACK]>,
 }
 
-const _: () = assert!(size_of::<Room>() == 4096);
+const _: () = assert!(size_of::<Memory>() == 4096);
 
 /// A thread that waits in one system call until it is ended; or else until the process ends.
 pub struct Placeholder {
-    room: NonNull<Room>,
+    memory: NonNull<Memory>,
     id: i32,
 }
 
@@ -64,23 +64,23 @@ impl Placeholder {
     pub fn start() -> Result<Self, Error> {
         let mut program = Kind::Placeholder.program();
         let len = program.len().try_into().map_err(|_| Error(io::ErrorKind::InvalidData.into()))?;
-        let room = room(libc::sock_fprog { len, filter: program.as_mut_ptr().cast() }).map_err(Error)?;
-        let started = start(room);
+        let memory = memory(libc::sock_fprog { len, filter: program.as_mut_ptr().cast() }).map_err(Error)?;
+        let started = start(memory);
         if started.is_ok() {
-            // SAFETY: the room goes in `leave` only.
-            let room = unsafe { room.as_ref() };
-            while room.state.load(Ordering::Acquire) == STARTS {
-                futex(&room.state, libc::FUTEX_WAIT, STARTS);
+            // SAFETY: the memory goes in `leave` only.
+            let memory = unsafe { memory.as_ref() };
+            while memory.state.load(Ordering::Acquire) == STARTS {
+                futex(&memory.state, libc::FUTEX_WAIT, STARTS);
             }
         }
         // The kernel has its own copy of the filter now.
         drop(program);
         // SAFETY: as above.
-        let state = unsafe { room.as_ref() }.state.load(Ordering::Acquire);
+        let state = unsafe { memory.as_ref() }.state.load(Ordering::Acquire);
         match started {
-            Ok(id) if state == PLACEHOLDER => Ok(Self { room, id }),
+            Ok(id) if state == PLACEHOLDER => Ok(Self { memory, id }),
             failed => {
-                leave(room);
+                leave(memory);
                 Err(Error(failed.err().unwrap_or_else(|| io::Error::from_raw_os_error(-state))))
             }
         }
@@ -93,40 +93,40 @@ impl Placeholder {
 
     /// Ends it.
     pub fn end(self) {
-        // SAFETY: the room goes in `leave` only.
-        let state = &unsafe { self.room.as_ref() }.state;
+        // SAFETY: the memory goes in `leave` only.
+        let state = &unsafe { self.memory.as_ref() }.state;
         state.store(TO_END, Ordering::Release);
         futex(state, libc::FUTEX_WAKE, 1);
-        leave(self.room);
+        leave(self.memory);
     }
 }
 
 /// Not from the heap, which has ways of its own to give memory back.
-fn room(filter: libc::sock_fprog) -> io::Result<NonNull<Room>> {
+fn memory(filter: libc::sock_fprog) -> io::Result<NonNull<Memory>> {
     let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping, wherever the kernel likes.
-    let page = unsafe { libc::mmap(null_mut(), size_of::<Room>(), access, flags, -1, 0) };
-    let room = NonNull::new(page.cast::<Room>()).filter(|_| page != libc::MAP_FAILED);
-    let room = room.ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: the mapping is as large as a room, and nobody else's. The stack is as good as any with the zeros in it.
+    let page = unsafe { libc::mmap(null_mut(), size_of::<Memory>(), access, flags, -1, 0) };
+    let memory = NonNull::new(page.cast::<Memory>()).filter(|_| page != libc::MAP_FAILED);
+    let memory = memory.ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: the mapping is as large as a memory, and nobody else's. The stack is as good as any with the zeros in it.
     unsafe {
-        (&raw mut (*room.as_ptr()).state).write(AtomicI32::new(STARTS));
-        (&raw mut (*room.as_ptr()).id).write(AtomicI32::new(0));
-        (&raw mut (*room.as_ptr()).filter).write(filter);
+        (&raw mut (*memory.as_ptr()).state).write(AtomicI32::new(STARTS));
+        (&raw mut (*memory.as_ptr()).id).write(AtomicI32::new(0));
+        (&raw mut (*memory.as_ptr()).filter).write(filter);
     }
-    Ok(room)
+    Ok(memory)
 }
 
-fn start(room: NonNull<Room>) -> io::Result<i32> {
+fn start(memory: NonNull<Memory>) -> io::Result<i32> {
     // Handlers of signals use what is a thread's own, and this one has nothing of the kind.
     let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-    // SAFETY: the room is there until the thread is gone, and the pointers are to members of it. The top of the stack is
-    // aligned, as the room's and the stack's sizes are. The thread shares this one's thread-local memory, which `wait`
+    // SAFETY: the memory is there until the thread is gone, and the pointers are to members of it. The top of the stack is
+    // aligned, as the memory's and the stack's sizes are. The thread shares this one's thread-local memory, which `wait`
     // does not touch.
     let id = unsafe {
-        let (stack, id) = ((*room.as_ptr()).stack.get(), from_ref(&(*room.as_ptr()).id));
+        let (stack, id) = ((*memory.as_ptr()).stack.get(), from_ref(&(*memory.as_ptr()).id));
         let (top, tls) = (stack.add(1).cast(), null_mut::<c_void>());
-        libc::clone(wait, top, THREAD, room.as_ptr().cast(), id, tls, id)
+        libc::clone(wait, top, THREAD, memory.as_ptr().cast(), id, tls, id)
     };
     let error = io::Error::last_os_error();
     // Takes any mask.
@@ -134,32 +134,32 @@ fn start(room: NonNull<Room>) -> io::Result<i32> {
     if id < 0 { Err(error) } else { Ok(id) }
 }
 
-/// Waits until there is no thread in the room, and removes it.
-fn leave(room: NonNull<Room>) {
+/// Waits until there is no thread in the memory, and removes it.
+fn leave(memory: NonNull<Memory>) {
     // SAFETY: nobody removes it but this function, which has it to itself.
-    let id = &unsafe { room.as_ref() }.id;
+    let id = &unsafe { memory.as_ref() }.id;
     loop {
         match id.load(Ordering::Acquire) {
             0 => break,
             lives => futex(id, libc::FUTEX_WAIT, lives),
         }
     }
-    // SAFETY: it is the mapping of `room`, and the kernel has said that the thread does not use it any more.
-    unsafe { libc::munmap(room.as_ptr().cast(), size_of::<Room>()) };
+    // SAFETY: it is the mapping of `memory`, and the kernel has said that the thread does not use it any more.
+    unsafe { libc::munmap(memory.as_ptr().cast(), size_of::<Memory>()) };
 }
 
 /// The thread. Whatever needs thread-local memory, as the C library does for errno, is not to be called here. Back in
 /// clone(3), it ends.
-extern "C" fn wait(room: *mut c_void) -> c_int {
-    // SAFETY: it is the room that the thread was started with, which is there for as long as the thread is.
-    let room = unsafe { &*room.cast::<Room>() };
+extern "C" fn wait(memory: *mut c_void) -> c_int {
+    // SAFETY: it is the memory that the thread was started with, which is there for as long as the thread is.
+    let memory = unsafe { &*memory.cast::<Memory>() };
     let mode = libc::SECCOMP_SET_MODE_FILTER as usize;
     // SAFETY: the filter is valid: whoever has started this thread waits for the next state.
-    let confined = unsafe { call(libc::SYS_seccomp, [mode, 0, from_ref(&room.filter) as usize, 0]) };
-    room.state.store(if confined == 0 { PLACEHOLDER } else { confined as i32 }, Ordering::Release);
-    futex(&room.state, libc::FUTEX_WAKE, 1);
-    while room.state.load(Ordering::Acquire) == PLACEHOLDER {
-        futex(&room.state, libc::FUTEX_WAIT, PLACEHOLDER);
+    let confined = unsafe { call(libc::SYS_seccomp, [mode, 0, from_ref(&memory.filter) as usize, 0]) };
+    memory.state.store(if confined == 0 { PLACEHOLDER } else { confined as i32 }, Ordering::Release);
+    futex(&memory.state, libc::FUTEX_WAKE, 1);
+    while memory.state.load(Ordering::Acquire) == PLACEHOLDER {
+        futex(&memory.state, libc::FUTEX_WAIT, PLACEHOLDER);
     }
     0
 }

@@ -20,7 +20,7 @@ use crate::vcpu::Vcpu;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// More than the machine can have.
-    #[error("{wanted} vCPUs: the machine has places for {most}")]
+    #[error("{wanted} vCPUs: the machine has {most} at most")]
     TooMany {
         /// Asked for.
         wanted: u8,

@@ -118,7 +118,7 @@ impl Rootfs {
         Ok(cover)
     }
 
-    /// Makes it the root of this process, and lets go of the guest's.
+    /// Makes it the root of this process, and detaches the guest's.
     pub fn enter(&self, spec: &Spec) -> Result<()> {
         if spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly) == Some(true) {
             let read_only = MountAttributes { set: MOUNT_ATTR_RDONLY, ..MountAttributes::default() };

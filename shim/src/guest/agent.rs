@@ -190,7 +190,7 @@ impl Agent {
         Ok(())
     }
 
-    /// Has the guest let go of a disk that no container uses any more.
+    /// Has the guest release a disk that no container uses any more.
     pub async fn release_disk(&self, slot: u8) -> Result<()> {
         let request = api::ReleaseDiskRequest { slot: slot.into(), ..Default::default() };
         let client = self.client.clone();

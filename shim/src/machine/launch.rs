@@ -171,7 +171,7 @@ impl Machine {
     }
 }
 
-/// Places for the disks of the first container, and for those of a pod's later ones.
+/// Slots for the disks of the first container, and for those of a pod's later ones.
 async fn disk_slots(launch: &Launch<'_>) -> Result<u8> {
     let Launch { first: First { spec, bundle, layers, .. }, config, .. } = launch;
     if spec.is_sandbox() {

@@ -39,7 +39,7 @@ pub struct Layout {
     pub share: PathBuf,
 }
 
-/// What is needed to undo a pod without its shim.
+/// What is needed to remove a pod without its shim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// containerd's namespace.

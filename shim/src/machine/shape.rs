@@ -16,7 +16,7 @@ const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 /// Magic of an erofs superblock, which starts at byte 1024.
 const EROFS_MAGIC: [u8; 4] = 0xE0F5_E1E2_u32.to_le_bytes();
 
-/// The machine for a pod that boots for itself, with the processors that it needs first, and places for its network
+/// The machine for a pod that boots for itself, with the processors that it needs first, and slots for its network
 /// NICs and disks. Memory for its limits is plugged, see [`crate::machine::size`].
 pub fn machine(config: &Config, vcpus: u8, net_slots: u8, disk_slots: u8) -> Result<Machine> {
     let guest_cid = guest_cid()?;

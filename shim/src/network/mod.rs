@@ -77,7 +77,7 @@ impl Network {
         Ok(Self { namespace: Arc::new(namespace), slots, nics, state: tokio::sync::Mutex::new(state) })
     }
 
-    /// How many NICs the machine must have places for.
+    /// How many NICs the machine must have slots for.
     pub fn slots(&self) -> u8 {
         self.slots
     }
@@ -87,7 +87,7 @@ impl Network {
         self.namespace.as_fd()
     }
 
-    /// What a later process needs to undo [`Network::connect`].
+    /// What a later process needs to revert [`Network::connect`].
     pub fn record(&self) -> Option<Record> {
         self.namespace.record().cloned()
     }

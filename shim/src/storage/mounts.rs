@@ -190,13 +190,13 @@ impl Hardened {
     }
 
     /// The mounts of the namespace as they would be if none had been hardened.
-    fn undone(&self, all: &[Mounted]) -> Vec<Mounted> {
+    fn reverted(&self, all: &[Mounted]) -> Vec<Mounted> {
         let noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let undone = |mounted: &Mounted| {
+        let reverted = |mounted: &Mounted| {
             let added = noted.get(&mounted.point);
             added.map_or_else(|| mounted.clone(), |added| mounted.without(added))
         };
-        all.iter().map(undone).collect()
+        all.iter().map(reverted).collect()
     }
 
     /// What was at or in a place is gone.
@@ -327,7 +327,7 @@ impl<'a> Place<'a> {
                 log::warn!("what is mounted in {}: {e}", source.display());
             }
         }
-        Ok(self.hardened.undone(&all))
+        Ok(self.hardened.reverted(&all))
     }
 
     /// What is in volumes is the guest's to change: no link is followed.

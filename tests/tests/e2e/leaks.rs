@@ -12,7 +12,7 @@ fn containers_one_after_another_leave_nothing_behind() {
     let before = Host::before();
     for round in 0..environment::rounds(30) {
         let code = i32::try_from(round % 3).expect("a small number");
-        // Some of everything that must be undone: a volume, a tmpfs, a cgroup with limits, a process left alone.
+        // Some of everything that must be removed: a volume, a tmpfs, a cgroup with limits, a process left alone.
         let script = format!("sleep 10000 & mkdir -p /a/b; echo > /volume/file; exit {code}");
         let run = Run::new(BUSYBOX).bind(scratch.path(), "/volume", "rw").options("--memory-limit 67108864");
         run.sh(&script).output().expect_code(code);

@@ -173,7 +173,7 @@ fn code_of_the_guest_is_in_huge_pages() {
     assert!(kib >= 4096, "{rollup}");
 }
 
-/// The machine that a template is made of has NICs, CPUs, memory and a disk of its own afterwards.
+/// The machine of which a template is made has NICs, CPUs, memory and a disk of its own afterwards.
 #[test]
 fn a_template_has_nothing_of_the_machine_that_it_is_made_of() {
     let _turn = shared();

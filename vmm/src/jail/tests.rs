@@ -21,7 +21,7 @@ mod without {
     include!("../../../protocol/src/kernel/without.rs");
 }
 
-type Check = fn(&Room) -> Result<(), String>;
+type Check = fn(&Jail) -> Result<(), String>;
 
 #[allow(clippy::needless_pass_by_value, reason = "most are literals")]
 fn same<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -> Result<(), String> {
@@ -92,12 +92,12 @@ fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
             drop((say_mounted, say_done));
             let _ = read(&done, &mut [0]);
         }
-        Side::Inside(room) => {
+        Side::Inside(jail) => {
             write(&say_entered, &[1]).unwrap();
             drop(say_mounted);
             let _ = read(&mounted, &mut [0]);
             // Who dies on the way has not said that all is well.
-            let finding = check(&room).err().unwrap_or_default();
+            let finding = check(&jail).err().unwrap_or_default();
             tell.write_all(format!("{finding};").as_bytes()).unwrap();
             drop(say_done);
         }
@@ -189,10 +189,10 @@ fn what_the_shim_mounts_later_appears_and_owners_can_be_given() {
 
 #[test]
 fn files_can_be_opened_anew_without_a_proc() {
-    let findings = in_jail(|room| {
+    let findings = in_jail(|jail| {
         let path = open("/marker", OFlag::O_PATH, Mode::empty()).unwrap();
         let name = path.as_raw_fd().to_string();
-        let opened = openat(&room.proc_self_fd, name.as_str(), OFlag::O_RDONLY, Mode::empty());
+        let opened = openat(&jail.proc_self_fd, name.as_str(), OFlag::O_RDONLY, Mode::empty());
         let mut text = String::new();
         File::from(opened.map_err(|error| error.to_string())?).read_to_string(&mut text).unwrap();
         same("content", text, "here".to_owned())

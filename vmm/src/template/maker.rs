@@ -81,7 +81,7 @@ impl Maker {
         Ok(cpu::skip(vcpu, bridge::SKIPPED)?)
     }
 
-    /// Makes the template, lets go of the file, and tells. The vCPU is the only one that has run, has completed its last
+    /// Makes the template, closes the file, and tells. The vCPU is the only one that has run, has completed its last
     /// exit, and goes on afterwards.
     pub fn make(self, vcpu: &VcpuFd) {
         let made = self.try_make(vcpu);

@@ -99,7 +99,7 @@ impl Listener {
             }
         };
         let status = end_of(&self.process).await;
-        // The kernel takes its time to undo it, and nobody needs to wait for that.
+        // The kernel takes its time to tear it down, and nobody needs to wait for that.
         let machine = self.machine.take();
         tokio::task::spawn_blocking(move || drop(machine));
         if let Some(log) = self.log.take() {

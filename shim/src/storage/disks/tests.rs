@@ -136,7 +136,7 @@ fn a_disk_of_two_containers_takes_one_slot() {
     assert_eq!(slots.take("c", &opened(6, false)), None);
     assert!(slots.leave("a").is_empty());
     assert_eq!(slots.leave("b"), [0, 1]);
-    // Until the guest has let go of it.
+    // Until the guest has released it.
     assert_eq!(slots.take("c", &opened(7, false)), None);
     slots.free(1);
     assert_eq!(slots.take("c", &opened(7, false)), place(1, false));

@@ -345,7 +345,7 @@ fn a_block_device_is_read_and_written(handler: &str) {
     // What the kernel had not written yet, it has now.
     assert_eq!(&fs::read(&image).unwrap()[1024..1031], b"changed");
     if handler == "kata" {
-        // More than a pod's machine has places for; and nothing is left of the attempt.
+        // More than a pod's machine has slots for; and nothing is left of the attempt.
         let many: Vec<_> =
             (0..5).map(|n| LoopDevice::of(&scratch.file(&format!("{n}"), "x".repeat(1 << 20)))).collect();
         let devices =

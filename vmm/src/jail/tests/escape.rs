@@ -131,10 +131,10 @@ fn at(text: &CStr) -> c_long {
 }
 
 impl Attempt {
-    fn new(room: &Room) -> Self {
+    fn new(jail: &Jail) -> Self {
         let share = [c"/", c"/later"].map(|path| stat(libc::AT_FDCWD, path, 0).unwrap().st_dev).to_vec();
         let held = (0..MOST_DESCRIPTORS).filter_map(|fd| Some((fd, identity(fd)?))).collect();
-        Self { share, own: identity(room.proc_self_fd.as_raw_fd()).unwrap(), held, escapes: Vec::new() }
+        Self { share, own: identity(jail.proc_self_fd.as_raw_fd()).unwrap(), held, escapes: Vec::new() }
     }
 
     fn in_share(&self, (device, _): Identity) -> bool {
@@ -400,10 +400,10 @@ impl Attempt {
 }
 
 /// What this process has beyond what a VMM would have: the ends of the pipes to the test are pipes, which a VMM has as well.
-fn as_file_thread(room: &Room) -> Result<(), String> {
+fn as_file_thread(jail: &Jail) -> Result<(), String> {
     let server =
-        Fs::new("share", room.proc_self_fd.try_clone().unwrap()).map_err(|error| error.to_string())?;
-    let mut attempt = Attempt::new(room);
+        Fs::new("share", jail.proc_self_fd.try_clone().unwrap()).map_err(|error| error.to_string())?;
+    let mut attempt = Attempt::new(jail);
     same("what was handed over", attempt.held.iter().any(|(fd, _)| *fd == HANDED), true)?;
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_FS).unwrap();
@@ -434,9 +434,9 @@ fn what_was_handed_over_cannot_be_opened_anew() {
     if version < 2 {
         return eprintln!("skipped: this kernel has no Landlock");
     }
-    let findings = in_jail(|room| {
+    let findings = in_jail(|jail| {
         let name = HANDED.to_string();
-        let opened = openat(&room.proc_self_fd, name.as_str(), OFlag::O_RDONLY, Mode::empty());
+        let opened = openat(&jail.proc_self_fd, name.as_str(), OFlag::O_RDONLY, Mode::empty());
         same("opened", opened.err(), Some(Errno::EACCES))?;
         // Within the share, all is as it was.
         fs::create_dir_all("/later/one").unwrap();

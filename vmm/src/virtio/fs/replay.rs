@@ -328,7 +328,7 @@ impl FileSystem for Replaying {
         flags: u32,
     ) -> io::Result<(Option<Handle>, OpenOptions)> {
         if is_one(&ctx) {
-            // Without FOPEN_KEEP_CACHE: the guest lets go of the old contents.
+            // Without FOPEN_KEEP_CACHE: the guest drops the old contents.
             return Ok((Some(UNWRITTEN), OpenOptions::empty()));
         }
         self.inner.open(ctx, inode, kill_priv, flags)
