@@ -4,8 +4,6 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use katana_protocol::agent::{Disk, HostSocket, SharedMount};
@@ -26,6 +24,7 @@ use crate::huge_pages::{self, HugePages};
 use crate::init;
 use crate::init::control::{Task, Work};
 use crate::launch::{Gate, IdMaps, Spares};
+use crate::oom::OomCounter;
 use crate::process::{self, Process, Surroundings};
 use crate::reaper::Reaper;
 use crate::seccomp::{self, Filter};
@@ -303,7 +302,7 @@ impl Container {
 
     async fn start_exec(&self, process: ProcessSpec, ports: Ports) -> Result<Process> {
         let mut cgroups = vec![self.cgroup.path().to_owned()];
-        cgroups.extend(current_cgroup(self.init.pid()));
+        cgroups.extend(cgroup::of(self.init.pid()));
         let namespaces = private_namespaces(self.init.pid()).bits();
         let (seccomp, personality) = (self.seccomp.clone(), personality(&self.spec));
         let task = Task { cgroups, process, seccomp, personality, work: Work::Exec { namespaces } };
@@ -479,12 +478,6 @@ fn id_maps(work: &Work) -> IdMaps {
     }
 }
 
-/// The cgroup that a process is in now.
-fn current_cgroup(pid: Pid) -> Option<std::path::PathBuf> {
-    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    text.lines().find_map(|line| line.strip_prefix("0::/")).map(|path| Path::new(cgroup::ROOT).join(path))
-}
-
 /// The namespaces in which a process is apart from the agent.
 fn private_namespaces(pid: Pid) -> CloneFlags {
     let all = [
@@ -501,41 +494,4 @@ fn private_namespaces(pid: Pid) -> CloneFlags {
     };
     let apart = |name: &str| matches!((identity(&pid.to_string(), name), identity("self", name)), (Ok(a), Ok(b)) if a != b);
     all.into_iter().filter(|(name, _)| apart(name)).fold(CloneFlags::empty(), |flags, (_, flag)| flags | flag)
-}
-
-/// Counts the out-of-memory kills in a cgroup and tells of new ones.
-#[derive(Debug)]
-struct OomCounter {
-    id: String,
-    file: std::path::PathBuf,
-    told: AtomicU64,
-    ooms: UnboundedSender<String>,
-}
-
-impl OomCounter {
-    fn new(id: &str, cgroup: &Cgroup, ooms: &UnboundedSender<String>) -> Self {
-        let file = cgroup.path().join("memory.events");
-        Self { id: id.to_owned(), file, told: AtomicU64::new(0), ooms: ooms.clone() }
-    }
-
-    /// Tells if there were kills since the last check.
-    fn check(&self) {
-        let kills = fs::read_to_string(&self.file)
-            .ok()
-            .and_then(|text| cgroup::parse_events(&text).get("oom_kill").copied());
-        if kills.is_some_and(|kills| self.told.fetch_max(kills, Ordering::Relaxed) < kills) {
-            let _ = self.ooms.send(self.id.clone());
-        }
-    }
-
-    /// Checks at each change, for as long as the cgroup is there.
-    async fn watch(self: Arc<Self>, cgroup: Arc<Cgroup>) {
-        let Ok(events) = cgroup.watch("memory.events") else { return };
-        while events.read("oom_kill").is_ok() {
-            self.check();
-            if events.changed().await.is_err() {
-                return;
-            }
-        }
-    }
 }

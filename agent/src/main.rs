@@ -19,6 +19,7 @@ mod in_use;
 mod init;
 mod launch;
 mod network;
+mod oom;
 mod pause;
 mod pci;
 mod process;

@@ -244,6 +244,12 @@ fn remove_tree(directory: &Path) -> io::Result<()> {
     fs::remove_dir(directory)
 }
 
+/// The cgroup that a process is in now.
+pub fn of(pid: Pid) -> Option<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("0::/")).map(|path| Path::new(ROOT).join(path))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

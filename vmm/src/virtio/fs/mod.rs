@@ -17,6 +17,7 @@ mod inode_flags;
 mod inode_table;
 mod messages;
 mod replay;
+mod shown;
 mod transfer;
 mod unnamed;
 

@@ -25,13 +25,9 @@ use virtiofsd::fuse::{Attr, FsOptions, SetattrIn};
 
 use super::host::Host;
 use super::inode_table::{Known, Name, References};
+use super::shown::{MOVED, SOURCE, before, entry, made_up};
 use super::{Handle, Inode};
 
-/// With this bit, a directory's number is that of the [`REPLAY_SOURCE`] in it, which is nowhere on the host. virtiofsd counts
-/// its own numbers up from 1.
-const SOURCE: Inode = 1 << 63;
-/// Whatever is looked up in there: an empty file.
-const MOVED: Inode = SOURCE - 1;
 /// What a replay opens to write, and never writes to.
 const UNWRITTEN: Handle = u64::MAX;
 /// Directories with more names are not remembered.
@@ -65,27 +61,6 @@ fn refused<T>() -> io::Result<T> {
 
 fn error<T>(number: i32) -> io::Result<T> {
     Err(io::Error::from_raw_os_error(number))
-}
-
-/// An entry that is looked up again at its next use.
-fn entry(inode: Inode, attr: Attr) -> Entry {
-    Entry { inode, generation: 0, attr, attr_timeout: Duration::ZERO, entry_timeout: Duration::ZERO }
-}
-
-fn made_up(inode: Inode) -> Option<Attr> {
-    let mode = match inode {
-        SOURCE.. => libc::S_IFDIR | 0o700,
-        MOVED => libc::S_IFREG | 0o600,
-        _ => return None,
-    };
-    Some(Attr { ino: inode, mode, nlink: 2, blksize: 4096, ..Attr::default() })
-}
-
-/// Each replay that takes a link away takes it from what the guest's kernel believes: one more than there is on the host,
-/// where it is gone already. At 0 the kernel tells those who watch the file itself.
-fn before(mut attr: Attr) -> Attr {
-    attr.nlink = attr.nlink.saturating_add(1);
-    attr
 }
 
 impl Replaying {
