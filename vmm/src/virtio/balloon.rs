@@ -5,75 +5,47 @@
 
 use std::io;
 
-use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
-use super::base::{Base, Event};
-use super::{Activation, VirtioDevice};
+use super::queue::DeviceQueue;
+use super::simple::{Answer, Simple};
+use crate::memory::GuestMemory;
 
-/// The inflate and deflate queues, which nobody uses since no size is asked for, and the queue of reports.
-const QUEUE_SIZES: [u16; 3] = [64, 64, 64];
+/// The queue of reports.
 const REPORTS: usize = 2;
 /// VIRTIO_BALLOON_F_PAGE_REPORTING, 5.5.3.
 const PAGE_REPORTING: u64 = 1 << 5;
 
 /// The device.
-pub struct Balloon {
-    base: Base,
-}
+pub struct Balloon;
 
 impl Balloon {
     /// A balloon that stays empty.
     ///
     /// # Errors
     /// When the process is out of descriptors.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { base: Base::new("balloon")? })
+    pub fn new() -> io::Result<Simple<Self>> {
+        Simple::new(Self)
     }
 }
 
-impl VirtioDevice for Balloon {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_BALLOON
-    }
-
-    fn features(&self) -> u64 {
-        PAGE_REPORTING
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
-    }
+impl Answer for Balloon {
+    const NAME: &'static str = "balloon";
+    const TYPE: u32 = VIRTIO_ID_BALLOON;
+    const FEATURES: u64 = PAGE_REPORTING;
+    /// The inflate and deflate queues, which nobody uses since no size is asked for, and the queue of reports.
+    const QUEUE_SIZES: &'static [u16] = &[64, 64, 64];
 
     /// The wanted and the present size of the balloon: 0.
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
+    fn config(&self) -> &[u8] {
+        &[]
     }
 
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        self.base.activate(activation);
-        Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.base.reset();
-    }
-}
-
-impl MutEventSubscriber for Balloon {
-    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        for event in self.base.events() {
-            let Event::Queue(index) = event else { continue };
-            let Some((memory, queue)) = self.base.queue(index) else { continue };
-            queue.serve(memory, |chain| match index {
-                REPORTS => chain.writable.discard().map(|()| 0),
-                _ => Ok(0),
-            });
-        }
-    }
-
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        self.base.init(ops);
+    fn answer(&mut self, index: usize, memory: &GuestMemory, queue: &mut DeviceQueue) {
+        queue.serve(memory, |chain| match index {
+            REPORTS => chain.writable.discard().map(|()| 0),
+            _ => Ok(0),
+        });
     }
 }
 

@@ -6,18 +6,17 @@ use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 
-use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
-use super::base::{Base, Event};
 use super::chain::Buffers;
-use super::{Activation, VirtioDevice};
+use super::queue::DeviceQueue;
+use super::simple::{Answer, Simple};
+use crate::memory::GuestMemory;
 
 /// Where the console's output goes.
 pub type ConsoleSink = Arc<dyn Fn(&[u8]) + Send + Sync>;
 
-/// Receive and transmit. Nothing is ever typed, so the buffers of the first stay with the device.
-const QUEUE_SIZES: [u16; 2] = [64, 64];
+/// What the guest prints.
 const TRANSMIT: usize = 1;
 /// Longest output taken from one chain. Linux sends a page at most; without a limit, descriptors that all name
 /// the same memory would keep the device thread busy for gigabytes.
@@ -25,7 +24,6 @@ const LONGEST_OUTPUT: usize = 64 * 1024;
 
 /// The console.
 pub struct Console {
-    base: Base,
     sink: ConsoleSink,
 }
 
@@ -34,18 +32,8 @@ impl Console {
     ///
     /// # Errors
     /// When the process is out of descriptors.
-    pub fn new(sink: ConsoleSink) -> io::Result<Self> {
-        Ok(Self { base: Base::new("console")?, sink })
-    }
-
-    fn transmit(&mut self) {
-        let sink = &self.sink;
-        if let Some((memory, queue)) = self.base.queue(TRANSMIT) {
-            queue.serve(memory, |chain| {
-                print(chain.readable, sink);
-                Ok::<_, Infallible>(0)
-            });
-        }
+    pub fn new(sink: ConsoleSink) -> io::Result<Simple<Self>> {
+        Simple::new(Self { sink })
     }
 }
 
@@ -58,45 +46,24 @@ fn print(mut output: Buffers<'_>, sink: &ConsoleSink) {
     }
 }
 
-impl VirtioDevice for Console {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_CONSOLE
+impl Answer for Console {
+    const NAME: &'static str = "console";
+    const TYPE: u32 = VIRTIO_ID_CONSOLE;
+    /// Receive and transmit. Nothing is ever typed, so the buffers of the first stay with the device.
+    const QUEUE_SIZES: &'static [u16] = &[64, 64];
+
+    /// Columns, rows and ports mean something with features only that are not offered.
+    fn config(&self) -> &[u8] {
+        &[]
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
-    }
-
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        // Columns, rows and ports mean something with features only that are not offered.
-        data.fill(0);
-    }
-
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        self.base.activate(activation);
-        Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.base.reset();
-    }
-}
-
-impl MutEventSubscriber for Console {
-    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        for event in self.base.events() {
-            if event == Event::Queue(TRANSMIT) {
-                self.transmit();
-            }
+    fn answer(&mut self, index: usize, memory: &GuestMemory, queue: &mut DeviceQueue) {
+        if index == TRANSMIT {
+            queue.serve(memory, |chain| {
+                print(chain.readable, &self.sink);
+                Ok::<_, Infallible>(0)
+            });
         }
-    }
-
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        self.base.init(ops);
     }
 }
 
@@ -106,7 +73,7 @@ mod tests {
     use crate::virtio::testing::{Bench, READ, WRITE};
     use std::sync::Mutex;
 
-    fn bench() -> (Bench<Console>, Arc<Mutex<Vec<u8>>>) {
+    fn bench() -> (Bench<Simple<Console>>, Arc<Mutex<Vec<u8>>>) {
         let printed = Arc::new(Mutex::new(Vec::new()));
         let sink = printed.clone();
         let console = Console::new(Arc::new(move |bytes: &[u8]| sink.lock().unwrap().extend(bytes))).unwrap();

@@ -14,6 +14,7 @@ pub mod net;
 pub mod pmem;
 mod queue;
 pub mod rng;
+mod simple;
 #[cfg(test)]
 mod testing;
 mod vhost;

@@ -5,22 +5,19 @@
 
 use std::io;
 
-use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use vm_memory::Le32;
 
-use super::base::{self, Base, Event};
 use super::chain::Chain;
-use super::{Activation, VirtioDevice};
+use super::queue::DeviceQueue;
+use super::simple::{Answer, Simple};
+use crate::memory::GuestMemory;
 
-const QUEUE_SIZES: [u16; 1] = [64];
-const REQUESTS: usize = 0;
 /// The only request, virtio 1.2, 5.19.6.
 const TYPE_FLUSH: u32 = 0;
 
 /// The image's device.
 pub struct Pmem {
-    base: Base,
     config: [u8; 16],
 }
 
@@ -38,12 +35,12 @@ impl Pmem {
     ///
     /// # Errors
     /// When the process is out of descriptors.
-    pub fn new(start: u64, size: u64) -> io::Result<Self> {
+    pub fn new(start: u64, size: u64) -> io::Result<Simple<Self>> {
         let mut config = [0; 16];
         let (low, high) = config.split_at_mut(8);
         low.copy_from_slice(&start.to_le_bytes());
         high.copy_from_slice(&size.to_le_bytes());
-        Ok(Self { base: Base::new("pmem")?, config })
+        Simple::new(Self { config })
     }
 }
 
@@ -57,53 +54,27 @@ fn answer(mut chain: Chain<'_>) -> Result<u32, Error> {
     }
 }
 
-impl VirtioDevice for Pmem {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_PMEM
+impl Answer for Pmem {
+    const NAME: &'static str = "pmem";
+    const TYPE: u32 = VIRTIO_ID_PMEM;
+    const QUEUE_SIZES: &'static [u16] = &[64];
+
+    fn config(&self) -> &[u8] {
+        &self.config
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
-    }
-
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        base::read_config(&self.config, offset, data);
-    }
-
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        self.base.activate(activation);
-        Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.base.reset();
-    }
-}
-
-impl MutEventSubscriber for Pmem {
-    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        for event in self.base.events() {
-            if let Event::Queue(REQUESTS) = event
-                && let Some((memory, queue)) = self.base.queue(REQUESTS)
-            {
-                queue.serve(memory, answer);
-            }
-        }
-    }
-
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        self.base.init(ops);
+    fn answer(&mut self, _index: usize, memory: &GuestMemory, queue: &mut DeviceQueue) {
+        queue.serve(memory, answer);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::VirtioDevice;
     use crate::virtio::testing::{Bench, READ, WRITE};
+
+    const REQUESTS: usize = 0;
 
     #[test]
     fn says_where_the_image_is() {

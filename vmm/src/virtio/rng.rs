@@ -4,75 +4,36 @@
 
 use std::io;
 
-use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use super::base::{Base, Event};
-use super::{Activation, VirtioDevice};
+use super::queue::DeviceQueue;
+use super::simple::{Answer, Simple};
+use crate::memory::GuestMemory;
 
-const QUEUE_SIZES: [u16; 1] = [64];
-const REQUESTS: usize = 0;
 /// Most bytes for one request. Descriptors may overlap: without a limit, a small request for the guest would be
 /// gigabytes of work for the host.
 const LONGEST_ANSWER: usize = 64 * 1024;
 
 /// The source of entropy.
-pub struct Rng {
-    base: Base,
-}
+pub struct Rng;
 
 impl Rng {
     /// An entropy device.
     ///
     /// # Errors
     /// When the process is out of descriptors.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { base: Base::new("rng")? })
+    pub fn new() -> io::Result<Simple<Self>> {
+        Simple::new(Self)
     }
 }
 
-impl VirtioDevice for Rng {
-    fn device_type(&self) -> u32 {
-        VIRTIO_ID_RNG
-    }
+impl Answer for Rng {
+    const NAME: &'static str = "rng";
+    const TYPE: u32 = VIRTIO_ID_RNG;
+    const QUEUE_SIZES: &'static [u16] = &[64];
 
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
-    }
-
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        self.base.activate(activation);
-        Ok(())
-    }
-
-    fn reset(&mut self) {
-        self.base.reset();
-    }
-}
-
-impl MutEventSubscriber for Rng {
-    fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
-        for event in self.base.events() {
-            if let Event::Queue(REQUESTS) = event
-                && let Some((memory, queue)) = self.base.queue(REQUESTS)
-            {
-                queue.serve(memory, |chain| {
-                    chain.writable.fill_random(LONGEST_ANSWER).map(|count| count as u32)
-                });
-            }
-        }
-    }
-
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        self.base.init(ops);
+    fn answer(&mut self, _index: usize, memory: &GuestMemory, queue: &mut DeviceQueue) {
+        queue.serve(memory, |chain| chain.writable.fill_random(LONGEST_ANSWER).map(|count| count as u32));
     }
 }
 
@@ -80,6 +41,8 @@ impl MutEventSubscriber for Rng {
 mod tests {
     use super::*;
     use crate::virtio::testing::{Bench, READ, WRITE};
+
+    const REQUESTS: usize = 0;
 
     #[test]
     fn fills_what_is_writable() {
