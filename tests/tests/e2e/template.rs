@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::SystemTime;
 
 use katana_tests::environment::{self, is_vm_or_say};
 use katana_tests::network::{Bridge, Namespace};
 use katana_tests::process::Process;
-use katana_tests::turn::{alone, shared};
+use katana_tests::turn::{Turn, alone, shared};
 use katana_tests::{BUSYBOX, Configuration, Containerd, DEBIAN, Output, Run, Scratch};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -33,25 +33,54 @@ fn is_vm() -> bool {
     is_vm_or_say("this is about virtual machines")
 }
 
-/// A directory for templates, and a configuration that names it.
-fn own_templates(scratch: &Scratch) -> (PathBuf, PathBuf) {
-    let directory = scratch.path().join("templates");
-    let configuration = Configuration::installed()
-        .set("factory.enable_template", true)
-        .set("factory.template_path", directory.display().to_string());
-    (directory, scratch.file("configuration.toml", configuration.to_toml()))
+/// Templates of a test's own: their directory, and a configuration that names it.
+struct Templates {
+    directory: PathBuf,
+    configuration: PathBuf,
+    _scratch: Scratch,
+    _turn: Turn,
 }
 
-fn start(configuration: &Path) {
-    Run::new(BUSYBOX).configuration(configuration).command(&["true"]).output().ok();
-}
+impl Templates {
+    /// For a test that runs beside others. None without virtual machines.
+    fn shared() -> Option<Self> {
+        Self::new(shared())
+    }
 
-/// The only template there.
-fn template(directory: &Path) -> PathBuf {
-    let mut files = fs::read_dir(directory).expect("templates").flatten().map(|entry| entry.path());
-    let file = files.next().expect("a template");
-    assert_eq!(files.next(), None);
-    file
+    /// For a test that counts lines of containerd's log.
+    fn alone() -> Option<Self> {
+        Self::new(alone())
+    }
+
+    fn new(turn: Turn) -> Option<Self> {
+        let scratch = is_vm().then(Scratch::new)?;
+        let directory = scratch.path().join("templates");
+        let configuration = Configuration::installed()
+            .set("factory.enable_template", true)
+            .set("factory.template_path", directory.display().to_string());
+        let configuration = scratch.file("configuration.toml", configuration.to_toml());
+        Some(Self { directory, configuration, _scratch: scratch, _turn: turn })
+    }
+
+    fn start(&self) {
+        Run::new(BUSYBOX).configuration(&self.configuration).command(&["true"]).output().ok();
+    }
+
+    /// The only template there.
+    fn only(&self) -> PathBuf {
+        let mut files = fs::read_dir(&self.directory).expect("templates").flatten().map(|entry| entry.path());
+        let file = files.next().expect("a template");
+        assert_eq!(files.next(), None);
+        file
+    }
+
+    /// Starts a container, for which no template is of use, and which says so once.
+    fn start_without(&self, why: &str) {
+        let before = warnings().len();
+        self.start();
+        let after = warnings();
+        assert_eq!(after.len(), before + 1, "{why}: {:?}", &after[before..]);
+    }
 }
 
 /// Where containerd's log warns that there was no use for a template.
@@ -62,14 +91,6 @@ fn warnings() -> Vec<String> {
         .filter(|line| line.contains("level=warning") && line.contains("template: "))
         .map(str::to_owned)
         .collect()
-}
-
-/// Starts a container, for which no template is of use, and which says so once.
-fn start_without(configuration: &Path, why: &str) {
-    let before = warnings().len();
-    start(configuration);
-    let after = warnings();
-    assert_eq!(after.len(), before + 1, "{why}: {:?}", &after[before..]);
 }
 
 #[test]
@@ -131,18 +152,13 @@ fn check_clock(output: &Output, then: SystemTime) {
 /// In a machine that becomes a template, time passes at once, so that its kernel does what it has put off.
 #[test]
 fn clocks_are_right_where_time_has_passed_at_once() {
-    let _turn = shared();
-    if !is_vm() {
-        return;
-    }
-    let scratch = Scratch::new();
-    let (directory, configuration) = own_templates(&scratch);
+    let Some(own) = Templates::shared() else { return };
     // The one that becomes the template, and one that comes from it.
     for _ in 0..2 {
         let before = SystemTime::now();
         let ask = "echo seconds=$(date +%s.%N); echo uptime=$(cut -d ' ' -f 1 /proc/uptime)";
-        let output = Run::new(DEBIAN).configuration(&configuration).sh(ask).output().ok();
-        template(&directory);
+        let output = Run::new(DEBIAN).configuration(&own.configuration).sh(ask).output().ok();
+        own.only();
         check_clock(&output, before);
         let uptime: f64 = output.value("uptime").and_then(|text| text.parse().ok()).unwrap_or_default();
         // Several times three seconds, far more than a boot takes.
@@ -153,20 +169,16 @@ fn clocks_are_right_where_time_has_passed_at_once() {
 /// Those that come from a template share the guest's code, in pages that are quickly mapped.
 #[test]
 fn code_of_the_guest_is_in_huge_pages() {
-    let _turn = shared();
-    if !is_vm() {
-        return;
-    }
-    let scratch = Scratch::new();
-    let (directory, configuration) = own_templates(&scratch);
-    fs::create_dir(&directory).expect("mkdir");
-    mount(Some("templates"), &directory, Some("tmpfs"), MsFlags::empty(), Some("mode=0700")).expect("mount");
-    start(&configuration);
-    template(&directory);
-    let container = Run::new(BUSYBOX).configuration(&configuration).command(&["sleep", "10000"]).start();
+    let Some(own) = Templates::shared() else { return };
+    fs::create_dir(&own.directory).expect("mkdir");
+    mount(Some("templates"), &own.directory, Some("tmpfs"), MsFlags::empty(), Some("mode=0700"))
+        .expect("mount");
+    own.start();
+    own.only();
+    let container = Run::new(BUSYBOX).configuration(&own.configuration).command(&["sleep", "10000"]).start();
     let rollup = format!("/proc/{}/smaps_rollup", Process::vmm_of(container.id()).pid);
     let rollup = fs::read_to_string(rollup).expect("the VMM's memory");
-    umount2(&directory, MntFlags::MNT_DETACH).expect("unmount");
+    umount2(&own.directory, MntFlags::MNT_DETACH).expect("unmount");
     let huge = rollup.lines().find_map(|line| line.strip_prefix("ShmemPmdMapped:")).unwrap_or_default();
     let kib: u64 = huge.trim().trim_end_matches(" kB").parse().unwrap_or_default();
     // What Linux 6.1 and newer can, with transparent huge pages, on a tmpfs.
@@ -176,27 +188,22 @@ fn code_of_the_guest_is_in_huge_pages() {
 /// The machine of which a template is made has NICs, CPUs, memory and a disk of its own afterwards.
 #[test]
 fn a_template_has_nothing_of_the_machine_that_it_is_made_of() {
-    let _turn = shared();
-    if !is_vm() {
-        return;
-    }
     const SHOW: &str = "echo net=$(ls /sys/class/net) cpus=$(nproc); \
         awk '/MemTotal/ {print \"mib=\" int($2 / 1024)}' /proc/meminfo; echo disks=$(ls /sys/block | grep ^vd | wc -l)";
-    let scratch = Scratch::new();
-    let (directory, configuration) = own_templates(&scratch);
+    let Some(own) = Templates::shared() else { return };
     let bridge = Bridge::new(1500);
     let namespace = Namespace::new();
     bridge.connect(namespace.name(), "eth0", 2);
     let address = &bridge.addresses(1)[0];
-    let plain = || Run::new(BUSYBOX).configuration(&configuration).sh(SHOW).output();
+    let plain = || Run::new(BUSYBOX).configuration(&own.configuration).sh(SHOW).output();
     let large = || {
         let options = format!("{} --cpus 2 --memory-limit 1073741824", namespace.option());
         let ask = format!("{SHOW}; ping -c 3 -w 20 {address} > /dev/null && echo ping=ok");
-        Run::new(BUSYBOX).configuration(&configuration).options(&options).sh(&ask).output()
+        Run::new(BUSYBOX).configuration(&own.configuration).options(&options).sh(&ask).output()
     };
     let before = Run::new(BUSYBOX).sh(SHOW).output();
     let first = large().ok().expect_values(&[("ping", "ok")]);
-    template(&directory);
+    own.only();
     assert_eq!(plain().ok().text(), before.ok().text());
     let after = large().ok().expect_values(&[("ping", "ok")]);
     assert_eq!(after.text(), first.text());
@@ -204,15 +211,9 @@ fn a_template_has_nothing_of_the_machine_that_it_is_made_of() {
 
 #[test]
 fn a_template_that_is_no_good_is_not_used() {
-    // It counts lines of the log.
-    let _turn = alone();
-    if !is_vm() {
-        return;
-    }
-    let scratch = Scratch::new();
-    let (directory, configuration) = own_templates(&scratch);
-    start(&configuration);
-    let file = template(&directory);
+    let Some(own) = Templates::alone() else { return };
+    own.start();
+    let file = own.only();
     let open = || File::options().read(true).write(true).open(&file).expect("the template");
     let length = open().metadata().expect("the template").len();
     let damage: [(&str, Damage<'_>); 3] = [
@@ -226,91 +227,70 @@ fn a_template_that_is_no_good_is_not_used() {
     ];
     for (what, damage) in damage {
         damage(&open());
-        start_without(&configuration, what);
+        own.start_without(what);
         assert!(!file.exists(), "{what}");
         // The next one makes another.
-        start(&configuration);
-        assert_eq!(template(&directory), file, "{what}");
+        own.start();
+        assert_eq!(own.only(), file, "{what}");
     }
     let before = warnings();
-    start(&configuration);
+    own.start();
     assert_eq!(warnings(), before);
 }
 
 #[test]
 fn a_template_that_another_makes_is_not_waited_for() {
-    let _turn = shared();
-    if !is_vm() {
-        return;
-    }
-    let scratch = Scratch::new();
-    let (directory, configuration) = own_templates(&scratch);
-    start(&configuration);
-    let file = template(&directory);
+    let Some(own) = Templates::shared() else { return };
+    own.start();
+    let file = own.only();
     let mut part = file.clone().into_os_string();
     part.push(".part");
     fs::rename(&file, &part).expect("rename");
     let other = File::open(&part).expect("the other's file");
     let lock = Flock::lock(other, FlockArg::LockExclusive).map_err(|(_, e)| e).expect("lock");
-    start(&configuration);
+    own.start();
     assert!(!file.exists());
     // It has ended in the middle.
     drop(lock);
-    start(&configuration);
-    assert_eq!(template(&directory), file);
+    own.start();
+    assert_eq!(own.only(), file);
 }
 
 #[test]
 fn a_full_disk_is_no_obstacle() {
-    let _turn = alone();
-    if !is_vm() {
-        return;
-    }
-    let scratch = Scratch::new();
-    let (directory, configuration) = own_templates(&scratch);
-    fs::create_dir(&directory).expect("mkdir");
-    mount(Some("full"), &directory, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).expect("mount");
-    start_without(&configuration, "the disk is full");
-    let left: Vec<_> = fs::read_dir(&directory).expect("templates").flatten().collect();
-    umount2(&directory, MntFlags::MNT_DETACH).expect("unmount");
+    let Some(own) = Templates::alone() else { return };
+    fs::create_dir(&own.directory).expect("mkdir");
+    mount(Some("full"), &own.directory, Some("tmpfs"), MsFlags::empty(), Some("size=1m")).expect("mount");
+    own.start_without("the disk is full");
+    let left: Vec<_> = fs::read_dir(&own.directory).expect("templates").flatten().collect();
+    umount2(&own.directory, MntFlags::MNT_DETACH).expect("unmount");
     assert!(left.is_empty(), "{left:?}");
 }
 
 #[test]
 fn a_directory_that_takes_no_template_is_no_obstacle() {
-    // It counts lines of the log.
-    let _turn = alone();
-    if !is_vm() {
-        return;
-    }
-    let scratch = Scratch::new();
-    let (directory, configuration) = own_templates(&scratch);
+    let Some(own) = Templates::alone() else { return };
     // In the place of the directory is a file.
-    fs::write(&directory, "").expect("write");
-    start_without(&configuration, "a file is in its place");
+    fs::write(&own.directory, "").expect("write");
+    own.start_without("a file is in its place");
 }
 
 /// Whoever can write to a template is in all machines that are restored from it.
 #[test]
 fn templates_that_others_can_change_are_of_no_use() {
-    let _turn = alone();
-    if !is_vm() {
-        return;
-    }
-    let scratch = Scratch::new();
-    let (directory, configuration) = own_templates(&scratch);
-    start(&configuration);
-    let file = template(&directory);
-    for (path, mode) in [(&file, 0o606), (&directory, 0o707)] {
+    let Some(own) = Templates::alone() else { return };
+    own.start();
+    let file = own.only();
+    for (path, mode) in [(&file, 0o606), (&own.directory, 0o707)] {
         let before = fs::metadata(path).expect("metadata").permissions();
         fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("chmod");
-        start_without(&configuration, "others can write to it");
+        own.start_without("others can write to it");
         fs::set_permissions(path, before).expect("chmod");
     }
     // Somebody has made the directory before the first start.
-    fs::remove_dir_all(&directory).expect("remove");
-    fs::create_dir(&directory).expect("make the directory");
-    std::os::unix::fs::chown(&directory, Some(1000), None).expect("chown");
-    start_without(&configuration, "another user has made the directory");
-    assert_eq!(fs::read_dir(&directory).expect("templates").count(), 0);
+    fs::remove_dir_all(&own.directory).expect("remove");
+    fs::create_dir(&own.directory).expect("make the directory");
+    std::os::unix::fs::chown(&own.directory, Some(1000), None).expect("chown");
+    own.start_without("another user has made the directory");
+    assert_eq!(fs::read_dir(&own.directory).expect("templates").count(), 0);
 }
