@@ -37,14 +37,15 @@ fn expect_named(
     what: &str,
     texts: &[&str],
     amounts: &[u64],
-    limited: impl Fn(&Container, u64, &dyn Fn() -> Output) -> Output,
+    limited: impl Fn(&Process, u64, &dyn Fn() -> Output) -> Output,
 ) -> usize {
     let before = Host::before();
     let mut named = 0;
-    for operation in [Operation::Exec, Operation::Pause, Operation::Delete] {
-        for &amount in amounts {
-            let container = Run::new(BUSYBOX).command(&["sleep", "10000"]).start();
-            let output = limited(&container, amount, &|| operation.done(&container));
+    for &amount in amounts {
+        let container = Run::new(BUSYBOX).command(&["sleep", "10000"]).start();
+        let shim = Process::shim_of(container.id());
+        for operation in [Operation::Exec, Operation::Pause, Operation::Delete] {
+            let output = limited(&shim, amount, &|| operation.done(&container));
             // Whoever is deleted by force is told to have been killed.
             let killed = operation == Operation::Delete && output.code == 137;
             if output.code != 0 && !killed {
@@ -53,32 +54,30 @@ fn expect_named(
                 assert!(said, "{operation:?} with {amount} {what}, which is not said:\n{output}");
                 named += 1;
             }
-            drop(container);
-            before.expect_unchanged();
+            if !shim.lives() {
+                break;
+            }
         }
+        drop(container);
+        before.expect_unchanged();
     }
     named
 }
 
-/// Gives a process a limit, and returns the one before.
-fn limit(process: &Process, resource: &str, amount: &str) -> String {
-    let option = format!("--{resource}");
-    let pid = process.pid.to_string();
-    let options = ["--raw", "--noheadings", "--output=SOFT"];
-    let before = [&["prlimit", "--pid", &pid, &option][..], &options].concat();
-    let before = Command::new(&before).output().ok().text().trim().to_owned();
-    Command::new(&["prlimit", "--pid", &pid, &format!("{option}={amount}:")]).output().ok();
-    before
+/// Gives a process that may have ended a soft limit.
+fn limit(process: &Process, resource: &str, amount: &str) -> Output {
+    Command::new(&["prlimit", "--pid", &process.pid.to_string(), &format!("--{resource}={amount}:")]).output()
 }
 
 /// The shim has a lower limit meanwhile.
-fn with_limit(container: &Container, resource: &str, amount: u64, operation: &dyn Fn() -> Output) -> Output {
-    let shim = Process::shim_of(container.id());
-    let before = limit(&shim, resource, &amount.to_string());
+fn with_limit(shim: &Process, resource: &str, amount: u64, operation: &dyn Fn() -> Output) -> Output {
+    let shown = ["--raw", "--noheadings", "--output=SOFT"];
+    let (pid, option) = (shim.pid.to_string(), format!("--{resource}"));
+    let show = [&["prlimit", "--pid", &pid, &option][..], &shown].concat();
+    let before = Command::new(&show).output().ok().text();
+    limit(shim, resource, &amount.to_string()).ok();
     let output = operation();
-    if shim.lives() {
-        limit(&shim, resource, &before);
-    }
+    limit(shim, resource, before.trim());
     output
 }
 
@@ -90,10 +89,10 @@ fn a_lack_of_descriptors_while_it_runs_is_named() {
     }
     let texts = ["Too many open files", "No file descriptors available"];
     let amounts: &[u64] = if environment::is_soak() { &[0, 1, 2, 3, 4, 5, 6, 8, 12] } else { &[0, 3] };
-    let named = expect_named("more descriptors", &texts, amounts, |container, more, operation| {
-        let open = format!("/proc/{}/fd", Process::shim_of(container.id()).pid);
+    let named = expect_named("more descriptors", &texts, amounts, |shim, more, operation| {
+        let open = format!("/proc/{}/fd", shim.pid);
         let open = std::fs::read_dir(open).expect("the shim's descriptors").count() as u64;
-        with_limit(container, "nofile", open + more, operation)
+        with_limit(shim, "nofile", open + more, operation)
     });
     assert!(named > 0, "{amounts:?} more descriptors were enough");
 }
@@ -107,11 +106,10 @@ fn a_lack_of_memory_while_it_runs_leaves_nothing_behind() {
     // A program of Rust ends where it gets no memory, which is what containerd can say.
     let texts = ["Cannot allocate memory", "ttrpc: closed", "not found"];
     let amounts: &[u64] = if environment::is_soak() { &[0, 1, 2, 4, 8, 16, 64] } else { &[0, 1] };
-    expect_named("more pages", &texts, amounts, |container, more, operation| {
-        let pid = Process::shim_of(container.id()).pid;
-        let size = std::fs::read_to_string(format!("/proc/{pid}/statm")).expect("the shim's size");
+    expect_named("more pages", &texts, amounts, |shim, more, operation| {
+        let size = std::fs::read_to_string(format!("/proc/{}/statm", shim.pid)).expect("the shim's size");
         let pages: u64 = size.split(' ').next().and_then(|word| word.parse().ok()).expect("a number");
-        with_limit(container, "as", (pages + more) << 12, operation)
+        with_limit(shim, "as", (pages + more) << 12, operation)
     });
 }
 
@@ -124,11 +122,10 @@ fn a_lack_of_pids_while_it_runs_is_named() {
     const GROUP: &str = "/sys/fs/cgroup/katana-faults";
     // All that these need is there: the shim and the VMM have their threads.
     let texts = ["Resource temporarily unavailable"];
-    expect_named("more pids", &texts, &[0], |container, more, operation| {
+    expect_named("more pids", &texts, &[0], |shim, more, operation| {
         let group = Path::new(GROUP);
         std::fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+pids").expect("the controller of pids");
         std::fs::create_dir(group).expect("a cgroup");
-        let shim = Process::shim_of(container.id());
         std::fs::write(group.join("cgroup.procs"), shim.pid.to_string()).expect("the shim in its cgroup");
         let inside = std::fs::read_to_string(group.join("pids.current")).expect("how many there are");
         let most = inside.trim().parse::<u64>().expect("a number") + more;
@@ -153,19 +150,19 @@ fn a_lack_of_space_while_it_runs_leaves_nothing_behind() {
     const PLACE: &str = "/run/kata-containers";
     std::fs::create_dir_all(PLACE).expect("the directory");
     let before = Host::before();
+    // Whatever is there stays below.
+    let options = Some("size=1m,nr_inodes=1000");
+    mount(Some("tmpfs"), PLACE, Some("tmpfs"), MsFlags::empty(), options).expect("tmpfs");
+    let container = Run::new(BUSYBOX).command(&["sleep", "10000"]).start();
+    let fill = format!("cat /dev/zero > {PLACE}/zeros; i=0; while : > {PLACE}/$i; do i=$((i+1)); done");
+    Command::new(&["sh", "-c", &fill]).output();
     for operation in [Operation::Exec, Operation::Pause, Operation::Delete] {
-        // Whatever is there stays below.
-        let options = Some("size=1m,nr_inodes=1000");
-        mount(Some("tmpfs"), PLACE, Some("tmpfs"), MsFlags::empty(), options).expect("tmpfs");
-        let container = Run::new(BUSYBOX).command(&["sleep", "10000"]).start();
-        let fill = format!("cat /dev/zero > {PLACE}/zeros; i=0; while : > {PLACE}/$i; do i=$((i+1)); done");
-        Command::new(&["sh", "-c", &fill]).output();
         let output = operation.done(&container);
-        let (errors, code) = (output.errors(), output.code);
-        let works = code == 0 || operation == Operation::Delete && code == 137;
-        assert!(works || errors.contains("No space left on device"), "{operation:?}: {output}");
-        drop(container);
-        umount2(PLACE, MntFlags::MNT_DETACH).expect("unmount");
-        before.expect_unchanged();
+        let works = output.code == 0 || operation == Operation::Delete && output.code == 137;
+        let said = output.errors().contains("No space left on device");
+        assert!(works || said, "{operation:?}: {output}");
     }
+    drop(container);
+    umount2(PLACE, MntFlags::MNT_DETACH).expect("unmount");
+    before.expect_unchanged();
 }
