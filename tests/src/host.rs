@@ -46,9 +46,17 @@ fn concerns_us(name: &str) -> bool {
             .any(|part| name.contains(part))
 }
 
-/// The host at one moment: kinds of things, and those that there are.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Host(BTreeMap<&'static str, BTreeSet<String>>);
+/// Kinds of things, and those that there are.
+type Things = BTreeMap<&'static str, BTreeSet<String>>;
+
+/// The host at one moment.
+#[derive(Debug)]
+pub struct Host {
+    /// What the kernel and the file system tell.
+    seen: Things,
+    /// What containerd tells. `ctr` takes longer than a container that does nothing, so it is asked when all else has been seen.
+    listed: Things,
+}
 
 impl Host {
     /// Looks at the host before a test: one container has run, so that directories that containerd keeps are there.
@@ -73,34 +81,22 @@ impl Host {
     #[track_caller]
     fn at_rest() -> Self {
         let end = Instant::now() + environment::hang_limit();
-        let mut before = Self::now();
+        let mut before = seen();
         loop {
             std::thread::sleep(Duration::from_millis(200));
-            let now = Self::now();
-            let changes = before.changes(&now);
-            let passing = passing_processes();
-            if changes.is_empty() && passing.is_empty() {
-                return now;
+            let now = seen();
+            let mut going_on = [changes(&before, &now), passing_processes()].concat();
+            if going_on.is_empty() {
+                let listed = listed();
+                going_on = changes(&now, &seen());
+                if going_on.is_empty() {
+                    return Self { seen: now, listed };
+                }
             }
-            let going_on = [changes, passing].concat().join("\n");
+            let going_on = going_on.join("\n");
             assert!(Instant::now() < end, "the host does not come to rest before the test:\n{going_on}");
             before = now;
         }
-    }
-
-    fn now() -> Self {
-        Self(BTreeMap::from([
-            ("process", processes()),
-            ("mount", mounts()),
-            ("cgroup", cgroups()),
-            ("network interface", names_in(Path::new("/sys/class/net"))),
-            ("network namespace", names_in(Path::new("/run/netns"))),
-            ("listening socket", sockets()),
-            ("file", files()),
-            ("container", listed(&["containers", "ls", "--quiet"])),
-            ("task", listed(&["tasks", "ls", "--quiet"])),
-            ("snapshot", listed(&["snapshots", "ls"])),
-        ]))
     }
 
     /// Fails the test unless the host comes back to this state. Cgroups and sockets may go a moment after the
@@ -121,25 +117,49 @@ impl Host {
     pub fn expect_unchanged_but(&self, ignored: impl Fn(&str) -> bool) {
         let end = Instant::now() + environment::hang_limit();
         loop {
-            let mut changes = self.changes(&Self::now());
-            changes.retain(|change| !ignored(change));
-            if changes.is_empty() {
+            let mut left = changes(&self.seen, &seen());
+            left.retain(|change| !ignored(change));
+            if left.is_empty() {
+                left = changes(&self.listed, &listed());
+                left.retain(|change| !ignored(change));
+            }
+            if left.is_empty() {
                 return;
             }
-            assert!(Instant::now() < end, "the host is not as it was before:\n{}", changes.join("\n"));
+            assert!(Instant::now() < end, "the host is not as it was before:\n{}", left.join("\n"));
             std::thread::sleep(Duration::from_millis(300));
         }
     }
+}
 
-    fn changes(&self, now: &Self) -> Vec<String> {
-        let mut changes = Vec::new();
-        for (kind, before) in &self.0 {
-            let after = &now.0[kind];
-            changes.extend(after.difference(before).map(|name| format!("left behind: {kind} {name}")));
-            changes.extend(before.difference(after).map(|name| format!("gone: {kind} {name}")));
-        }
-        changes
+fn seen() -> Things {
+    BTreeMap::from([
+        ("process", processes()),
+        ("mount", mounts()),
+        ("cgroup", cgroups()),
+        ("network interface", names_in(Path::new("/sys/class/net"))),
+        ("network namespace", names_in(Path::new("/run/netns"))),
+        ("listening socket", sockets()),
+        ("file", files()),
+    ])
+}
+
+fn listed() -> Things {
+    BTreeMap::from([
+        ("container", list(&["containers", "ls", "--quiet"])),
+        ("task", list(&["tasks", "ls", "--quiet"])),
+        ("snapshot", list(&["snapshots", "ls"])),
+    ])
+}
+
+fn changes(before: &Things, now: &Things) -> Vec<String> {
+    let mut changes = Vec::new();
+    for (kind, before) in before {
+        let after = &now[kind];
+        changes.extend(after.difference(before).map(|name| format!("left behind: {kind} {name}")));
+        changes.extend(before.difference(after).map(|name| format!("gone: {kind} {name}")));
     }
+    changes
 }
 
 fn processes() -> BTreeSet<String> {
@@ -233,7 +253,7 @@ fn names_in(directory: &Path) -> BTreeSet<String> {
 }
 
 /// The first column of what ctr lists.
-fn listed(words: &[&str]) -> BTreeSet<String> {
+fn list(words: &[&str]) -> BTreeSet<String> {
     let rows = ctr(words).output().ok().text();
     rows.lines().filter_map(|row| row.split_whitespace().next()).map(str::to_owned).collect()
 }
