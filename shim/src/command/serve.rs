@@ -48,10 +48,6 @@ pub fn serve(args: &Args) -> Result<()> {
     let served = prepare(args).and_then(|(listener, identity)| {
         let runtime = runtime::Builder::new_current_thread()
             .enable_all()
-            .max_blocking_threads(4)
-            // The kernel likes to give a stack of 2 MiB, the default, a huge page.
-            .thread_stack_size(512 * 1024)
-            .thread_keep_alive(Duration::from_secs(1))
             .build()
             .map_err(|e| Error::io("runtime", &e))?;
         runtime.block_on(run(args, listener, identity, &mut ready))

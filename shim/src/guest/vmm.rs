@@ -235,8 +235,9 @@ impl Vmm {
         let inner = self.ask(Request::AddPlaceholder, Vec::new()).await?;
         let vmm = self.pid();
         // The VMM knows itself by other ids, and none of a process but its own is believed.
-        let found =
-            crate::host::blocking(move || pidfd::thread(vmm, inner).map_err(|e| Error::io("its thread", &e)));
+        let found = crate::host::threads::blocking(move || {
+            pidfd::thread(vmm, inner).map_err(|e| Error::io("its thread", &e))
+        });
         match found.await {
             Ok(pid) => Ok(Thread { pid, inner }),
             Err(e) => {

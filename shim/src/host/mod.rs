@@ -8,6 +8,7 @@ pub mod fds;
 pub mod logger;
 pub mod pidfd;
 pub mod rate;
+pub mod threads;
 
 use std::fs;
 use std::io;
@@ -15,15 +16,6 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 use crate::error::{Error, Result};
-
-/// Runs what blocks on a thread beside the one that serves.
-pub async fn blocking<T, F>(work: F) -> Result<T>
-where
-    F: FnOnce() -> Result<T> + Send + 'static,
-    T: Send + 'static,
-{
-    tokio::task::spawn_blocking(work).await.map_err(|e| Error::Host(e.to_string()))?
-}
 
 /// Random bytes of the host's kernel.
 pub fn random<const N: usize>() -> Result<[u8; N]> {

@@ -38,7 +38,8 @@ pub fn remove(layout: &Layout) -> io::Result<()> {
 /// [`remove`] from async code.
 pub async fn remove_blocking(layout: &Layout) {
     let places = layout.clone();
-    let removed = crate::host::blocking(move || remove(&places).map_err(|e| Error::io("clean up", &e))).await;
+    let removed =
+        crate::host::threads::blocking(move || remove(&places).map_err(|e| Error::io("clean up", &e))).await;
     if let Err(e) = removed {
         log::error!("{}: {e}", layout.state.display());
     }

@@ -34,7 +34,7 @@ impl Machine {
         }
         for wanted in wanted {
             let (path, is_needed) = (wanted.path.clone(), wanted.is_needed());
-            let disk = crate::host::blocking(move || wanted.open()).await?;
+            let disk = crate::host::threads::blocking(move || wanted.open()).await?;
             let mut slots = self.disks.lock().await;
             let Some(Place { slot, shared }) = slots.take(container, &disk) else {
                 if !is_needed {

@@ -45,7 +45,7 @@ impl Drop for Follower {
 async fn follow(table: AsyncFd<File>, share: Arc<Share>, vmm: Arc<PidFd>, agent: Agent) {
     loop {
         let (share, vmm) = (Arc::clone(&share), Arc::clone(&vmm));
-        let followed = crate::host::blocking(move || {
+        let followed = crate::host::threads::blocking(move || {
             share.follow(vmm.as_fd()).map_err(|e| Error::io("follow mounts", &e))
         });
         match followed.await {

@@ -91,7 +91,7 @@ impl Machine {
         };
         record.write(Vec::new(), BTreeMap::new())?;
         let path = layout.share.clone();
-        let share = crate::host::blocking(move || Share::create(&path)).await?;
+        let share = crate::host::threads::blocking(move || Share::create(&path)).await?;
         let ports = Ports::new();
         let agent_port = ports.open(AGENT_PORT);
         let vmm = Vmm::spawn(&config.hypervisor.path, network.namespace(), Arc::clone(&ports), |pid| {
@@ -178,7 +178,7 @@ async fn disk_slots(launch: &Launch<'_>) -> Result<u8> {
         return Ok(u8::try_from(config.hypervisor.disk_slots).unwrap_or(u8::MAX));
     }
     let (spec, bundle, layers) = ((*spec).clone(), bundle.to_path_buf(), layers.to_vec());
-    crate::host::blocking(move || {
+    crate::host::threads::blocking(move || {
         let wanted = disks::wanted(&spec, &spec.sources(&bundle, &Pod::default()), &layers)?;
         Ok(u8::try_from(wanted.len()).unwrap_or(u8::MAX))
     })

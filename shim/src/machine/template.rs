@@ -95,7 +95,8 @@ async fn doubt(found: Found, mut word: Word) {
     };
     if let Some(why) = why {
         log::warn!("template: {why}; the VM boots without it, and the next makes another");
-        let removed = crate::host::blocking(move || Ok(found.remove())).await.ok().and_then(Result::err);
+        let removed =
+            crate::host::threads::blocking(move || Ok(found.remove())).await.ok().and_then(Result::err);
         removed.into_iter().for_each(|e| log::warn!("template: {e}"));
     }
 }
@@ -112,7 +113,9 @@ async fn finish(draft: Draft, mut made: Word, known: impl Future<Output = ()>) {
         () = known => return log::warn!("no template: the guest's agent has not said that one can be made of it"),
     };
     let failed = match made {
-        Some(Ok(())) => crate::host::blocking(move || Ok(draft.commit())).await.ok().and_then(Result::err),
+        Some(Ok(())) => {
+            crate::host::threads::blocking(move || Ok(draft.commit())).await.ok().and_then(Result::err)
+        }
         Some(Err(why)) => return log::warn!("no template: {why}"),
         None => return log::warn!("no template: the VM ended before it was made"),
     };

@@ -63,7 +63,7 @@ impl Watcher {
     pub async fn add(&self, volumes: Vec<PathBuf>) -> Result<()> {
         let _telling = self.watches.telling.lock().await;
         let watches = Arc::clone(&self.watches);
-        let added = crate::host::blocking(move || {
+        let added = crate::host::threads::blocking(move || {
             Ok(volumes.iter().flat_map(|volume| watches.add(volume, Path::new("."))).collect())
         });
         tell(&self.agent, added.await?).await
@@ -112,7 +112,8 @@ async fn pass_on(watches: Arc<Watches>, agent: Agent) {
         };
         let _telling = watches.telling.lock().await;
         let digesting = Arc::clone(&watches);
-        let changes = crate::host::blocking(move || Ok(digesting.digest(&events))).await.unwrap_or_default();
+        let changes =
+            crate::host::threads::blocking(move || Ok(digesting.digest(&events))).await.unwrap_or_default();
         if let Err(e) = tell(&agent, changes).await {
             return log::debug!("changes of files are not passed on any more: {e}");
         }

@@ -150,7 +150,7 @@ async fn inside<T: Send + 'static>(
     make: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     let made = move || -> Result<T> { namespace.inside(|| make().map_err(|e| Error::io("socket", &e))) };
-    crate::host::blocking(made).await.map_err(io::Error::other)
+    crate::host::threads::blocking(made).await.map_err(io::Error::other)
 }
 
 #[cfg(test)]

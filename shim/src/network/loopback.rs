@@ -38,7 +38,7 @@ impl Loopback {
                 || Redirected::listen(namespace.as_fd()).map_err(|e| Error::io("listen on localhost", &e));
             namespace.inside(listen)
         };
-        crate::host::blocking(listen).await.map(Self)
+        crate::host::threads::blocking(listen).await.map(Self)
     }
 
     /// Passes connections on to the guest until this is dropped.

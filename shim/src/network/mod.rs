@@ -61,7 +61,7 @@ impl Network {
     /// Finds or makes the network namespace of a specification. `client` is containerd's namespace.
     pub async fn open(spec: &Spec, client: &str, nics: Nics) -> Result<Self> {
         let wanted = spec.clone();
-        let (namespace, first) = crate::host::blocking(move || {
+        let (namespace, first) = crate::host::threads::blocking(move || {
             let namespace = Namespace::of(&wanted)?;
             let first = if namespace.is_new() { Snapshot::default() } else { scan_inside(&namespace)? };
             Ok((namespace, first))
@@ -99,7 +99,7 @@ impl Network {
             Some(first) => first,
             None => {
                 let namespace = Arc::clone(&self.namespace);
-                crate::host::blocking(move || scan_inside(&namespace)).await?
+                crate::host::threads::blocking(move || scan_inside(&namespace)).await?
             }
         };
         for interface in &snapshot.interfaces {
@@ -143,8 +143,10 @@ impl Network {
 
     async fn tap(&self, interface: Interface, slot: u8, name_server: bool) -> Result<Vec<OwnedFd>> {
         let (namespace, pairs) = (Arc::clone(&self.namespace), self.nics.pairs);
-        crate::host::blocking(move || namespace.inside(|| tap::connect(&interface, slot, pairs, name_server)))
-            .await
+        crate::host::threads::blocking(move || {
+            namespace.inside(|| tap::connect(&interface, slot, pairs, name_server))
+        })
+        .await
     }
 }
 

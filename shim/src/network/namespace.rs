@@ -10,6 +10,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::host::threads::on_own_thread;
 use crate::spec::Spec;
 
 const OWN: &str = "/proc/thread-self/ns/net";
@@ -103,15 +104,6 @@ fn host_network() -> Error {
          (hostNetwork, --network host, --net-host)"
             .into(),
     )
-}
-
-/// Runs what changes its thread's namespace on a thread that ends with it.
-fn on_own_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("network".into()).stack_size(512 * 1024);
-        let thread = thread.spawn_scoped(scope, work)?;
-        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
-    })
 }
 
 #[cfg(test)]

@@ -95,7 +95,7 @@ impl Container {
         let Parts { id, namespace, bundle, spec, layers, paths, pod, first, limits } = parts;
         let pause = spec.is_sandbox();
         let ceiling = Arc::clone(&machine);
-        let (found, mut sources, wanted) = crate::host::blocking(move || {
+        let (found, mut sources, wanted) = crate::host::threads::blocking(move || {
             let sources = spec.sources(&bundle, &pod);
             if !pause {
                 ceiling.see_sources(&spec, &sources, &layers);
@@ -119,7 +119,7 @@ impl Container {
         } else {
             let vmm = machine.running().await?;
             let (share, terminal) = (Arc::clone(&machine.share), paths.terminal);
-            let added = crate::host::blocking(move || {
+            let added = crate::host::threads::blocking(move || {
                 let layers = Some(&layers[..]).filter(|_| !on_disks.root);
                 let added = share.add(&id, &bundle, &spec, layers, &mut sources, vmm.as_fd())?;
                 let guest_spec = spec.for_guest(&id, terminal, &sources, &pod, &on_disks)?;
@@ -184,7 +184,7 @@ impl Container {
             return Ok(());
         }
         let container = Arc::clone(self);
-        crate::host::blocking(move || {
+        crate::host::threads::blocking(move || {
             let pid = i32::try_from(container.pid).unwrap_or(0);
             let (id, bundle, spec) = (container.id.as_str(), container.bundle.as_path(), &container.spec);
             hooks::run(&hooks, &hooks::State { id, status, pid, bundle, spec })

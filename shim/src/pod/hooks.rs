@@ -62,7 +62,15 @@ fn run_one(hook: &Hook, state: &str) -> std::result::Result<(), String> {
         // A hook need not read its input.
         let _ = stdin.write_all(state.as_bytes());
     }
-    let stderr = child.stderr.take().map(|stderr| std::thread::spawn(move || tail(stderr)));
+    let listen = |stderr| std::thread::Builder::new().spawn(move || tail(stderr));
+    let stderr = match child.stderr.take().map(listen).transpose() {
+        Ok(stderr) => stderr,
+        Err(e) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(why(e));
+        }
+    };
     let process = PidFd::open(i32::try_from(child.id()).unwrap_or_default()).map_err(why)?;
     let limit = hook.timeout.map_or(DEFAULT_LIMIT, Duration::from_secs);
     let in_time = process.wait(limit);

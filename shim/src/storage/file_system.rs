@@ -12,6 +12,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::mounts::{Detached, owned};
 use crate::error::{Error, Result};
+use crate::host::threads::on_own_thread;
 
 /// Longest option string mount(2) takes: one page.
 const OPTIONS_MAX: usize = 4095;
@@ -87,13 +88,10 @@ pub fn make(kind: &str, source: &str, list: &[String], place: &Path) -> Result<D
     };
     let Some(directory) = directory else { return call().map_err(failed) };
     // Relative directories need a working directory of their own, so this happens on a thread that ends.
-    let outcome = std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            unshare(CloneFlags::CLONE_FS)?;
-            nix::unistd::chdir(&directory)?;
-            call()
-        });
-        thread.join().unwrap_or_else(|_| Err(Errno::EIO.into()))
+    let outcome = on_own_thread(|| {
+        unshare(CloneFlags::CLONE_FS)?;
+        nix::unistd::chdir(&directory)?;
+        call()
     });
     outcome.map_err(failed)
 }

@@ -27,6 +27,7 @@ use nix::sys::statvfs::{FsFlags, fstatvfs};
 use nix::unistd::fchdir;
 
 use super::mount_table::{self, Mounted};
+use crate::host::threads::on_own_thread;
 
 /// What a bind mount's options say about writing (runtime-spec, config.md, "Linux mount options").
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -319,9 +320,7 @@ impl<'a> Place<'a> {
             let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
             mount_table::read(File::from(openat(&thread, "mountinfo", flags, Mode::empty())?))
         };
-        let all = std::thread::scope(|scope| {
-            scope.spawn(work).join().unwrap_or_else(|_| Err(io::Error::other("the thread has panicked")))
-        })?;
+        let all = on_own_thread(work)?;
         for (place, source) in self.trees.drain(..) {
             if let Err(e) = self.hardened.note_tree(&all, &place, &source) {
                 log::warn!("what is mounted in {}: {e}", source.display());

@@ -23,6 +23,7 @@ use crate::guest::ports::Ports;
 use crate::host::logger;
 use crate::host::pidfd::{PidFd, ProcessId};
 use crate::host::rate::Rate;
+use crate::host::threads;
 
 /// How long a VMM that has closed its control socket may take to end.
 const END_LIMIT: Duration = Duration::from_secs(5);
@@ -101,7 +102,7 @@ impl Listener {
         let status = end_of(&self.process).await;
         // The kernel takes its time to tear it down, and nobody needs to wait for that.
         let machine = self.machine.take();
-        tokio::task::spawn_blocking(move || drop(machine));
+        let _ = threads::detached(move || drop(machine));
         if let Some(log) = self.log.take() {
             // To its end, unless somebody else holds the pipe.
             let _ = tokio::time::timeout(Duration::from_millis(500), log).await;

@@ -72,7 +72,7 @@ pub async fn open(
     for (mount, source) in spec.mounts.iter().zip(sources) {
         let Source::Socket(path) = source else { continue };
         let (path, destination) = (path.clone(), mount.destination.clone());
-        let socket = crate::host::blocking(move || {
+        let socket = crate::host::threads::blocking(move || {
             Socket::open(&path).map_err(|e| {
                 // The words of runc, which tests and users look for.
                 let (source, destination, reason) = (path.display(), destination.display(), reason(&e));
