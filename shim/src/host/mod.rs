@@ -1,4 +1,4 @@
-//! What all rooms need of the host's kernel and of containerd: descriptors, processes, cgroups, log, events.
+//! What all rooms need of the host's kernel and of containerd: threads, descriptors, processes, cgroups, log, events.
 //!
 //! Uses no other room.
 
