@@ -69,12 +69,13 @@ fn stand_in() {
         .collect();
     // The agent's namespaces leave no way to make any later.
     let threads = (0..THREADS).map(|_| placeholder()).collect();
+    let lost = machine.kernel_params.split_once("lose=").map(|(_, stream)| stream.trim().parse().unwrap());
     let silent = machine.kernel_params.contains("fail=silent");
     make_guest_of_namespace(&directory, &fds[3]);
     // From now on the shim mounts in there.
     send(control, &Event::Running, &[]).unwrap();
     let mut agent = (!silent).then(|| start_agent(&directory));
-    forward(control, &listeners, threads);
+    forward(control, &listeners, threads, lost.map(|stream: u32| FIRST_STREAM_PORT + stream));
     if let Some(agent) = &mut agent {
         agent.kill().unwrap();
         agent.wait().unwrap();
@@ -82,12 +83,15 @@ fn stand_in() {
     fs::remove_dir_all(directory).unwrap();
 }
 
-/// Passes connections on, and gives threads away that do nothing, until the shim is gone.
+/// Passes connections on, and gives threads away that do nothing, until the shim is gone. The connection to the port `lost` comes
+/// as to a shim that may have no more descriptors.
 fn forward(
     control: BorrowedFd<'_>,
     listeners: &HashMap<u32, UnixListener>,
     mut threads: Vec<(i32, Sender<()>)>,
+    lost: Option<u32>,
 ) {
+    let mut kept = Vec::new();
     let mut placeholders = HashMap::new();
     loop {
         let ports: Vec<_> = listeners.iter().collect();
@@ -115,7 +119,14 @@ fn forward(
         for (fd, (port, listener)) in fds[1..].iter().zip(&ports) {
             if fd.any() == Some(true) {
                 let connection = listener.accept().unwrap().0;
-                send(control, &Event::Connection { port: **port }, &[connection.as_fd()]).unwrap();
+                let event = Event::Connection { port: **port };
+                if Some(**port) == lost {
+                    send(control, &event, &[]).unwrap();
+                    // The agent does not find it closed.
+                    kept.push(connection);
+                } else {
+                    send(control, &event, &[connection.as_fd()]).unwrap();
+                }
             }
         }
     }

@@ -7,12 +7,15 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::thread;
 
-use containerd_shim_protos::api::{CloseIORequest, ResizePtyRequest, StartRequest};
+use containerd_shim_protos::api::{CloseIORequest, PidsRequest, ResizePtyRequest, StartRequest, Status};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::containerd::{Containerd, can_run, ctx};
+use crate::containerd::{Containerd, can_run, code_and_text, ctx};
+use crate::silent::stop_agent_of;
 
 fn fifo(containerd: &Containerd, name: &str) -> (PathBuf, String) {
     let path = containerd.directory.join(name);
@@ -148,6 +151,53 @@ async fn input_may_be_closed_before_the_start() {
     assert_eq!(containerd.file("e"), "hello");
     containerd.kill("", 9).await.unwrap();
     containerd.wait("").await;
+    containerd.delete("").await.unwrap();
+    containerd.shut_down().await;
+}
+
+/// Its program must not run without its output, and no other of the container ends with it.
+#[tokio::test]
+async fn an_exec_whose_stream_is_lost_ends_alone() {
+    if !can_run() {
+        return;
+    }
+    // The third stream of the pod.
+    let containerd = Containerd::start_with("lost", "lose=2").await;
+    containerd.run("exec sleep 1000").await;
+    let (_, told) = code_and_text(containerd.exec("e", "exec sleep 1001").await.unwrap_err());
+    assert_eq!(told, "connection of the guest: Too many open files");
+    containerd.exec("f", "exec sleep 1002").await.unwrap();
+    assert_eq!(containerd.state("").await.unwrap().status(), Status::RUNNING);
+    let request = PidsRequest { id: containerd.id(), ..Default::default() };
+    assert_eq!(containerd.client.pids(ctx(), &request).await.unwrap().processes.len(), 2);
+    containerd.delete("e").await.unwrap();
+    containerd.kill("", 9).await.unwrap();
+    assert_eq!((containerd.wait("").await, containerd.wait("f").await), (137, 137));
+    containerd.delete("").await.unwrap();
+    containerd.shut_down().await;
+    assert_eq!(containerd.traces(), Vec::<String>::new());
+}
+
+/// The end of its streams is no reason.
+#[tokio::test]
+async fn an_exec_whose_machine_ends_says_why() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start("gone").await;
+    containerd.run("exec sleep 1000").await;
+    let machine = containerd.state("").await.unwrap().pid;
+    stop_agent_of(machine).await;
+    let killed = async {
+        // Until the agent has been asked: it does not answer.
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        kill(Pid::from_raw(i32::try_from(machine).unwrap()), Signal::SIGKILL).unwrap();
+    };
+    let (told, ()) = tokio::join!(containerd.exec("e", "exec sleep 1001"), killed);
+    let (_, told) = code_and_text(told.unwrap_err());
+    // What this stand-in has printed follows.
+    assert!(told.starts_with("kata-vmm was killed by SIGKILL"), "{told}");
+    assert_eq!(containerd.wait("").await, 137);
     containerd.delete("").await.unwrap();
     containerd.shut_down().await;
 }

@@ -47,6 +47,8 @@ impl Container {
         match answer {
             Ok(pid) => match streams.connected().await {
                 Ok(()) => Ok(pid),
+                // Why it has ended says more.
+                Err(e @ Error::Unavailable(_)) => Err(self.machine.agent().await.err().unwrap_or(e)),
                 Err(lost) => {
                     self.withdraw(process).await;
                     Err(lost)
@@ -54,20 +56,22 @@ impl Container {
             },
             // Why the host has closed a stream says more than that the guest has found it closed.
             Err(e) => match tokio::time::timeout(MOMENT, streams.connected()).await {
-                Ok(Err(lost)) => Err(lost),
+                Ok(Err(lost @ Error::Host(_))) => Err(lost),
                 _ => Err(e),
             },
         }
     }
 
-    /// Ends a process that nobody is told of.
+    /// Ends a process that nobody is told of: an exec, or the container if it is its first.
     async fn withdraw(&self, process: &Process) {
         let name = &process.name;
+        let is_init = name.exec.is_empty();
         let ended = async {
-            self.agent.signal_process(name, SIGKILL.unsigned_abs(), true).await?;
+            self.agent.signal_process(name, SIGKILL.unsigned_abs(), is_init).await?;
             self.agent.wait_process(name).await?;
-            if name.exec.is_empty() {
-                self.agent.remove_container(&self.id, false).await
+            if is_init {
+                let has_disks = self.machine.has_disks(&self.id).await;
+                self.agent.remove_container(&self.id, has_disks).await
             } else {
                 self.agent.remove_process(name).await
             }
