@@ -1,7 +1,7 @@
 //! Whether this machine's kernel obeys POSIX ACLs in what is shared.
 //!
-//! Linux (6.12) does not where it counts, in submounts of FUSE; `guest-kernel/patches` mends that. With a kernel without it,
-//! whom an ACL keeps out could get in, so such a machine runs nothing that is shared.
+//! Linux (6.12) does not where it counts, in submounts of FUSE; `guest-kernel/patches` mends that. With a kernel
+//! without it, whom an ACL keeps out could get in, so such a machine runs nothing that is shared.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -13,8 +13,8 @@ use std::sync::OnceLock;
 use katana_protocol::GUEST_SHARE;
 use oci_spec::runtime::Spec;
 
-/// An ACL of nothing but an entry for the owner, who may all: there is no such thing. Where ACLs are known, EINVAL says so
-/// before anybody asks the host (`set_posix_acl` in fs/posix_acl.c), and where they are not, EOPNOTSUPP.
+/// An ACL of nothing but an entry for the owner, who may all: there is no such thing. Where ACLs are known, EINVAL says
+/// so before anybody asks the host (`set_posix_acl` in fs/posix_acl.c), and where they are not, EOPNOTSUPP.
 const IMPOSSIBLE: [u8; 12] = [2, 0, 0, 0, 1, 0, 7, 0, 0xff, 0xff, 0xff, 0xff];
 
 /// This kernel is not as it has to be.

@@ -120,8 +120,8 @@ fn raise_loopback() -> io::Result<()> {
     Ok(())
 }
 
-/// Tells the VMM, by a write to its host bridge, that the guest is up and knows no pod yet: other guests may be restored from
-/// here. What runs after this may run in any of them, at a later time.
+/// Tells the VMM, by a write to its host bridge, that the guest is up and knows no pod yet: other guests may be
+/// restored from here. What runs after this may run in any of them, at a later time.
 pub fn ready() {
     const HOST_BRIDGE: &str = "/sys/bus/pci/devices/0000:00:00.0/config";
     let told = fs::OpenOptions::new().read(true).write(true).open(HOST_BRIDGE).and_then(|host_bridge| {

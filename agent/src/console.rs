@@ -56,7 +56,8 @@ pub async fn serve_shells(port: u32) {
     match listen(port) {
         Ok(listener) => {
             while let Ok((connection, from)) = accept(&listener).await {
-                // A container reaches the port by the guest's own address: it would get a shell outside of all containers.
+                // A container reaches the port by the guest's own address: it would get a shell outside of all
+                // containers.
                 if from != libc::VMADDR_CID_HOST {
                     log::warn!(
                         "debug console: a connection from context {from}, which is not the host, is refused"

@@ -352,7 +352,8 @@ impl Container {
         Ok(self.cgroup.freeze(false).await?)
     }
 
-    /// Sets new limits, one caller after the other. Blocks for as long as the kernel takes memory away from the container.
+    /// Sets new limits, one caller after the other. Blocks for as long as the kernel takes memory away from the
+    /// container.
     pub fn update(&self, resources: &[u8]) -> Result<()> {
         let mut resources: LinuxResources = serde_json::from_slice(resources)?;
         let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! The machine's disks: mounted for a container, released after the last one.
+//! The machine's disks: made ready for a container, released after the last one.
 
 use std::fs;
 use std::io;
@@ -127,7 +127,7 @@ impl Drop for Disks {
     }
 }
 
-/// Lets go of a disk that no container uses any more: what was written to it is on it afterwards. Blocks.
+/// Releases a disk that no container uses any more: what was written to it is on it afterwards. Blocks.
 pub fn release(slot: u32) -> Result<(), Error> {
     try_release(slot).map_err(|error| Error::Disk(slot, error))
 }
@@ -146,8 +146,8 @@ fn try_release(slot: u32) -> io::Result<()> {
     }
 }
 
-/// Opens a disk when no file system is on it any more. The kernel ends one some time after its last mount, in the background,
-/// and writes to it until then; it tells nobody when that is.
+/// Opens a disk when no file system is on it any more. The kernel ends one some time after its last mount, in the
+/// background, and writes to it until then; it tells nobody when that is.
 fn unused(device: &Path) -> io::Result<fs::File> {
     let begun = Instant::now();
     loop {

@@ -78,8 +78,8 @@ pub struct Gate {
     small: bool,
 }
 
-/// Processes that were started ahead, before anybody waits for them: this program, waiting for its task. Those of a template
-/// are there in every guest that comes from it.
+/// Processes that were started ahead, before anybody waits for them: this program, waiting for its task. Those of a
+/// template are there in every guest that comes from it.
 #[derive(Debug, Clone, Default)]
 pub struct Spares(Arc<Mutex<Vec<Spare>>>);
 

@@ -1,10 +1,10 @@
 //! How much the guest's kernel reads at once of a small program.
 //!
-//! Around each page of a mapping that is missed it reads a piece, by default of 128 KiB, so that a small program is there as
-//! a whole at once, and most of it is never used. The host has the file in memory anyway: what the guest does not have
-//! as well is memory that a pod does not weigh. A file keeps the size that is in force when it is opened, which execve(2)
-//! does with programs: files that are read, and libraries, are opened later. (What another container of the pod opens
-//! within the milliseconds of an execve keeps it as well.)
+//! Around each page of a mapping that is missed it reads a piece, by default of 128 KiB, so that a small program is
+//! there as a whole at once, and most of it is never used. The host has the file in memory anyway: what the guest does
+//! not have as well is memory that a pod does not weigh. A file keeps the size that is in force when it is opened,
+//! which execve(2) does with programs: files that are read, and libraries, are opened later. (What another container of
+//! the pod opens within the milliseconds of an execve keeps it as well.)
 
 use std::fs;
 use std::io;

@@ -1,5 +1,5 @@
-//! Makes changes of shared files, which the host made, known to those who watch them in the guest: does them again, as the
-//! group whose requests the file server answers and does not carry out (`vmm/src/virtio/fs/replay.rs`).
+//! Makes changes of shared files, which the host made, known to those who watch them in the guest: does them again, as
+//! the group whose requests the file server answers and does not carry out (`vmm/src/virtio/fs/replay.rs`).
 
 use std::ffi::{CString, OsStr};
 use std::fs::OpenOptions;
@@ -128,8 +128,8 @@ impl Directory {
         Ok(())
     }
 
-    /// Has the kernel ask anew how many links a name's file has: the file server counts, for replays, the one that is now to
-    /// be taken away.
+    /// Has the kernel ask anew how many links a name's file has: the file server counts, for replays, the one that is
+    /// now to be taken away.
     fn refresh(&self, name: &Path) {
         let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_STATX_FORCE_SYNC;
         let Ok(name) = CString::new(name.as_os_str().as_bytes()) else { return };

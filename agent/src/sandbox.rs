@@ -272,7 +272,8 @@ fn mount_share(tag: &str) -> io::Result<()> {
     Ok(mount(none, GUEST_SHARE, none, MsFlags::MS_SHARED, none)?)
 }
 
-/// The pod's /dev/shm. In the guest, so that what containers map is memory of the guest and counts against their limits.
+/// The pod's /dev/shm. In the guest, so that what containers map is memory of the guest and counts against their
+/// limits.
 fn mount_shared_memory(bytes: u64) -> io::Result<()> {
     fs::create_dir_all(GUEST_SHM)?;
     if is_mount_point(Path::new(GUEST_SHM))? {

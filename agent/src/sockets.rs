@@ -1,5 +1,5 @@
-//! Stand-ins for sockets of the host that a container mounts: the agent listens in the guest, and passes each connection on over
-//! vsock, with a word on who has connected.
+//! Stand-ins for sockets of the host that a container mounts: the agent listens in the guest, and passes each
+//! connection on over vsock, with a word on who has connected.
 
 use std::ffi::CString;
 use std::fs;
@@ -191,8 +191,8 @@ fn caller(client: &UnixStream) -> io::Result<Caller> {
     Ok(Caller { uid: credentials.uid(), gid: credentials.gid(), groups })
 }
 
-/// Passes on what comes from either, and its end. Over when the client has hung up and the host has got all of its data; or
-/// when either cannot be written any more.
+/// Passes on what comes from either, and its end. Over when the client has hung up and the host has got all of its
+/// data; or when either cannot be written any more.
 async fn relay(mut client: UnixStream, host: Stream) -> io::Result<()> {
     let of_client = client.as_fd().try_clone_to_owned()?;
     let (from_client, to_client) = client.split();
@@ -220,9 +220,9 @@ async fn pass(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin)
 
 /// Waits until the other end of a socket is closed, or both have shut down their sides.
 async fn hung_up(socket: OwnedFd) -> io::Result<()> {
-    // Of what epoll reports unasked (EPOLLHUP) tokio makes an end of what can be read, which is part of every interest but the
-    // one in writing. Nothing is ever out of band, so nothing else wakes this up.
-    // SAFETY: an OwnedFd always answers the same descriptor, and keeps it open while it lives.
+    // Of what epoll reports unasked (EPOLLHUP) tokio makes an end of what can be read, which is part of every interest
+    // but the one in writing. Nothing is ever out of band, so nothing else wakes this up. SAFETY: an OwnedFd always
+    // answers the same descriptor, and keeps it open while it lives.
     let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::PRIORITY) }?;
     socket.ready(Interest::PRIORITY).await.map(drop)
 }

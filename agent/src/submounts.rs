@@ -1,18 +1,19 @@
 //! The mounts of the host below the shared directory, kept in the agent's own mount namespace.
 //!
-//! Each file system below the share is a mount that the kernel makes when somebody first walks into it, in that one's mount
-//! namespace. The agent walks into all of them before a container has its copy of them, for two reasons.
+//! Each file system below the share is a mount that the kernel makes when somebody first walks into it, in that one's
+//! mount namespace. The agent walks into all of them before a container has its copy of them, for two reasons.
 //!
-//! To stat(2) a mount that nobody has walked into is a directory of the file system around it: `find` sees a loop, `mountpoint`
-//! sees none. And what the container walked into would have the flags of the mount around it, so that one that is read-only
-//! would make all below it so.
+//! To stat(2) a mount that nobody has walked into is a directory of the file system around it: `find` sees a loop,
+//! `mountpoint` sees none. And what the container walked into would have the flags of the mount around it, so that one
+//! that is read-only would make all below it so.
 //!
-//! If a mount were in the container's namespace alone, its file system would be shut down in the moment in which the last
-//! process ends, while the kernel still waits for the host's answer to the close of that process's files: FUSE holds
-//! the inode for so long, does not wait for it in a submount, and ends in "VFS: Busy inodes after unmount".
+//! If a mount were in the container's namespace alone, its file system would be shut down in the moment in which the
+//! last process ends, while the kernel still waits for the host's answer to the close of that process's files: FUSE
+//! holds the inode for so long, does not wait for it in a submount, and ends in "VFS: Busy inodes after unmount".
 //!
-//! For the same reason the agent holds a descriptor of each mount in a volume. If the host unmounts it, the kernel takes it away
-//! from everybody as soon as somebody looks for it, whoever has files open in it. The descriptor goes when nobody has.
+//! For the same reason the agent holds a descriptor of each mount in a volume. If the host unmounts it, the kernel
+//! takes it away from everybody as soon as somebody looks for it, whoever has files open in it. The descriptor goes
+//! when nobody has.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
@@ -35,8 +36,8 @@ use crate::in_use::{Device, device, is_in_use};
 use crate::init::mount_options;
 use crate::syscalls::set_mount;
 
-/// How long a container waits for the mounts in its volumes. A network file system of the host may not answer, and whoever
-/// does not look at it needs no answer.
+/// How long a container waits for the mounts in its volumes. A network file system of the host may not answer, and
+/// whoever does not look at it needs no answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long the guest may believe what it knows of a name, and a little more: the VMM's file server allows a second.
 const STALE: Duration = Duration::from_millis(1200);
@@ -71,8 +72,8 @@ impl Users {
         }
     }
 
-    /// Lets go of a mount; false if that is not held any more.
-    fn let_go(&self, path: &Path, of: Device) -> bool {
+    /// Releases a mount; false if it is not held any more.
+    fn release(&self, path: &Path, of: Device) -> bool {
         let mut held = self.held();
         let Some(mounts) = held.get_mut(path) else { return false };
         let count = mounts.len();
@@ -81,8 +82,8 @@ impl Users {
     }
 }
 
-/// The directories that a container uses of the share. Dropped, they are unmounted with all below, but for those that others
-/// use.
+/// The directories that a container uses of the share. Dropped, they are unmounted with all below, but for those that
+/// others use.
 #[derive(Debug)]
 pub struct Submounts {
     paths: Vec<PathBuf>,
@@ -135,7 +136,7 @@ pub async fn follow(users: &Arc<Users>, come: Vec<SharedMount>, gone: Vec<Vec<u8
     }
 }
 
-/// Lets go of a mount that is gone on the host, when nobody uses files of it.
+/// Releases a mount that is gone on the host, when nobody uses files of it.
 async fn forget(users: Arc<Users>, path: PathBuf, device: Device) {
     let (mut pause, longest) = LOOK_AGAIN;
     loop {
@@ -149,7 +150,7 @@ async fn forget(users: Arc<Users>, path: PathBuf, device: Device) {
         }
     }
     tokio::time::sleep(LOOK_AGAIN.0).await;
-    if !users.let_go(&path, device) {
+    if !users.release(&path, device) {
         return;
     }
     // If nobody has looked for it since, it is still there.

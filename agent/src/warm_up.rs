@@ -13,16 +13,16 @@ use nix::sys::sysinfo::sysinfo;
 use crate::cgroup;
 use crate::device_filter::DeviceFilter;
 
-/// A cgroup that stays, with a device filter: with the first of each, the kernel changes its own code in dozens of places
-/// (static keys), so as to count what each cgroup uses, and to ask the filters.
+/// A cgroup that stays, with a device filter: with the first of each, the kernel changes its own code in dozens of
+/// places (static keys), so as to count what each cgroup uses, and to ask the filters.
 const CGROUP: &str = "warm-up";
 /// The kernel reports no more free memory at a time than this, in blocks of 4 MiB (page_reporting_cycle), and then puts
 /// the rest off by two seconds.
 const REPORTED_AT_ONCE: u64 = 32 * (4 << 20);
 /// Somebody waits for the first start: the rest of a large memory is left to those that come from the template.
 const MOST_ROUNDS: u64 = 16;
-/// What it may take for that: user space is told nothing of it, and so has nothing to wait for. A template made too early is a
-/// little larger, that is all.
+/// What it may take for that: user space is told nothing of it, and so has nothing to wait for. A template made too
+/// early is a little larger, that is all.
 const MOMENT: Duration = Duration::from_millis(20);
 
 /// Does all of it. Time is let pass since the kernel reports its free pages two seconds after it has booted, and takes

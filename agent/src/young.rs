@@ -1,10 +1,10 @@
 //! Signals for a program that has only just been started.
 //!
-//! Who starts a container and stops it at once does not see how far its program has got. Where runtimes run a command for each
-//! request, the program has long made itself ready by the time the signal comes. Here it would come before the first
-//! instruction: SIGTERM would end a program that is about to handle it, or, for the first process of a pid namespace, would be lost
-//! (pid_namespaces(7)), and the container would be killed after its grace period. So the signal waits for a moment until
-//! somebody is there to take it.
+//! Who starts a container and stops it at once does not see how far its program has got. Where runtimes run a command
+//! for each request, the program has long made itself ready by the time the signal comes. Here it would come before the
+//! first instruction: SIGTERM would end a program that is about to handle it, or, for the first process of a pid
+//! namespace, would be lost (pid_namespaces(7)), and the container would be killed after its grace period. So the
+//! signal waits for a moment until somebody is there to take it.
 
 use std::fs;
 use std::time::Duration;
@@ -12,8 +12,8 @@ use std::time::Duration;
 use nix::unistd::Pid;
 use tokio::time::{Instant, sleep};
 
-/// How old a program is taken for ready, whatever it does; and how much of that it may have been at work. Loading a program is
-/// waiting for the most part, for how long depends on the host.
+/// How old a program is taken for ready, whatever it does; and how much of that it may have been at work. Loading a
+/// program is waiting for the most part, for how long depends on the host.
 const GROWN: Duration = Duration::from_secs(10);
 /// In clock ticks, which are hundredths of a second (USER_HZ).
 const WORK: u64 = 100;
@@ -42,7 +42,8 @@ const LOADS: [i64; 15] = [
     libc::SYS_close,
 ];
 
-/// Waits until a process that has run its program since `start` can take the signal, `ended` is true, or it is no longer young.
+/// Waits until a process that has run its program since `start` can take the signal, `ended` is true, or it is no
+/// longer young.
 pub async fn wait_until_ready(pid: Pid, start: Instant, signal: u32, ended: impl Fn() -> bool) {
     let number = i32::try_from(signal).unwrap_or(0);
     if !(1..=64).contains(&number) || AT_ONCE.contains(&number) {
@@ -100,9 +101,9 @@ fn work(text: &str) -> u64 {
         .fold(0, u64::saturating_add)
 }
 
-/// Whether a process that slept a moment ago and has this in /proc/PID/syscall (proc_pid_syscall(5)) loads something: it names a file,
-/// or reads one, or touches memory that has to be read from one, where it is in no system call (-1). If it runs by now, that was what
-/// it had waited for.
+/// Whether a process that slept a moment ago and has this in /proc/PID/syscall (proc_pid_syscall(5)) loads something:
+/// it names a file, or reads one, or touches memory that has to be read from one, where it is in no system call (-1).
+/// If it runs by now, that was what it had waited for.
 fn loads(text: &str, is_file: impl Fn(u64) -> bool) -> bool {
     let mut words = text.split_whitespace();
     let Some(first) = words.next() else { return false };

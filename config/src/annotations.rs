@@ -1,6 +1,6 @@
-//! What a pod sets for itself. Its author writes annotations and is not root on the host: the file that one of them names
-//! has to be among those that the administrator has put there for this (`config_path_directories`), and single keys
-//! (`io.katacontainers.config.hypervisor.KEY`) are for those that `enable_annotations` lists.
+//! What a pod sets for itself. Its author writes annotations and is not root on the host: the file that one of them
+//! names has to be among those that the administrator has put there for this (`config_path_directories`), and single
+//! keys (`io.katacontainers.config.hypervisor.KEY`) are for those that `enable_annotations` lists.
 
 use std::collections::BTreeMap;
 use std::path::{Component, Path};

@@ -1,6 +1,7 @@
-//! Opens files that decide what runs as root on the host: programs, kernels, images, configurations, templates. Nobody but
-//! root may be able to change them, nor to put others in their place: that is asked of the file and of every directory and
-//! link on the way to it. The way is walked from one open directory to the next, so what was looked at is what is opened.
+//! Opens files that decide what runs as root on the host: programs, kernels, images, configurations, templates. Nobody
+//! but root may be able to change them, nor to put others in their place: that is asked of the file and of every
+//! directory and link on the way to it. The way is walked from one open directory to the next, so what was looked at is
+//! what is opened.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -108,8 +109,9 @@ impl Walk {
         self.way.last().ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
-    /// In a directory of all users, such as /tmp, a name of root's file or link can be another user's hard link to it, and one that is
-    /// about to be made can be another user's link. What is a directory of root's there is root's alone to rename.
+    /// In a directory of all users, such as /tmp, a name of root's file or link can be another user's hard link to it,
+    /// and one that is about to be made can be another user's link. What is a directory of root's there is root's alone
+    /// to rename.
     fn check_names(&self) -> io::Result<()> {
         let (directory, path) = self.here()?;
         if fstat(directory)?.st_mode & OTHERS_WRITE != 0 {
@@ -149,8 +151,8 @@ fn kind(status: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT
 }
 
-/// Whether a file or directory is root's alone to change. In a directory with the sticky bit, others can make new names, but
-/// not take away what is root's, and what is not root's is refused.
+/// Whether a file or directory is root's alone to change. In a directory with the sticky bit, others can make new
+/// names, but not take away what is root's, and what is not root's is refused.
 fn checked(status: &FileStat, path: &Path) -> io::Result<()> {
     owned(status, path)?;
     let shared = kind(status) == SFlag::S_IFDIR && status.st_mode & STICKY != 0;

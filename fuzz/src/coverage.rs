@@ -1,6 +1,6 @@
 //! What of the code an input has reached, in programs that count it: those that are built with
-//! `RUSTFLAGS='-C instrument-coverage --cfg katana_coverage'`, which any toolchain takes. There, an input that reaches something
-//! new becomes part of the corpus.
+//! `RUSTFLAGS='-C instrument-coverage --cfg katana_coverage'`, which any toolchain takes. There, an input that reaches
+//! something new becomes part of the corpus.
 
 /// For each counter of the program, the magnitudes that it has had after an input, a bit each.
 #[derive(Default)]

@@ -1,8 +1,9 @@
 //! Fuzzing: what every target has in common.
 //!
-//! A target is a test named `fuzz...` of the crate whose code it tries, since most of that is private to programs. It calls
-//! [`fuzz`] with a name and a function of an [`Input`]. Inputs are made of the corpus, the files in `corpus/NAME`, and at
-//! random, from a seed; a target fails by a panic, or by not coming to an end. What it failed with is kept in a file.
+//! A target is a test named `fuzz...` of the crate whose code it tries, since most of that is private to programs. It
+//! calls [`fuzz`] with a name and a function of an [`Input`]. Inputs are made of the corpus, the files in
+//! `corpus/NAME`, and at random, from a seed; a target fails by a panic, or by not coming to an end. What it failed
+//! with is kept in a file.
 //!
 //! Run by `cargo test`, each target takes a second. `scripts/fuzz` runs them for as long as it is told, with what the
 //! environment says here:
@@ -10,8 +11,8 @@
 //! * `KATANA_FUZZ_SECONDS`: how long each target runs
 //! * `KATANA_FUZZ_SEED`: from which number inputs are made
 //! * `KATANA_FUZZ_INPUT`: a file, the only input
-//! * `KATANA_FUZZ_FOUND`: a directory for inputs that reached code that none before had reached, in which those of earlier
-//!   runs are looked for as well; only in programs that count what is executed (see `coverage.rs`)
+//! * `KATANA_FUZZ_FOUND`: a directory for inputs that reached code that none before had reached, in which those of
+//!   earlier runs are looked for as well; only in programs that count what is executed (see `coverage.rs`)
 
 mod coverage;
 mod input;

@@ -1,14 +1,16 @@
-//! What the agent says after the stream key on a connection that goes on to a socket of the host: the socket's secret, by which it is
-//! one to this socket, and who has connected there. The shim answers with one byte, 0 or an error number.
+//! What the agent says after the stream key on a connection that goes on to a socket of the host: the socket's secret,
+//! by which it is one to this socket, and who has connected there. The shim answers with one byte, 0 or an error
+//! number.
 //!
-//! The shim connects as this user, so that what the host's kernel lets pass, and tells the server (SO_PEERCRED), is what it
-//! would be without a machine in between.
+//! The shim connects as this user, so that what the host's kernel lets pass, and tells the server (SO_PEERCRED), is
+//! what it would be without a machine in between.
 
 /// Bytes of a socket's secret.
 pub const SECRET: usize = 16;
 /// Bytes before the groups: secret, user, group, how many more groups; numbers with the highest byte first.
 pub const HEAD: usize = SECRET + 4 + 4 + 2;
-/// A caller in more groups than this is not let through. Linux allows 65536, but 64 KiB of groups are no matter of sockets.
+/// A caller in more groups than this is not let through. Linux allows 65536, but 64 KiB of groups are no matter of
+/// sockets.
 pub const MOST_GROUPS: usize = 1024;
 
 /// Credentials of a process that connects.

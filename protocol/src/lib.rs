@@ -69,11 +69,11 @@ pub const GUEST_ROOTS: &str = "/run/kata-containers/roots";
 pub const GUEST_SOCKETS: &str = "/run/kata-containers/sockets";
 /// The virtio-fs tag of the shared directory.
 pub const SHARE_TAG: &str = "kataShared";
-/// The group of the agent's thread that replays changes of shared files. Requests of this group to the file server change
-/// nothing on the host (`vmm/src/virtio/fs/replay.rs`). A number that no range of ids in use comes near to.
+/// The group of the agent's thread that replays changes of shared files. Requests of this group to the file server
+/// change nothing on the host (`vmm/src/virtio/fs/replay.rs`). A number that no range of ids in use comes near to.
 pub const REPLAY_GID: u32 = 0xffff_ff4b;
-/// Asking for this attribute of a directory, the replaying thread has the file server remember what is in it; with a name
-/// after it, what has this name.
+/// Asking for this attribute of a directory, the replaying thread has the file server remember what is in it; with a
+/// name after it, what has this name.
 pub const REPLAY_LEARN: &str = "user.katana.learn.";
 /// The directory that the replaying thread finds in every directory, and moves files out of.
 pub const REPLAY_SOURCE: &str = ".katana-replay";

@@ -1,5 +1,5 @@
-//! The mount options that the agent understands (runtime-spec, config.md, "Linux mount options"), as the shim announces them to
-//! containerd. What is not here goes to the file system as its own.
+//! The mount options that the agent understands (runtime-spec, config.md, "Linux mount options"), as the shim announces
+//! them to containerd. What is not here goes to the file system as its own.
 
 /// Every one of them, in the order of their names.
 pub const MOUNT_OPTIONS: &[&str] = &[

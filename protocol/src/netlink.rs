@@ -304,7 +304,7 @@ pub fn text_of(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes.get(..end).unwrap_or_default()).into_owned()
 }
 
-/// The body of a message, put together.
+/// The body of a message, assembled.
 #[derive(Debug, Default)]
 pub struct Body(Vec<u8>);
 

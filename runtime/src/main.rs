@@ -60,7 +60,8 @@ enum Factory {
 
 #[derive(Args)]
 struct Whose {
-    /// Whose template it is about, with template_scope = "namespace": k8s.io/NAME for pods of the Kubernetes namespace NAME
+    /// Whose template it is about, with template_scope = "namespace": k8s.io/NAME for pods of the Kubernetes namespace
+    /// NAME
     #[arg(long)]
     namespace: Option<String>,
 }

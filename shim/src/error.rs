@@ -106,14 +106,15 @@ fn describe(errno: Errno) -> &'static str {
 /// Longest text of an error, bytes. Guests have a say in some.
 const LONGEST: usize = 4096;
 
-/// Clients print an error as one line, so it must be one; on terminals, which must not take any of it for more than text.
+/// Clients print an error as one line, so it must be one; on terminals, which must not take any of it for more than
+/// text.
 pub fn one_line(text: &str) -> String {
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
     cut(plain(&lines), LONGEST)
 }
 
-/// A text in which all that is not for reading is escaped: control characters (C0, DEL and C1), and those that change the order or
-/// the lines in which a text is shown (Unicode 16, 5.8 and 23.2).
+/// A text in which all that is not for reading is escaped: control characters (C0, DEL and C1), and those that change
+/// the order or the lines in which a text is shown (Unicode 16, 5.8 and 23.2).
 pub fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     for character in text.chars() {

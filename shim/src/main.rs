@@ -1,7 +1,8 @@
 //! `containerd-shim-kata-v2`: what containerd talks to. One per pod; it starts the pod's virtual machine and
 //! passes containerd's requests on to the agent in it.
 //!
-//! Start reading at [`containerd::task`]: each request is one function there. ARCHITECTURE.md says which room may use which.
+//! Start reading at [`containerd::task`]: each request is one function there. ARCHITECTURE.md says which room may use
+//! which.
 
 mod command;
 mod containerd;

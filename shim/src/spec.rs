@@ -180,8 +180,8 @@ pub enum Source {
     Guest,
     /// The pod's shared memory, which is the guest's own as well.
     SharedMemory,
-    /// A file system of huge pages, of so many bytes each. The guest has one of its own; it belongs to the same user and
-    /// group, and has the same mode.
+    /// A file system of huge pages, of so many bytes each. The guest has one of its own; it belongs to the same user
+    /// and group, and has the same mode.
     HugePages {
         /// Of a page, in bytes.
         page: u64,
@@ -259,8 +259,8 @@ impl Spec {
         self.annotation(&CONTAINER_TYPE) == Some("sandbox")
     }
 
-    /// Whose container it is in this namespace of containerd's: Kubernetes has all of its own in one of these, whose names have
-    /// no slash.
+    /// Whose container it is in this namespace of containerd's: Kubernetes has all of its own in one of these, whose
+    /// names have no slash.
     pub fn owner(&self, namespace: &str) -> String {
         match self.annotation(&POD_NAMESPACE) {
             Some(pods) if self.is_sandbox() && !pods.is_empty() => format!("{namespace}/{pods}"),

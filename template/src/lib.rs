@@ -1,13 +1,13 @@
-//! Templates of machines: files from which the VMM goes on instead of booting. Where they are, for which machine each of
-//! them is, and how one is put there so that nobody ever sees half of it.
+//! Templates of machines: files from which the VMM goes on instead of booting. Where they are, for which machine each
+//! of them is, and how one is put there so that nobody ever sees half of it.
 //!
-//! The directory has one file `NAME-VERSION` for each configuration in use. The name stands for the shape of the machine
-//! and the paths of what it is made of, and for those who share it; the version for the contents of these, the CPU and the
-//! host's kernel. A template of a name replaces those of other versions.
+//! The directory has one file `NAME-VERSION` for each configuration in use. The name stands for the shape of the
+//! machine and the paths of what it is made of, and for those who share it; the version for the contents of these, the
+//! CPU and the host's kernel. A template of a name replaces those of other versions.
 //!
-//! The VMM that makes a template is one that tenants' containers run in afterwards, so it must not be able to change what others
-//! start from. It has the file open for writing until it says that the template is complete; then the kernel is asked whether
-//! anybody still has, be it by a mapping alone (`seal`).
+//! The VMM that makes a template is one that tenants' containers run in afterwards, so it must not be able to change
+//! what others start from. It has the file open for writing until it says that the template is complete; then the
+//! kernel is asked whether anybody still has, be it by a mapping alone (`seal`).
 
 mod huge_pages;
 mod seal;
@@ -269,11 +269,17 @@ impl Draft {
             let template = name.to_str().map(|name| name.strip_suffix(PART).unwrap_or(name));
             let Some((name, _)) = template.and_then(parts) else { continue };
             let idle = || entry.metadata().is_ok_and(|metadata| is_idle(&metadata, SystemTime::now()));
-            if path != ours && (name == self.store.name || idle()) {
+            if path != ours && (name == self.store.name || idle()) && !is_being_made(&path) {
                 let _ = fs::remove_file(path);
             }
         }
     }
+}
+
+/// Whether somebody makes a template in this file: the maker holds the lock of it until it is in its place.
+fn is_being_made(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == PART.trim_start_matches('.'))
+        && File::open(path).is_ok_and(|part| Flock::lock(part, FlockArg::LockExclusiveNonblock).is_err())
 }
 
 /// Name and version, if this is what a template's file is called.

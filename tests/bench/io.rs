@@ -1,4 +1,5 @@
-//! Network and file systems: what a container does in a virtual machine against what it does with runc, in the same run.
+//! Network and file systems: what a container does in a virtual machine against what it does with runc, in the same
+//! run.
 
 use katana_tests::environment::RUNC;
 use katana_tests::network::{Bridge, Namespace};

@@ -1,7 +1,7 @@
-//! Katana against runc and other peers in the same run: how long starts take, what a container at rest costs in memory, and how
-//! fast network and file systems are. Run it as root below `tests/with-containerd`; `start`, `memory`, `timeline` or `io` as
-//! arguments measure parts. Figures go to files in $KATANA_OUT or target/bench: start.json, with the memory's, and io.json;
-//! pictures to start.svg and timeline-*.svg.
+//! Katana against runc and other peers in the same run: how long starts take, what a container at rest costs in memory,
+//! and how fast network and file systems are. Run it as root below `tests/with-containerd`; `start`, `memory`,
+//! `timeline` or `io` as arguments measure parts. Figures go to files in $KATANA_OUT or target/bench: start.json, with
+//! the memory's, and io.json; pictures to start.svg and timeline-*.svg.
 
 mod chart;
 mod io;

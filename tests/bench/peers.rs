@@ -1,4 +1,5 @@
-//! What else starts containers or virtual machines: gVisor's runsc, and QEMU's smallest machine with Katana's guest kernel.
+//! What else starts containers or virtual machines: gVisor's runsc, and QEMU's smallest machine with Katana's guest
+//! kernel.
 //! `tests/machine/peers` unpacks both; one that is not in PATH, or does not work here, is skipped, and the reason told.
 
 use std::path::PathBuf;
@@ -10,7 +11,8 @@ use katana_tests::{BUSYBOX, Command, Configuration, Run};
 /// Why there are no figures of a peer.
 pub type Skipped = String;
 
-/// gVisor. Debian's package has no shim for containerd, so it runs as Docker runs it: below runc's shim, in runc's place.
+/// gVisor. Debian's package has no shim for containerd, so it runs as Docker runs it: below runc's shim, in runc's
+/// place.
 pub struct Runsc(PathBuf);
 
 impl Runsc {
@@ -28,9 +30,10 @@ impl Runsc {
     }
 }
 
-/// The guest's kernel in `qemu-system-x86_64 -M microvm`, as far as it comes there. That machine's devices are on virtio-mmio,
-/// or on a PCI bus that only ACPI tells of. The guest's kernel knows neither, nor an initramfs: it initializes all that it
-/// has, finds no root file system, panics, and so resets the machine. QEMU takes that as the machine's end.
+/// The guest's kernel in `qemu-system-x86_64 -M microvm`, as far as it comes there. That machine's devices are on
+/// virtio-mmio, or on a PCI bus that only ACPI tells of. The guest's kernel knows neither, nor an initramfs: it
+/// initializes all that it has, finds no root file system, panics, and so resets the machine. QEMU takes that as the
+/// machine's end.
 pub struct MicroVm {
     program: PathBuf,
     kernel: String,

@@ -1,4 +1,5 @@
-//! How long starts take, with Katana from its template, with Katana booting, with runc and with its other peers, in turns.
+//! How long starts take, with Katana from its template, with Katana booting, with runc and with its other peers, in
+//! turns.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -105,7 +106,8 @@ pub fn run(runtime: &str, chart: &mut Chart) -> Value {
     })
 }
 
-/// The guest's kernel with nothing around it: in QEMU's microvm until it misses its root, with Katana until its agent answers.
+/// The guest's kernel with nothing around it: in QEMU's microvm until it misses its root, with Katana until its agent
+/// answers.
 fn boots(runtime: &str, chart: &mut Chart) -> Value {
     let title = "the guest's boot alone";
     let machine = match MicroVm::find() {

@@ -35,8 +35,8 @@ pub fn run(runtime: &str, directory: &Path) {
     }
 }
 
-/// How long a machine takes from its VMM's spawning to its agent's first words, in a start with this configuration: one without
-/// templates, and with the shim's debug log.
+/// How long a machine takes from its VMM's spawning to its agent's first words, in a start with this configuration: one
+/// without templates, and with the shim's debug log.
 pub fn boot(runtime: &str, configuration: &Path) -> Duration {
     let stages = stages(runtime, configuration);
     let at = |name: &str| {

@@ -120,7 +120,8 @@ impl Instance {
         static SHARED: Mutex<Option<Arc<Instance>>> = Mutex::new(None);
         static REGISTER: Once = Once::new();
         // Statics are not dropped.
-        // SAFETY: the function is safe to call at exit: it takes a lock that nobody holds for long, and starts processes.
+        // SAFETY: the function is safe to call at exit: it takes a lock that nobody holds for long, and starts
+        // processes.
         REGISTER.call_once(|| unsafe {
             libc::atexit(stop);
         });

@@ -40,7 +40,8 @@ impl Docker {
         let mut daemon = DAEMON.lock().unwrap_or_else(PoisonError::into_inner);
         if daemon.is_none() {
             // Statics are not dropped.
-            // SAFETY: the function is safe to call at exit: it takes a lock that nobody holds for long, and ends a process.
+            // SAFETY: the function is safe to call at exit: it takes a lock that nobody holds for long, and ends a
+            // process.
             unsafe { libc::atexit(stop) };
             *daemon = Some(Arc::new(Self::start()));
         }

@@ -27,8 +27,8 @@ pub fn is_vm_or_say(why: &str) -> bool {
     is_vm()
 }
 
-/// Says that the test of this thread does not run here. Not by `eprintln!`, whose output the test runner keeps to itself
-/// when a test passes: tests/all counts these lines.
+/// Says that the test of this thread does not run here. Not by `eprintln!`, whose output the test runner keeps to
+/// itself when a test passes: tests/all counts these lines.
 pub fn say_skipped(why: &str) {
     let thread = std::thread::current();
     let _ = writeln!(std::io::stderr(), "skipped: {}: {why}", thread.name().unwrap_or("a test"));

@@ -36,8 +36,8 @@ pub fn eventually(mut is_so: impl FnMut() -> bool) -> bool {
     }
 }
 
-/// On a machine where others work as well, only what has to do with containers counts. The test machine is ours alone, and
-/// everything counts.
+/// On a machine where others work as well, only what has to do with containers counts. The test machine is ours alone,
+/// and everything counts.
 fn concerns_us(name: &str) -> bool {
     static OURS_ALONE: OnceLock<bool> = OnceLock::new();
     *OURS_ALONE.get_or_init(|| Path::new("/etc/katana-test-machine").exists())
@@ -54,7 +54,8 @@ type Things = BTreeMap<&'static str, BTreeSet<String>>;
 pub struct Host {
     /// What the kernel and the file system tell.
     seen: Things,
-    /// What containerd tells. `ctr` takes longer than a container that does nothing, so it is asked when all else has been seen.
+    /// What containerd tells. `ctr` takes longer than a container that does nothing, so it is asked when all else has
+    /// been seen.
     listed: Things,
 }
 
@@ -77,7 +78,8 @@ impl Host {
     }
 
     /// Waits for what earlier tests have left going: `ctr` and containerd answer before a shim's process is gone, and
-    /// containerd has shims that died cleaned up after when nobody waits any more. What goes only later would be missed.
+    /// containerd has shims that died cleaned up after when nobody waits any more. What goes only later would be
+    /// missed.
     #[track_caller]
     fn at_rest() -> Self {
         let end = Instant::now() + environment::hang_limit();

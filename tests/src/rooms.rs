@@ -1,4 +1,5 @@
-//! Which files of a crate use which others. There are no circles, and in the shim the rooms have an order: see ARCHITECTURE.md.
+//! Which files of a crate use which others. There are no circles, and in the shim the rooms have an order: see
+//! ARCHITECTURE.md.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -1,7 +1,7 @@
 //! Which tests may run at the same time: those that compare the whole host before and after, or disturb it, run alone.
 //!
-//! They run last. Tests that wait for their turn hold a thread of the test runner but no processor, so that `tests/run` asks
-//! for more threads than tests run alone, and the others never stand still for one of these.
+//! They run last. Tests that wait for their turn hold a thread of the test runner but no processor, so that `tests/run`
+//! asks for more threads than tests run alone, and the others never stand still for one of these.
 //!
 //! How long each test took goes to `times` in `$KATANA_OUT`, so that what makes the suite slow can be found.
 

@@ -1,4 +1,5 @@
-//! The machine without its devices: memory and vCPUs, which begin where a kernel is entered, or where a template stopped.
+//! The machine without its devices: memory and vCPUs, which begin where a kernel is entered, or where a template
+//! stopped.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -18,7 +19,8 @@ use crate::vcpus::Maker;
 /// virtio's once it is there, a reset ends the VM, and the hardware need not be searched for what this machine does
 /// not have. Those who wait for a grace period of RCU, which is most of the time that mounts and cgroups take, have it
 /// expedited: that costs an interrupt of the other vCPUs at work. Each entry of the large hash tables lies on a page of
-/// its own at first, so the tables have few pages. Drivers make no interfaces by themselves, which all containers would see.
+/// its own at first, so the tables have few pages. Drivers make no interfaces by themselves, which all containers would
+/// see.
 const KERNEL_PARAMETERS: &str = "console=hvc0 earlyprintk=ttyS0 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always \
     rootwait=5 ro init=/sbin/init reboot=k panic=-1 pci=conf1 tsc=reliable cryptomgr.notests \
     dummy.numdummies=0 bonding.max_bonds=0 ifb.numifbs=0 fb_tunnels=none \
@@ -88,7 +90,7 @@ impl Board {
         Ok(code)
     }
 
-    /// Goes on from a template; answers what the devices need of it.
+    /// Restores a template; answers what the devices need of it.
     ///
     /// # Errors
     /// When there is any doubt about the template. The board is then of no use.

@@ -11,7 +11,8 @@ use nix::sys::socket::{setsockopt, sockopt::SendTimeout};
 use nix::sys::time::TimeVal;
 
 use crate::end::{End, Ended};
-use crate::machine::{self, Slots};
+use crate::error;
+use crate::machine::Slots;
 use crate::placeholder::{self, Placeholder};
 use crate::sync::lock;
 use crate::vcpus;
@@ -95,7 +96,7 @@ enum Refused {
     #[error("network slot {slot}: {error}")]
     Net { slot: u8, error: net::AttachError },
     #[error(transparent)]
-    Show(#[from] machine::Error),
+    Show(#[from] error::Error),
     #[error(transparent)]
     Placeholder(#[from] placeholder::Error),
     #[error("thread {0}: does not stand for a container")]

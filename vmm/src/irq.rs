@@ -60,8 +60,8 @@ impl Line for MessageLine {
     }
 }
 
-/// Events that the kernel turns into messages, without coming back to us, and the routes that tell it into which. It only
-/// takes all routes at once.
+/// Events that the kernel turns into messages, without coming back to us, and the routes that tell it into which. It
+/// only takes all routes at once.
 pub struct Irqfds {
     vm: Arc<VmFd>,
     routes: Mutex<Vec<kvm_irq_routing_entry>>,

@@ -1,8 +1,8 @@
 //! The jail: an empty root for a process that runs hostile guests.
 //!
 //! The process that the shim spawned stays outside. It makes a second one, in namespaces of its own, as the
-//! shim's direct child; that one makes the pod's shared directory the root of all it can see. What the guest is to see in
-//! there, the shim mounts in this mount namespace later, and nowhere else.
+//! shim's direct child; that one makes the pod's shared directory the root of all it can see. What the guest is to see
+//! in there, the shim mounts in this mount namespace later, and nowhere else.
 
 mod landlock;
 
@@ -36,7 +36,8 @@ const IDENTITY: &str = "0 0 4294967295";
 /// Without file handles, the file server holds one descriptor for each file that the guest knows.
 const DESCRIPTORS: u64 = 1 << 20;
 /// Room in the table of descriptors from the start: the kernel lets a process with several threads wait for a grace
-/// period of RCU, milliseconds, whenever it has the table grow (expand_fdtable, fs/file.c). A table of so many is a page.
+/// period of RCU, milliseconds, whenever it has the table grow (expand_fdtable, fs/file.c). A table of so many is a
+/// page.
 const ROOM_FOR_DESCRIPTORS: c_int = 512;
 /// What the file server needs in the jail's user namespace to give files their owners and modes; by number, from
 /// linux/capability.h: CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.
@@ -104,8 +105,8 @@ where
     }
 }
 
-/// fork into new namespaces and a cgroup; like fork, it answers 0 to the new process. A process that is born in its cgroup
-/// need not be moved there, for which the kernel stops all forking on the host for a grace period of RCU.
+/// fork into new namespaces and a cgroup; like fork, it answers 0 to the new process. A process that is born in its
+/// cgroup need not be moved there, for which the kernel stops all forking on the host for a grace period of RCU.
 fn clone(cgroup: Option<&OwnedFd>) -> Result<i32, Error> {
     const CLONE_INTO_CGROUP: u64 = 1 << 33;
     let into = if cgroup.is_some() { CLONE_INTO_CGROUP } else { 0 };
@@ -145,8 +146,9 @@ fn map_ids(pid: i32) -> Result<(), Error> {
 }
 
 /// As many descriptors as the host allows, and no core files: they would hold the guest's memory. A limit of processes
-/// (RLIMIT_NPROC) would be none: the kernel does not hold the host's root to it (`copy_process` in kernel/fork.c), who this still is in its
-/// user namespace. What starts is threads only, by seccomp, and their number the pod's cgroup limits.
+/// (RLIMIT_NPROC) would be none: the kernel does not hold the host's root to it (`copy_process` in kernel/fork.c), who
+/// this still is in its user namespace. What starts is threads only, by seccomp, and their number the pod's cgroup
+/// limits.
 fn set_limits() -> Result<(), Error> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(step("descriptor limit"))?;
     let raised = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS, DESCRIPTORS);
@@ -154,8 +156,8 @@ fn set_limits() -> Result<(), Error> {
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(step("core limit"))
 }
 
-/// Input and output are the host's /dev/null, and whoever holds a descriptor of a file that root owns can change its mode
-/// here. Of the standard streams, this process only uses the one for errors, which is a pipe.
+/// Input and output are the host's /dev/null, and whoever holds a descriptor of a file that root owns can change its
+/// mode here. Of the standard streams, this process only uses the one for errors, which is a pipe.
 fn drop_standard_streams() -> nix::Result<()> {
     dup2_stdin(io::stderr())?;
     dup2_stdout(io::stderr())
@@ -190,8 +192,8 @@ fn lock_up(share: &OwnedFd) -> Result<Jail, Error> {
 /// place in the host's procfs, and `../..` the host's settings, processes and memory.
 ///
 /// It cannot be a procfs of the jail's own: the kernel makes one only for those who see one already that nothing is
-/// mounted over (`mount_too_revealing` in fs/namespace.c), and it would be a superblock for each pod. And it is needed: to open a file by its
-/// descriptor (openat(2) knows no AT_EMPTY_PATH), the library has no other way.
+/// mounted over (`mount_too_revealing` in fs/namespace.c), and it would be a superblock for each pod. And it is needed:
+/// to open a file by its descriptor (openat(2) knows no AT_EMPTY_PATH), the library has no other way.
 fn own_descriptors() -> io::Result<OwnedFd> {
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
     // SAFETY: the path is a constant string; the call touches no memory of this process.
@@ -228,15 +230,15 @@ fn change_root(share: &OwnedFd) -> Result<(), Error> {
     mount(none, "/", none, slave, none).map_err(step("make mounts slaves"))?;
     attach(share)?;
     fchdir(share).map_err(step("enter the share"))?;
-    // The old root is stacked on the new one, and then let go (pivot_root(2)). With it goes the copy of the host's mounts, which
-    // would keep file systems that the host unmounts from ending.
+    // The old root is stacked on the new one, and then let go (pivot_root(2)). With it goes the copy of the host's
+    // mounts, which would keep file systems that the host unmounts from ending.
     pivot_root(".", ".").map_err(step("pivot_root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(step("unmount the host's root"))?;
     chdir("/").map_err(step("enter the new root"))
 }
 
-/// Mounts the share on the old root. One that has come along from the host's namespace pivot_root would refuse: such mounts
-/// are locked together (mount_namespaces(7)).
+/// Mounts the share on the old root. One that has come along from the host's namespace pivot_root would refuse: such
+/// mounts are locked together (mount_namespaces(7)).
 fn attach(share: &OwnedFd) -> Result<(), Error> {
     const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
     let (from, cwd) = (share.as_fd().as_raw_fd(), libc::AT_FDCWD);

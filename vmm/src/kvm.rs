@@ -99,8 +99,8 @@ impl Vm {
         let fd = create_vm(&kvm).map_err(call("KVM_CREATE_VM"))?;
         fd.set_identity_map_address(IDENTITY_MAP).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(TSS).map_err(call("KVM_SET_TSS_ADDR"))?;
-        // Local APICs alone: interrupts are messages, and they have the timers. Without 8259s, I/O APIC and 8254 there is
-        // less of the host's kernel that a guest can reach, and it is quicker to make and to tear down.
+        // Local APICs alone: interrupts are messages, and they have the timers. Without 8259s, I/O APIC and 8254 there
+        // is less of the host's kernel that a guest can reach, and it is quicker to make and to tear down.
         let local = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
         fd.enable_cap(&local).map_err(call("KVM_CAP_SPLIT_IRQCHIP"))?;
         let fd = Arc::new(fd);

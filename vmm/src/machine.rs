@@ -1,4 +1,4 @@
-//! The machine: what is in it, in which order it is put together, and its life until the end.
+//! The machine: what is in it, in which order it is built, and its life until the end.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +15,7 @@ use crate::board::{Board, Files};
 use crate::bus::{Bus, Overlap};
 use crate::console_ring::ConsoleRing;
 use crate::end::{End, Ended};
-pub use crate::error::Error;
+use crate::error::Error;
 use crate::i8042::{self, I8042};
 use crate::jail::Jail;
 use crate::kvm::{self, Vm};
@@ -87,7 +87,7 @@ impl<D> Slot<D> {
     }
 }
 
-/// A machine that is put together but does not run yet.
+/// A machine that is built but does not run yet.
 pub struct Machine {
     vm: Arc<VmFd>,
     vcpus: Vec<Vcpu>,
@@ -98,8 +98,9 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Puts the machine together; answers it and what can be attached to. `incoming` is told of every stream that the guest
-    /// opens, `plugged` of the memory that it has plugged, `made` of the template, once it is made, or if it is of no use.
+    /// Puts the machine together; answers it and what can be attached to. `incoming` is told of every stream that the
+    /// guest opens, `plugged` of the memory that it has plugged, `made` of the template, once it is made, or if it is
+    /// of no use.
     ///
     /// # Errors
     /// When something is missing or wrong; the text names it.
@@ -252,8 +253,9 @@ fn board(shape: &Shape, files: &mut Files) -> Result<(Board, Beginning), Error> 
     Ok((board, Beginning::Boot { code, refused }))
 }
 
-/// The agent says that a template can be made before it connects to the host. A guest that has connected is told of a pod, and a
-/// container of it that can reach the register must not make others start from what it has made of its machine.
+/// The agent says that a template can be made before it connects to the host. A guest that has connected is told of a
+/// pod, and a container of it that can reach the register must not make others start from what it has made of its
+/// machine.
 fn after_template(register: Arc<TemplateRegister>, incoming: Incoming) -> Incoming {
     Box::new(move |port, stream| {
         register.close();

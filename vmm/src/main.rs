@@ -52,7 +52,7 @@ enum Error {
     #[error(transparent)]
     Jail(#[from] jail::Error),
     #[error(transparent)]
-    Machine(#[from] machine::Error),
+    Machine(#[from] error::Error),
 }
 
 fn main() -> ExitCode {

@@ -146,8 +146,8 @@ impl Pluggable {
 
     fn protect(&self, offset: u64, length: u64, protection: libc::c_int) -> io::Result<()> {
         let address = self.host(offset, length)?;
-        // SAFETY: the range is guest memory, which holds no Rust objects and is only reached by checked pointers; an access
-        // to what the guest does not have ends this process, as it should.
+        // SAFETY: the range is guest memory, which holds no Rust objects and is only reached by checked pointers; an
+        // access to what the guest does not have ends this process, as it should.
         match unsafe { libc::mprotect(address, length as usize, protection) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),

@@ -1,8 +1,9 @@
-//! Threads that do nothing. Clients of the host know a container by a process of theirs, and look up namespaces and cgroups
-//! by its id. A pod's containers are all in this process, so each but the first gets a thread of it to be known by.
+//! Threads that do nothing. Clients of the host know a container by a process of theirs, and look up namespaces and
+//! cgroups by its id. A pod's containers are all in this process, so each but the first gets a thread of it to be known
+//! by.
 //!
-//! They are made without the C library. Its threads allocate memory and look around in /sys and /proc when they begin and
-//! end, so they would need several pages each, and rights that nobody else needs here.
+//! They are made without the C library. Its threads allocate memory and look around in /sys and /proc when they begin
+//! and end, so they would need several pages each, and rights that nobody else needs here.
 
 use std::arch::asm;
 use std::cell::UnsafeCell;
@@ -29,12 +30,12 @@ const STACK: usize = 4096 - 32;
 
 /// States of a thread; a negative number is the error with which it ends.
 const STARTS: i32 = 0;
-const PLACEHOLDER: i32 = 1;
+const WAITS: i32 = 1;
 const TO_END: i32 = 2;
 
-/// What a thread lives in: one page.
+/// A thread's memory: one page.
 #[repr(C, align(16))]
-struct Memory {
+struct Page {
     state: AtomicI32,
     /// The thread's id. The kernel makes it 0 when the thread is gone, and wakes who waits.
     id: AtomicI32,
@@ -43,11 +44,11 @@ struct Memory {
     stack: UnsafeCell<[u8; STACK]>,
 }
 
-const _: () = assert!(size_of::<Memory>() == 4096);
+const _: () = assert!(size_of::<Page>() == 4096);
 
 /// A thread that waits in one system call until it is ended; or else until the process ends.
 pub struct Placeholder {
-    memory: NonNull<Memory>,
+    memory: NonNull<Page>,
     id: i32,
 }
 
@@ -78,7 +79,7 @@ impl Placeholder {
         // SAFETY: as above.
         let state = unsafe { memory.as_ref() }.state.load(Ordering::Acquire);
         match started {
-            Ok(id) if state == PLACEHOLDER => Ok(Self { memory, id }),
+            Ok(id) if state == WAITS => Ok(Self { memory, id }),
             failed => {
                 leave(memory);
                 Err(Error(failed.err().unwrap_or_else(|| io::Error::from_raw_os_error(-state))))
@@ -102,11 +103,11 @@ impl Placeholder {
 }
 
 /// Not from the heap, which has ways of its own to give memory back.
-fn memory(filter: libc::sock_fprog) -> io::Result<NonNull<Memory>> {
+fn memory(filter: libc::sock_fprog) -> io::Result<NonNull<Page>> {
     let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping, wherever the kernel likes.
-    let page = unsafe { libc::mmap(null_mut(), size_of::<Memory>(), access, flags, -1, 0) };
-    let memory = NonNull::new(page.cast::<Memory>()).filter(|_| page != libc::MAP_FAILED);
+    let page = unsafe { libc::mmap(null_mut(), size_of::<Page>(), access, flags, -1, 0) };
+    let memory = NonNull::new(page.cast::<Page>()).filter(|_| page != libc::MAP_FAILED);
     let memory = memory.ok_or_else(io::Error::last_os_error)?;
     // SAFETY: the mapping is as large as a memory, and nobody else's. The stack is as good as any with the zeros in it.
     unsafe {
@@ -117,12 +118,12 @@ fn memory(filter: libc::sock_fprog) -> io::Result<NonNull<Memory>> {
     Ok(memory)
 }
 
-fn start(memory: NonNull<Memory>) -> io::Result<i32> {
+fn start(memory: NonNull<Page>) -> io::Result<i32> {
     // Handlers of signals use what is a thread's own, and this one has nothing of the kind.
     let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-    // SAFETY: the memory is there until the thread is gone, and the pointers are to members of it. The top of the stack is
-    // aligned, as the memory's and the stack's sizes are. The thread shares this one's thread-local memory, which `wait`
-    // does not touch.
+    // SAFETY: the memory is there until the thread is gone, and the pointers are to members of it. The top of the stack
+    // is aligned, as the memory's and the stack's sizes are. The thread shares this one's thread-local memory, which
+    // `wait` does not touch.
     let id = unsafe {
         let (stack, id) = ((*memory.as_ptr()).stack.get(), from_ref(&(*memory.as_ptr()).id));
         let (top, tls) = (stack.add(1).cast(), null_mut::<c_void>());
@@ -135,7 +136,7 @@ fn start(memory: NonNull<Memory>) -> io::Result<i32> {
 }
 
 /// Waits until there is no thread in the memory, and removes it.
-fn leave(memory: NonNull<Memory>) {
+fn leave(memory: NonNull<Page>) {
     // SAFETY: nobody removes it but this function, which has it to itself.
     let id = &unsafe { memory.as_ref() }.id;
     loop {
@@ -145,21 +146,21 @@ fn leave(memory: NonNull<Memory>) {
         }
     }
     // SAFETY: it is the mapping of `memory`, and the kernel has said that the thread does not use it any more.
-    unsafe { libc::munmap(memory.as_ptr().cast(), size_of::<Memory>()) };
+    unsafe { libc::munmap(memory.as_ptr().cast(), size_of::<Page>()) };
 }
 
 /// The thread. Whatever needs thread-local memory, as the C library does for errno, is not to be called here. Back in
 /// clone(3), it ends.
 extern "C" fn wait(memory: *mut c_void) -> c_int {
     // SAFETY: it is the memory that the thread was started with, which is there for as long as the thread is.
-    let memory = unsafe { &*memory.cast::<Memory>() };
+    let memory = unsafe { &*memory.cast::<Page>() };
     let mode = libc::SECCOMP_SET_MODE_FILTER as usize;
     // SAFETY: the filter is valid: whoever has started this thread waits for the next state.
     let confined = unsafe { call(libc::SYS_seccomp, [mode, 0, from_ref(&memory.filter) as usize, 0]) };
-    memory.state.store(if confined == 0 { PLACEHOLDER } else { confined as i32 }, Ordering::Release);
+    memory.state.store(if confined == 0 { WAITS } else { confined as i32 }, Ordering::Release);
     futex(&memory.state, libc::FUTEX_WAKE, 1);
-    while memory.state.load(Ordering::Acquire) == PLACEHOLDER {
-        futex(&memory.state, libc::FUTEX_WAIT, PLACEHOLDER);
+    while memory.state.load(Ordering::Acquire) == WAITS {
+        futex(&memory.state, libc::FUTEX_WAIT, WAITS);
     }
     0
 }
@@ -227,8 +228,8 @@ mod tests {
 
     #[test]
     fn the_main_thread_may_start_it() {
-        // SAFETY: the child uses no lock that another thread of the test could hold but that of the allocator, which the
-        // C library keeps usable across fork, and leaves by _exit.
+        // SAFETY: the child uses no lock that another thread of the test could hold but that of the allocator, which
+        // the C library keeps usable across fork, and leaves by _exit.
         let child = match unsafe { fork() }.unwrap() {
             ForkResult::Parent { child } => child,
             ForkResult::Child => {

@@ -179,8 +179,8 @@ mod tests {
 
     const WORKERS: [Kind; 5] = [Kind::Vcpu, Kind::TemplateVcpu, Kind::Main, Kind::Fs, Kind::Starter];
 
-    /// What a thread could do with a descriptor of /dev/kvm, of the machine, of a vCPU, a tap, a disk or a terminal beyond its
-    /// own work.
+    /// What a thread could do with a descriptor of /dev/kvm, of the machine, of a vCPU, a tap, a disk or a terminal
+    /// beyond its own work.
     #[test]
     fn descriptors_take_the_requests_that_are_used_and_no_others() {
         let none = c_long::from(-1_i8);
@@ -189,8 +189,8 @@ mod tests {
             0xae01,
             0xae03,
             0xc008_ae05,
-            // KVM_SET_USER_MEMORY_REGION and the second of its name, SET_TSS_ADDR, CREATE_IRQCHIP, CREATE_PIT2, ENABLE_CAP,
-            // CREATE_DEVICE, MEMORY_ENCRYPT_OP.
+            // KVM_SET_USER_MEMORY_REGION and the second of its name, SET_TSS_ADDR, CREATE_IRQCHIP, CREATE_PIT2,
+            // ENABLE_CAP, CREATE_DEVICE, MEMORY_ENCRYPT_OP.
             0x4020_ae46,
             0x40a0_ae49,
             0xae47,

@@ -1,5 +1,5 @@
-//! The machine's vCPUs: made when they are needed. One that only might be is memory of the host's kernel and a thread, of
-//! every pod, for each processor that the host has.
+//! The machine's vCPUs: made when they are needed. One that only might be is memory of the host's kernel and a thread,
+//! of every pod, for each processor that the host has.
 
 use std::io;
 use std::sync::Arc;
@@ -24,7 +24,7 @@ pub enum Error {
     TooMany {
         /// Asked for.
         wanted: u8,
-        /// Places.
+        /// That it can have.
         most: u8,
     },
     /// KVM.

@@ -19,8 +19,8 @@ use super::mounts;
 use super::rootfs::Rootfs;
 use crate::syscalls::{attach_mount, clone_mount};
 
-/// Where nodes are made that a container can only have by a bind mount, below a directory of the container's: whoever may
-/// change the mode of one changes the file itself, so that no two have one in common.
+/// Where nodes are made that a container can only have by a bind mount, below a directory of the container's: whoever
+/// may change the mode of one changes the file itself, so that no two have one in common.
 const STAGE: &str = "/run/kata-containers/devices";
 
 /// One node.
@@ -44,9 +44,9 @@ const DEFAULT: &[(&str, u64, u64)] = &[
     ("/dev/tty", 5, 0),
 ];
 
-/// Containers that may use all devices find on a host what `mount -o loop` needs: where a free loop device is asked for, and
-/// the first eight, as many as Linux makes at boot unless it is told otherwise. Here they come when they are opened.
-/// Linux, Documentation/admin-guide/devices.txt.
+/// Containers that may use all devices find on a host what `mount -o loop` needs: where a free loop device is asked
+/// for, and the first eight, as many as Linux makes at boot unless it is told otherwise. Here they come when they are
+/// opened. Linux, Documentation/admin-guide/devices.txt.
 const LOOP_CONTROL: (u64, u64) = (10, 237);
 const LOOP_MAJOR: u64 = 7;
 const LOOPS: u64 = 8;

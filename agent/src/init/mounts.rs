@@ -103,7 +103,8 @@ fn is_denied(result: &io::Result<OwnedFd>) -> bool {
     result.as_ref().is_err_and(|error| matches!(error.raw_os_error(), Some(libc::EPERM | libc::EBUSY)))
 }
 
-/// Sets the attributes of a detached mount, those for all below it last as runc does, attaches it, and sets its propagation.
+/// Sets the attributes of a detached mount, those for all below it last as runc does, attaches it, and sets its
+/// propagation.
 fn finish(mount: &OwnedFd, target: &OwnedFd, options: &Options) -> io::Result<()> {
     for (attributes, recursive) in [(options.attributes, false), (options.recursive, true)] {
         if attributes != MountAttributes::default() {
@@ -146,10 +147,11 @@ fn bind_mount(
     finish(&clone_mount(&source, bind == Bind::Recursive)?, &target, options)
 }
 
-/// The container's /proc is a proc file system, and nothing is mounted in it but over files that cannot grant anything: the
-/// rest is trusted by whatever sets labels and limits. An image or a volume that could put other files in the place of the
-/// kernel's would make a show of being confined (CVE-2019-16884; for other mounts than binds, CVE-2019-19921). What counts is
-/// where the target is, whichever way has led there; `of_proc`: it is a proc, or a part of one, that is to be mounted.
+/// The container's /proc is a proc file system, and nothing is mounted in it but over files that cannot grant anything:
+/// the rest is trusted by whatever sets labels and limits. An image or a volume that could put other files in the place
+/// of the kernel's would make a show of being confined (CVE-2019-16884; for other mounts than binds, CVE-2019-19921).
+/// What counts is where the target is, whichever way has led there; `of_proc`: it is a proc, or a part of one, that is
+/// to be mounted.
 pub fn check_proc(target: &OwnedFd, of_proc: bool) -> io::Result<()> {
     const FILES: &[&str] = &[
         "cpuinfo",

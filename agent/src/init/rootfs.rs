@@ -104,8 +104,9 @@ impl Rootfs {
         attach_mount(cover, place)
     }
 
-    /// Covers a file. The container's own /dev/null, if what has this name is one: whoever may change owner and mode of the file
-    /// that it covers changes that node's, and the guest's is everybody's. Otherwise the guest's, which is read-only then.
+    /// Covers a file. The container's own /dev/null, if what has this name is one: whoever may change owner and mode of
+    /// the file that it covers changes that node's, and the guest's is everybody's. Otherwise the guest's, which is
+    /// read-only then.
     fn null(&self) -> std::io::Result<OwnedFd> {
         if let Ok(own) = self.root.open_without_links(Path::new("/dev/null")) {
             let status = fstat(&own)?;

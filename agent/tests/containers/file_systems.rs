@@ -90,7 +90,8 @@ async fn what_hides_a_file_is_no_node_of_the_guests() {
     }
     let devices = guest.run_directory().join("kata-containers/devices");
     assert_eq!(fs::read_dir(devices).unwrap().count(), 0, "nodes of containers that are gone");
-    // Where there is no /dev/null of the container's, the guest's is there and cannot be changed. The mode is what it is already.
+    // Where there is no /dev/null of the container's, the guest's is there and cannot be changed. The mode is what it
+    // is already.
     let output = guest
         .shell_with("rm /dev/null; stat -c '%d %i' /proc/uptime; chmod 666 /proc/uptime; echo x > /proc/uptime; echo end", |spec| {
             without_dev(spec);

@@ -2,8 +2,8 @@
 
 use std::io::Error;
 
-/// Does something on a thread for which the kernel has no call of this name: a seccomp program (seccomp(2), bpf(4)) lets it
-/// fail with ENOSYS, and lets all others through.
+/// Does something on a thread for which the kernel has no call of this name: a seccomp program (seccomp(2), bpf(4))
+/// lets it fail with ENOSYS, and lets all others through.
 pub fn without<T: Send>(name: &str, work: impl FnOnce() -> T + Send) -> T {
     let number = match name {
         "open_tree" => libc::SYS_open_tree,

@@ -1,5 +1,5 @@
-//! The host's kernel: that it has every system call without which no container starts. Tried, not concluded from its version:
-//! some kernels have calls of later ones, and a container's seccomp profile can take away what is there.
+//! The host's kernel: that it has every system call without which no container starts. Tried, not concluded from its
+//! version: some kernels have calls of later ones, and a container's seccomp profile can take away what is there.
 
 use katana_protocol::kernel::{CALLS, Call, OLDEST};
 

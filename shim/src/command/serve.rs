@@ -119,8 +119,8 @@ async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mu
     // Nobody may find the socket and wait for a shim that goes.
     remove_socket(Path::new(&args.socket));
     if pod.is_of_sandbox_service() {
-        // A client of Go's ttrpc that finds the answer to ShutdownSandbox and the connection's end at once takes either, and
-        // containerd takes the end for a failure. It closes the connection when it has read the answer.
+        // A client of Go's ttrpc that finds the answer to ShutdownSandbox and the connection's end at once takes
+        // either, and containerd takes the end for a failure. It closes the connection when it has read the answer.
         let _ = tokio::time::timeout(FAREWELL, clients.gone()).await;
     }
     let _ = tokio::time::timeout(FAREWELL, server.shutdown()).await;

@@ -34,8 +34,8 @@ const INPUT_MAX: u64 = 10 << 20;
 enum Protocol {
     /// containerd 1.6 to 2.2: the bare address, which means task v2 over ttrpc.
     Address,
-    /// A containerd that announces task v3 in the environment, or that starts a sandbox, which none does without task v3: JSON.
-    /// (2.0 to 2.2 have task v3, yet announce v2.)
+    /// A containerd that announces task v3 in the environment, or that starts a sandbox, which none does without task
+    /// v3: JSON. (2.0 to 2.2 have task v3, yet announce v2.)
     Json,
     /// containerd 2.3 and later: protobuf.
     Protobuf,

@@ -1,5 +1,5 @@
-//! The agent in the guest, as the shim calls it. It may be in a guest's hands: this is the one place where its answers enter, and
-//! each has a time to come in and is checked here.
+//! The agent in the guest, as the shim calls it. It may be in a guest's hands: this is the one place where its answers
+//! enter, and each has a time to come in and is checked here.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -27,13 +27,14 @@ const SHORT: Duration = Duration::from_secs(20);
 /// For what the end of a container, or of a process, waits for. containerd gives 10 s to all that follows from an exit
 /// (`handleEventTimeout` of its CRI plugin).
 const TIDY: Duration = Duration::from_secs(8);
-/// For a signal. The agent lets one wait so long for a young program that has no handler yet (`GROWN` in agent/src/young.rs, 10 s), and
-/// drops what it has not done in time.
+/// For a signal. The agent lets one wait so long for a young program that has no handler yet (`GROWN` in
+/// agent/src/young.rs, 10 s), and drops what it has not done in time.
 const SIGNAL: Duration = Duration::from_secs(12);
 /// For SIGKILL, after which the machine ends.
 const KILL: Duration = Duration::from_secs(5);
-/// For looking at a container. containerd asks one after the other, so that a guest that does not answer delays what is told of
-/// the others; and as it starts it takes 5 s for a sign that a shim is of no use (`io.containerd.timeout.shim.load`).
+/// For looking at a container. containerd asks one after the other, so that a guest that does not answer delays what is
+/// told of the others; and as it starts it takes 5 s for a sign that a shim is of no use
+/// (`io.containerd.timeout.shim.load`).
 const LOOK: Duration = Duration::from_secs(3);
 /// For so long after an answer that did not come in time, nobody waits to look again.
 const NO_LOOK: Duration = Duration::from_secs(10);

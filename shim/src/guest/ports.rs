@@ -1,9 +1,9 @@
 //! The vsock ports on the host: who waits for the guest to connect to which.
 //!
-//! Any process of the guest can connect to any port, also one in a container without privileges, and the numbers are easy to
-//! guess. So whoever connects has to say the machine's key first, which only the agent has. Until then, and if it is another
-//! one, the port goes on waiting. The exceptions are ports below [`FIRST_STREAM_PORT`]: the agent connects there before it
-//! is told the key, and before there is any container.
+//! Any process of the guest can connect to any port, also one in a container without privileges, and the numbers are
+//! easy to guess. So whoever connects has to say the machine's key first, which only the agent has. Until then, and if
+//! it is another one, the port goes on waiting. The exceptions are ports below [`FIRST_STREAM_PORT`]: the agent
+//! connects there before it is told the key, and before there is any container.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -23,8 +23,8 @@ use crate::error::{Error, Result};
 const BACKLOG: usize = 32;
 /// How long a connection may take to say the key.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Connections at once that have not said the key yet. With one more, the oldest is closed: the agent, which says it at once,
-/// is among the youngest.
+/// Connections at once that have not said the key yet. With one more, the oldest is closed: the agent, which says it at
+/// once, is among the youngest.
 const MOST_STRANGERS: usize = 256;
 
 /// The ports that the guest may connect to: each once, but for those of listeners.

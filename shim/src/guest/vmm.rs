@@ -48,8 +48,8 @@ type Made = std::result::Result<(), String>;
 /// The id of a thread that was asked for, otherwise 0; or what has failed.
 type Answer = std::result::Result<i32, String>;
 
-/// Who waits for the answer to a request to attach or to add a placeholder: one at a time, as the VMM answers in the order of the requests. An
-/// answer for which nobody waits is none.
+/// Who waits for the answer to a request to attach or to add a placeholder: one at a time, as the VMM answers in the
+/// order of the requests. An answer for which nobody waits is none.
 type Asked = Arc<Mutex<Option<Waiting>>>;
 
 struct Waiting {
@@ -199,8 +199,8 @@ impl Vmm {
         self.template.clone()
     }
 
-    /// Gives a tap's queues, and each a /dev/vhost-net to serve it or none, to a network slot. The VMM serves requests in
-    /// their order, so it need not run yet.
+    /// Gives a tap's queues, and each a /dev/vhost-net to serve it or none, to a network slot. The VMM serves requests
+    /// in their order, so it need not run yet.
     pub async fn attach_net(
         &self,
         slot: u8,
@@ -252,8 +252,8 @@ impl Vmm {
         self.ask(Request::RemovePlaceholder { thread: thread.inner }, Vec::new()).await.map(drop)
     }
 
-    /// Passes descriptors on, which are closed here before the answer comes. On a task of its own: the answer is taken even
-    /// if nobody waits for it any more, so that the next one who asks does not take it for his.
+    /// Passes descriptors on, which are closed here before the answer comes. On a task of its own: the answer is taken
+    /// even if nobody waits for it any more, so that the next one who asks does not take it for his.
     async fn ask(&self, request: Request, fds: Vec<OwnedFd>) -> Result<i32> {
         let (control, turn, asked, mut ended) =
             (Arc::clone(&self.control), Arc::clone(&self.turn), Arc::clone(&self.asked), self.ended());

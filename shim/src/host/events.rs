@@ -23,8 +23,8 @@ use ttrpc::context::with_duration;
 
 /// How many events wait while containerd is away. Then the oldest are lost: State and Wait still know.
 const CAPACITY: usize = 4096;
-/// The longest event, bytes: that which fits into a message of ttrpc (4 MiB) with what is around it. A longer one would never
-/// go, nor any that stands behind it.
+/// The longest event, bytes: that which fits into a message of ttrpc (4 MiB) with what is around it. A longer one would
+/// never go, nor any that stands behind it.
 const LONGEST: u64 = (4 << 20) - 4096;
 /// How long containerd may take over one event.
 const LIMIT: Duration = Duration::from_secs(10);

@@ -46,15 +46,16 @@ pub fn enter_network(command: &mut Command, namespace: BorrowedFd<'_>) -> io::Re
 /// The soft limit on descriptors with which this process was started.
 static USUAL_LIMIT: OnceLock<rlim_t> = OnceLock::new();
 
-/// Lets this process open as many descriptors as it may. A service of systemd starts with 1024, of which a pod of a hundred
-/// containers needs more.
+/// Lets this process open as many descriptors as it may. A service of systemd starts with 1024, of which a pod of a
+/// hundred containers needs more.
 pub fn raise_limit() -> io::Result<()> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let _ = USUAL_LIMIT.set(soft);
     Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)
 }
 
-/// Gives the child the limit on descriptors from before [`raise_limit`]: programs that call select(2) can use no more than 1024.
+/// Gives the child the limit on descriptors from before [`raise_limit`]: programs that call select(2) can use no more
+/// than 1024.
 pub fn usual_limit(command: &mut Command) {
     let Some(&soft) = USUAL_LIMIT.get() else { return };
     let lower = move || {

@@ -29,8 +29,8 @@ struct FifoLogger {
     places: Mutex<Places>,
 }
 
-/// How much each place in this program has logged. Guests can cause many lines to be logged over and over; they shall neither
-/// fill the host's disk nor have lines of other places left out.
+/// How much each place in this program has logged. Guests can cause many lines to be logged over and over; they shall
+/// neither fill the host's disk nor have lines of other places left out.
 #[derive(Default)]
 struct Places(HashMap<(&'static str, u32), Sparing>);
 

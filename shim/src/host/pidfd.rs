@@ -40,8 +40,8 @@ fn start_time(stat: &str) -> Option<u64> {
     field(stat, 22)
 }
 
-/// A field by its number in proc(5), from the third on. The command's name, the second, stands in parentheses and may hold
-/// anything, so count behind the last one.
+/// A field by its number in proc(5), from the third on. The command's name, the second, stands in parentheses and may
+/// hold anything, so count behind the last one.
 fn field<T: std::str::FromStr>(stat: &str, number: usize) -> Option<T> {
     stat.rsplit_once(") ")?.1.split(' ').nth(number.checked_sub(3)?)?.parse().ok()
 }

@@ -1,5 +1,5 @@
-//! Threads beside the one that serves. Where the host has none left, that is an error like others: tokio's own pool panics, and
-//! with the shim its pod would end.
+//! Threads beside the one that serves. Where the host has none left, that is an error like others: tokio's own pool
+//! panics, and with the shim its pod would end.
 
 use std::io;
 use std::sync::mpsc::{self, Sender};

@@ -1,17 +1,18 @@
 //! What a machine may cost the host at most: limits of its cgroup there.
 //!
-//! The container's own limits hold in the guest. On the host they would be the wrong ones: the machine has a kernel and an agent
-//! besides the container, and the VMM is killed, with all that is in it, by what a container would survive. So these are the limits
-//! of a machine that does what it should not. A hostile guest has more than its own memory to spend: the host's page cache of
-//! shared files, its tmpfs, and what its kernel keeps for each file that the guest's kernel says it remembers.
+//! The container's own limits hold in the guest. On the host they would be the wrong ones: the machine has a kernel and
+//! an agent besides the container, and the VMM is killed, with all that is in it, by what a container would survive. So
+//! these are the limits of a machine that does what it should not. A hostile guest has more than its own memory to
+//! spend: the host's page cache of shared files, its tmpfs, and what its kernel keeps for each file that the guest's
+//! kernel says it remembers.
 //!
-//! Where the caller has set no limit, the machine has that of its own size with headroom, and a number of threads: who breaks out of
-//! the guest into the VMM takes neither all of the host's memory nor its pids. Not in a cgroup that somebody else has made, who may
-//! have put more into it than the VMM; and not for memory once a container has a volume in a tmpfs of the host, whose pages count here
-//! and whose size is limited where it was mounted.
+//! Where the caller has set no limit, the machine has that of its own size with headroom, and a number of threads: who
+//! breaks out of the guest into the VMM takes neither all of the host's memory nor its pids. Not in a cgroup that
+//! somebody else has made, who may have put more into it than the VMM; and not for memory once a container has a volume
+//! in a tmpfs of the host, whose pages count here and whose size is limited where it was mounted.
 //!
-//! Pods have no limits of CPUs from here, nor those of their containers: kubelet makes a cgroup for each, with the sum of the limits and
-//! the RuntimeClass' overhead.
+//! Pods have no limits of CPUs from here, nor those of their containers: kubelet makes a cgroup for each, with the sum
+//! of the limits and the RuntimeClass' overhead.
 
 use std::fs;
 use std::io;
@@ -26,10 +27,12 @@ use super::size::{Limits, Size};
 use crate::host::cgroup;
 
 const MIB: u64 = 1 << 20;
-/// The VMM, its page tables and descriptors, the template if this start makes it (it is in a tmpfs), and page cache to work with.
+/// The VMM, its page tables and descriptors, the template if this start makes it (it is in a tmpfs), and page cache to
+/// work with.
 const VMM: u64 = 256 * MIB;
-/// The host's kernel needs about one and a half times the memory for a file that is known to the guest's (inode, directory entry,
-/// open file) that the guest's needs, which counts as the container's there. The file server stops at a million files.
+/// The host's kernel needs about one and a half times the memory for a file that is known to the guest's (inode,
+/// directory entry, open file) that the guest's needs, which counts as the container's there. The file server stops at
+/// a million files.
 const FILES: (u64, u64) = (3, 2);
 const MOST_FILES: u64 = 1536 * MIB;
 /// More than is in use when a limit sinks, so that no write to it is the VMM's end.
@@ -78,7 +81,8 @@ impl Ceiling {
         ceiling
     }
 
-    /// A container comes that mounts these directories and files of the host. To be called before [`Ceiling::follow`]. Blocks.
+    /// A container comes that mounts these directories and files of the host. To be called before [`Ceiling::follow`].
+    /// Blocks.
     pub fn see<'a>(&self, mut sources: impl Iterator<Item = &'a Path>) {
         let is_tmpfs = |path: &Path| statfs(path).is_ok_and(|status| status.filesystem_type() == TMPFS_MAGIC);
         if !self.has_tmpfs.load(Ordering::Relaxed) && sources.any(is_tmpfs) {
@@ -86,8 +90,8 @@ impl Ceiling {
         }
     }
 
-    /// Follows the machine to another size. `plugged`: what it has, in MiB. It gives memory back when its guest can; the limit
-    /// sinks with it.
+    /// Follows the machine to another size. `plugged`: what it has, in MiB. It gives memory back when its guest can;
+    /// the limit sinks with it.
     pub fn follow(self: &Arc<Self>, limits: &Limits, size: Size, mut plugged: watch::Receiver<u64>) {
         let wanted = Wanted::of(self.machine, self.has_tmpfs.load(Ordering::Relaxed), limits, size);
         if !self.set(wanted) || *plugged.borrow() <= size.plugged_mib {
@@ -152,8 +156,8 @@ impl Wanted {
         }
     }
 
-    /// Whole CPUs: a machine that has to wait for the rest of a period in the middle of something is slow at all it does, and the
-    /// guest holds its container to the fraction.
+    /// Whole CPUs: a machine that has to wait for the rest of a period in the middle of something is slow at all it
+    /// does, and the guest holds its container to the fraction.
     fn cpu_max(self) -> String {
         let quota = self.cpus.map_or_else(|| "max".to_owned(), |cpus| (cpus * PERIOD).to_string());
         format!("{quota} {PERIOD}")

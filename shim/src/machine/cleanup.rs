@@ -1,5 +1,7 @@
-//! Removes what a machine has on the host: processes, network, mounts, cgroup, directories. The end of a pod and containerd's
-//! `delete` share it. It may run any number of times, and starts from what was written down, so it works after any crash.
+//! Removes what a machine has on the host: processes, network, mounts, cgroup, directories. The end of a pod and
+//! containerd's
+//! `delete` share it. It may run any number of times, and starts from what was written down, so it works after any
+//! crash.
 
 use std::fs;
 use std::io;
@@ -15,8 +17,8 @@ use crate::storage::share;
 /// How long a killed process may take to end.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
-/// Ends the VMM, disconnects the network and removes mounts, directories and the cgroup. What fails is logged, the rest is done, and
-/// what was written down stays, so that it can be tried again. Blocks.
+/// Ends the VMM, disconnects the network and removes mounts, directories and the cgroup. What fails is logged, the rest
+/// is done, and what was written down stays, so that it can be tried again. Blocks.
 pub fn remove(layout: &Layout) -> io::Result<()> {
     let state = layout.read();
     for process in state.iter().flat_map(|state| &state.vmm) {
@@ -62,7 +64,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn what_was_written_down_is_undone_and_nothing_else() {
+    fn what_was_recorded_is_removed_and_nothing_else() {
         let run = std::env::temp_dir().join(format!("katana-cleanup-{}", std::process::id()));
         let layout = Identity::new("/a", "n", "i").unwrap().layout(&run);
         remove(&layout).unwrap();

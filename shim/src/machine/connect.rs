@@ -52,8 +52,8 @@ impl Machine {
         Ok(agent)
     }
 
-    /// Takes what connects to `localhost` in a pod's network namespace. Nobody asks other clients' containers to forward
-    /// ports, and their namespace may be shared with containers outside the guest.
+    /// Takes what connects to `localhost` in a pod's network namespace. Nobody asks other clients' containers to
+    /// forward ports, and their namespace may be shared with containers outside the guest.
     pub(super) async fn loopback(&self, is_pod: bool) -> Option<Loopback> {
         if is_pod { self.network.listen_on_loopback().await } else { None }
     }

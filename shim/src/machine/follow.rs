@@ -1,6 +1,7 @@
 //! Later mounts of the host, in volumes that are to show them (propagation `rslave` or `rshared`; HostToContainer).
 //!
-//! The kernel tells when something is mounted or unmounted; nothing is looked at in intervals. See [`crate::storage::volumes`].
+//! The kernel tells when something is mounted or unmounted; nothing is looked at in intervals. See
+//! [`crate::storage::volumes`].
 
 use std::fs::File;
 use std::io;
@@ -26,7 +27,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub struct Follower(AbortHandle);
 
 impl Follower {
-    /// Begins with what has changed since the volumes were bound. `vmm` is the process in whose mount namespace the share is.
+    /// Begins with what has changed since the volumes were bound. `vmm` is the process in whose mount namespace the
+    /// share is.
     pub fn start(share: Arc<Share>, vmm: PidFd, agent: Agent) -> io::Result<Self> {
         // proc(5): the file is ready with priority when the namespace's mounts change.
         let table = File::open("/proc/self/mountinfo")?;

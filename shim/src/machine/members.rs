@@ -9,8 +9,8 @@ use crate::guest::agent::Agent;
 use crate::host::events::Publisher;
 use crate::host::rate::Rate;
 
-/// Reports of a lack of memory at once, and then in a second. An agent has one answer for each container; those beyond wait in the
-/// guest.
+/// Reports of a lack of memory at once, and then in a second. An agent has one answer for each container; those beyond
+/// wait in the guest.
 const RATE: (u32, u32) = (20, 4);
 
 /// The containers of a machine.

@@ -1,5 +1,5 @@
-//! A pod's virtual machine: launched for its first container ([`launch`]), ended after its last ([`Machine::end`]). In between it
-//! takes containers' disks, files and limits.
+//! A pod's virtual machine: launched for its first container ([`launch`]), ended after its last ([`Machine::end`]). In
+//! between it takes containers' disks, files and limits.
 //!
 //! May use [`crate::network`], [`crate::storage`] and what is below them.
 
@@ -70,8 +70,8 @@ pub struct Machine {
     /// Whether a container has been started; the pod's network is complete then.
     started: AtomicBool,
     layout: Layout,
-    /// Whether a template is made of the machine: then it stays empty until the agent is there, or the machines that are restored from
-    /// the template would have its NICs, disks and memory.
+    /// Whether a template is made of the machine: then it stays empty until the agent is there, or the machines that
+    /// are restored from the template would have its NICs, disks and memory.
     becomes_template: bool,
     agent: Receiver<Option<Result<Agent>>>,
     bounds: Bounds,
@@ -86,8 +86,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Waits until the VMM is in its jail, in whose mount namespace containers' mounts are made from now on; the answer is
-    /// its process.
+    /// Waits until the VMM is in its jail, in whose mount namespace containers' mounts are made from now on; the answer
+    /// is its process.
     pub async fn running(&self) -> Result<PidFd> {
         let process = if self.vmm.running().await { self.vmm.process() } else { None };
         match process {

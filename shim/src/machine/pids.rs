@@ -15,8 +15,8 @@ pub type Threads = BTreeMap<String, Thread>;
 const REMOVAL_LIMIT: Duration = Duration::from_secs(2);
 
 impl Machine {
-    /// The pid on the host by which clients are to know one more container of a pod, so that they can name it by that. If it
-    /// cannot have one of its own, it is the VMM's. On a task of its own: see [`Machine::attach_disks`].
+    /// The pid on the host by which clients are to know one more container of a pod, so that they can name it by that.
+    /// If it cannot have one of its own, it is the VMM's. On a task of its own: see [`Machine::attach_disks`].
     pub async fn take_pid(self: &Arc<Self>, container: &str) -> u32 {
         let (machine, container) = (Arc::clone(self), container.to_owned());
         let taken = tokio::spawn(async move {
@@ -37,8 +37,8 @@ impl Machine {
     /// A container is gone, and its pid with it. On a task of its own.
     pub async fn release_pid(self: &Arc<Self>, container: &str) {
         let mut thread = None;
-        // Without a word to who writes it down: a wrong pid of what is gone does no harm, a file that is written while the pod is
-        // removed does.
+        // Without a word to who writes it down: a wrong pid of what is gone does no harm, a file that is written while
+        // the pod is removed does.
         self.threads.send_if_modified(|threads| {
             thread = threads.remove(container);
             false

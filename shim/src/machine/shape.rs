@@ -23,15 +23,15 @@ pub fn machine(config: &Config, vcpus: u8, net_slots: u8, disk_slots: u8) -> Res
     Ok(Machine { vcpus, net_slots, disk_slots, guest_cid, ..katana_template::machine(config) })
 }
 
-/// A vsock context id that no other guest has: nothing on the host goes by it, but software in guests may take it for an
-/// identity. Those below 3 have meanings of their own, as has the last one.
+/// A vsock context id that no other guest has: nothing on the host goes by it, but software in guests may take it for
+/// an identity. Those below 3 have meanings of their own, as has the last one.
 fn guest_cid() -> Result<u32> {
     let [a, b, c, d] = crate::host::random()?;
     Ok(u32::from_le_bytes([a, b, c, d & 0x7f]).max(3))
 }
 
-/// What the VMM is given to boot from, in the order in which it expects them, the shared directory excepted. The VMM's program
-/// is looked at as well: like these it must be root's alone, and then it stays what was looked at.
+/// What the VMM is given to boot from, in the order in which it expects them, the shared directory excepted. The VMM's
+/// program is looked at as well: like these it must be root's alone, and then it stays what was looked at.
 pub fn open_files(config: &Config) -> Result<[OwnedFd; 3]> {
     open("VMM", &config.hypervisor.path)?;
     let kvm = File::options()

@@ -20,8 +20,8 @@ pub enum Start {
 }
 
 impl Start {
-    /// The best start that there is for a pod with this configuration, of this namespace, whose own machine would be this
-    /// one. That there is no template is no reason for a pod not to start, only for a line in the log.
+    /// The best start that there is for a pod with this configuration, of this namespace, whose own machine would be
+    /// this one. That there is no template is no reason for a pod not to start, only for a line in the log.
     pub fn choose(config: &Config, namespace: &str, own: &Machine) -> Self {
         let hypervisor = &config.hypervisor;
         if !config.factory.enable_template
@@ -103,8 +103,8 @@ async fn doubt(found: Found, mut word: Word) {
 
 /// Waits for the VMM's word. Without a template at its end the next start tries again.
 ///
-/// A word that comes when the guest knows a pod already is none: the agent speaks before it connects, and what a container may
-/// have had a hand in, be it by way of the VMM, is not for other pods.
+/// A word that comes when the guest knows a pod already is none: the agent speaks before it connects, and what a
+/// container may have had a hand in, be it by way of the VMM, is not for other pods.
 async fn finish(draft: Draft, mut made: Word, known: impl Future<Output = ()>) {
     let made = tokio::select! {
         // What the VMM has told is taken up in the order in which it was told.

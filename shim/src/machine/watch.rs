@@ -1,8 +1,8 @@
 //! Changes that the host makes in a pod's volumes, passed on to the guest, where programs watch for them.
 //!
-//! Watched are volumes that are read-only for the container, and those that kubelet updates (ConfigMaps, Secrets, projected
-//! volumes), by the link `..data` in them. In other volumes the containers themselves make most changes, and hear of
-//! them without this. The kernel tells; nothing is looked at in intervals.
+//! Watched are volumes that are read-only for the container, and those that kubelet updates (ConfigMaps, Secrets,
+//! projected volumes), by the link `..data` in them. In other volumes the containers themselves make most changes, and
+//! hear of them without this. The kernel tells; nothing is looked at in intervals.
 
 use std::collections::HashMap;
 use std::fs;

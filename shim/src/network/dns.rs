@@ -1,6 +1,6 @@
 //! Name servers on the loopback interface of the pod's network namespace, such as Docker's on user networks
-//! (127.0.0.11). The guest's loopback interface is another one, so the agent takes their place there and the shim passes on
-//! what it is asked.
+//! (127.0.0.11). The guest's loopback interface is another one, so the agent takes their place there and the shim
+//! passes on what it is asked.
 //!
 //! The guest reaches these servers and nothing else: addresses come from the file that the client gave the container.
 
@@ -46,8 +46,8 @@ pub fn servers_of(spec: &Spec) -> Vec<Ipv4Addr> {
     loopback_servers(&text)
 }
 
-/// Reads a file that a container's author has named. It may be anything: a FIFO or a device is not waited for, as all of the pod
-/// would wait.
+/// Reads a file that a container's author has named. It may be anything: a FIFO or a device is not waited for, as all
+/// of the pod would wait.
 fn read_file(path: &Path) -> io::Result<String> {
     // To open a device, or a FIFO, is to do something already.
     let found = File::options().read(true).custom_flags(libc::O_PATH).open(path)?;

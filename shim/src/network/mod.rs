@@ -124,8 +124,8 @@ impl Network {
         }
     }
 
-    /// Takes what connects to `localhost` in the namespace, as port forwarding does. That it cannot is no reason for a pod
-    /// not to run.
+    /// Takes what connects to `localhost` in the namespace, as port forwarding does. That it cannot is no reason for a
+    /// pod not to run.
     pub async fn listen_on_loopback(&self) -> Option<Loopback> {
         let listening = Loopback::listen(Arc::clone(&self.namespace)).await;
         listening.inspect_err(|e| log::warn!("ports of this pod cannot be forwarded: {e}")).ok()

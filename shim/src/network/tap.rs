@@ -47,9 +47,9 @@ const DNS_PORT: u16 = 53;
 /// The lowest of the ports whose four highest bits are set.
 const NAME_SERVER_PORTS: u16 = 0xf000;
 
-/// Makes the tap for a slot and connects it to an interface, in the network namespace of the calling thread. The answer is
-/// its queues, one for each pair of the NIC's. With a name server in that namespace, the answers that the server waits for do
-/// not go to the guest.
+/// Makes the tap for a slot and connects it to an interface, in the network namespace of the calling thread. The answer
+/// is its queues, one for each pair of the NIC's. With a name server in that namespace, the answers that the server
+/// waits for do not go to the guest.
 pub fn connect(interface: &Interface, slot: u8, pairs: u8, name_server: bool) -> Result<Vec<OwnedFd>> {
     let name = format!("tap{slot}_kata");
     let refused = |what: &str, e: &netlink::Error| Error::Host(format!("{what}: {e}"));

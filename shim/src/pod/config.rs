@@ -16,8 +16,8 @@ use crate::spec::{Linux, Mount, Namespace, Spec};
 
 /// What containerd puts into `options`.
 const CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
-/// What the CRI plugins themselves say in annotations, of which a pod's author has no say: what a container is in its pod, and
-/// what its limits are.
+/// What the CRI plugins themselves say in annotations, of which a pod's author has no say: what a container is in its
+/// pod, and what its limits are.
 const OF_ENGINE: &str = "io.kubernetes.cri";
 /// As containerd's own sandboxer has it, for pods that ask for nothing else.
 const SHARED_MEMORY_BYTES: u64 = 64 << 20;
@@ -37,8 +37,8 @@ pub struct PodConfig {
     contents: [(&'static str, Vec<u8>); 3],
 }
 
-/// The files that all containers of a pod see, and the shared memory. containerd's own sandboxer makes them on the host;
-/// where the shim is the sandbox, it is the shim's part.
+/// The files that all containers of a pod see, and the shared memory. containerd's own sandboxer makes them on the
+/// host; where the shim is the sandbox, it is the shim's part.
 #[derive(Debug, Clone)]
 pub struct PodFiles {
     directory: PathBuf,
@@ -78,7 +78,8 @@ impl PodConfig {
 }
 
 impl PodFiles {
-    /// The shared memory as [`crate::machine::Launch`] wants it. The path is only a name for it: there is nothing on the host.
+    /// The shared memory as [`crate::machine::Launch`] wants it. The path is only a name for it: there is nothing on
+    /// the host.
     pub fn shared_memory(&self) -> (PathBuf, u64) {
         (self.directory.join("shm"), SHARED_MEMORY_BYTES)
     }

@@ -215,8 +215,8 @@ impl Container {
         });
     }
 
-    /// Ends the machine of a container that is alone in it as soon as that has ended: it takes the kernel a while, meanwhile
-    /// containerd asks for the Delete.
+    /// Ends the machine of a container that is alone in it as soon as that has ended: it takes the kernel a while,
+    /// meanwhile containerd asks for the Delete.
     pub async fn end_alone(self: Arc<Self>) {
         let exit = self.init.wait().await;
         log::debug!("timeline: container ended");
@@ -469,8 +469,8 @@ impl Container {
                 }
                 Ok(processes)
             }
-            // What is known without asking: a containerd that starts takes a shim that answers with nothing for a useless one,
-            // and ends it.
+            // What is known without asking: a containerd that starts takes a shim that answers with nothing for a
+            // useless one, and ends it.
             Err(Error::DeadlineExceeded(why)) => {
                 log::warn!("{why}");
                 let running = execs.iter().chain([&self.init]).filter(|process| process.exit().is_none());

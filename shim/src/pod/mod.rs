@@ -282,7 +282,8 @@ impl Pod {
         limits.total()
     }
 
-    /// Update: of a container's limits, and of the machine, which is large enough for the old and the new ones meanwhile.
+    /// Update: of a container's limits, and of the machine, which is large enough for the old and the new ones
+    /// meanwhile.
     pub async fn update(&self, id: &str, resources: Map<String, Value>) -> Result<()> {
         let container = self.container(id)?;
         let mut limits = self.limits.lock().await;
@@ -355,8 +356,8 @@ impl Pod {
         let Some(pid) = spec.joined_pid() else { return Ok(None) };
         let containers = self.containers();
         let others = containers.iter().filter(|(id, _)| **id != self.identity.sandbox);
-        // The VMM's is that of the sandbox container, in whose namespace no container has one of its own, and of those for which
-        // there was no other.
+        // The VMM's is that of the sandbox container, in whose namespace no container has one of its own, and of those
+        // for which there was no other.
         let named = |container: &&Arc<Container>| {
             let means_it = pid != vmm || container.spec.owns_pid_namespace();
             container.pid == pid && means_it && container.init.exit().is_none()
@@ -422,8 +423,8 @@ impl Pod {
         }
     }
 
-    /// Shutdown: the shim ends, unless there are containers. For the sandbox of a pod of the Sandbox service, containerd says
-    /// so when it does not know the pod any more.
+    /// Shutdown: the shim ends, unless there are containers. For the sandbox of a pod of the Sandbox service,
+    /// containerd says so when it does not know the pod any more.
     pub async fn shut_down(&self, id: &str) {
         if self.sandboxed.get().is_some() && id == self.id() {
             self.shut_down_with_all().await;

@@ -1,14 +1,17 @@
-//! Namespaces of the host that a specification asks for. A virtual machine has none of them: what asks for one is refused, or, if
-//! the configuration says so (`host_namespaces`), gets the machine's own in its place.
+//! Namespaces of the host that a specification asks for. A virtual machine has none of them: what asks for one is
+//! refused, or, if the configuration says so (`host_namespaces`), gets the machine's own in its place.
 //!
-//! A specification asks for the host's namespace of a kind when it does not list the kind (runtime-spec, config-linux.md,
-//! "Namespaces"), or by a path. What clients do in the ordinary case, listed or not, has to go on working:
+//! A specification asks for the host's namespace of a kind when it does not list the kind (runtime-spec,
+//! config-linux.md, "Namespaces"), or by a path. What clients do in the ordinary case, listed or not, has to go on
+//! working:
 //!
 //! | kind | ordinary | the host's |
 //! |---|---|---|
-//! | pid, ipc, uts | new, or by the path of one of the pod's processes | not listed, as for hostPID or `--pid host`, or by a path |
+//! | pid, ipc, uts | new, or by the path of one of the pod's processes | not listed, as for hostPID or `--pid host`, or
+//! by a path |
 //! | mount | new | not listed |
-//! | cgroup | new, or not listed: privileged pods, `ctr run`, Docker with cgroup v1 | cannot be told from that; see [`crate::spec::Spec::for_guest`] |
+//! | cgroup | new, or not listed: privileged pods, `ctr run`, Docker with cgroup v1 | cannot be told from that; see
+//! [`crate::spec::Spec::for_guest`] |
 //! | user, time | not listed, or new | not listed: it says nothing |
 //! | network | by a path, or new | see [`crate::network`] |
 
@@ -49,8 +52,8 @@ pub struct Known<'a> {
 pub struct Asked(Vec<&'static Kind>);
 
 impl Asked {
-    /// Finds them, and takes them out of the specification where they are named: then the guest has its own. A namespace of
-    /// somebody else's is an error.
+    /// Finds them, and takes them out of the specification where they are named: then the guest has its own. A
+    /// namespace of somebody else's is an error.
     pub fn take(spec: &mut Spec, known: &Known<'_>) -> Result<Self> {
         let is_sandbox = spec.is_sandbox();
         let linux = spec.linux.get_or_insert_default();

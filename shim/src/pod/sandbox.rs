@@ -165,8 +165,8 @@ impl PodSandbox {
         Ok(total)
     }
 
-    /// What SandboxStatus tells those who ask for more. containerd passes on, as `crictl inspectp` shows it, what its own
-    /// sandboxer has names for; the rest is for who asks the shim itself.
+    /// What SandboxStatus tells those who ask for more. containerd passes on, as `crictl inspectp` shows it, what its
+    /// own sandboxer has names for; the rest is for who asks the shim itself.
     pub async fn details(&self) -> HashMap<String, String> {
         let (shim, bundle) = (std::process::id(), std::env::current_dir().unwrap_or_default());
         let holder = self.holder();

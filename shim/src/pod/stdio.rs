@@ -23,8 +23,8 @@ use crate::guest::ports::{self, Waiter};
 
 /// After the end of a process, a client that takes nothing for this long does not get the rest of its output.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Nor does one that takes, or a guest that gives, so little at a time that it is not done after this. What is on its way when a
-/// process ends are the buffers in between: less than a MiB.
+/// Nor does one that takes, or a guest that gives, so little at a time that it is not done after this. What is on its
+/// way when a process ends are the buffers in between: less than a MiB.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
 /// Where containerd wants the streams, as in its requests.
@@ -124,7 +124,8 @@ impl Streams {
     /// The agent says that the process is there: ends when its streams are, too.
     ///
     /// # Errors
-    /// [`Error::Host`] when there is no descriptor for one, [`Error::DeadlineExceeded`] when the agent has not connected one.
+    /// [`Error::Host`] when there is no descriptor for one, [`Error::DeadlineExceeded`] when the agent has not
+    /// connected one.
     pub async fn connected(&mut self) -> Result<()> {
         for connected in self.connections.drain(..) {
             match tokio::time::timeout(PATIENCE, connected).await {

@@ -42,7 +42,8 @@ pub struct Wanted {
     pub read_only: bool,
     /// What for.
     pub purpose: Purpose,
-    /// The device that the container's rules were asked about, if the path is the container's to choose: it may lead elsewhere by now.
+    /// The device that the container's rules were asked about, if the path is the container's to choose: it may lead
+    /// elsewhere by now.
     pub checked: Option<(i64, i64)>,
 }
 
@@ -75,7 +76,8 @@ pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer]) -> Result<Vec<W
     }
     for (number, (mount, source)) in spec.mounts.iter().zip(sources).enumerate() {
         if let Source::BlockDevice(path) = source {
-            // Whoever may name the node has not been given the device: with runc its node is there and cannot be opened.
+            // Whoever may name the node has not been given the device: with runc its node is there and cannot be
+            // opened.
             let node = fs::metadata(path).map_err(|e| Error::io(path.display(), &e))?;
             let (major, minor) = numbers(&node).ok_or_else(|| is_another(path))?;
             if !rules.allow(major, minor, 'r') {
@@ -95,8 +97,8 @@ pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer]) -> Result<Vec<W
     Ok(wanted)
 }
 
-/// A root that is one file system on a device or in an image. More than one mount, overlays, and what the guest's kernel does
-/// not know are mounted on the host.
+/// A root that is one file system on a device or in an image. More than one mount, overlays, and what the guest's
+/// kernel does not know are mounted on the host.
 fn root(layers: &[Layer]) -> Option<Wanted> {
     let [layer] = layers else { return None };
     let mountable = GUEST_FILE_SYSTEMS.contains(&layer.kind.as_str()) && layer.target.is_empty();
@@ -235,7 +237,8 @@ impl Slots {
         Self { slots: (0..count).map(|_| None).collect(), taken: HashMap::new() }
     }
 
-    /// Takes a slot for a container. A disk that another one has is shared with it, so that both see what either writes;
+    /// Takes a slot for a container. A disk that another one has is shared with it, so that both see what either
+    /// writes;
     /// `None` when all slots are in use.
     pub fn take(&mut self, container: &str, disk: &Opened) -> Option<Place> {
         let fits = |used: &Use| used.identity == disk.identity && (disk.read_only || !used.read_only);

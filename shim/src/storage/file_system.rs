@@ -180,8 +180,8 @@ fn mount_and_take(
     copy
 }
 
-/// An image of many layers has more lower directories than one option holds. Their common parent is taken as the working
-/// directory then, and they become relative, as containerd does it.
+/// An image of many layers has more lower directories than one option holds. Their common parent is taken as the
+/// working directory then, and they become relative, as containerd does it.
 fn shorten(kind: &str, data: &[String]) -> (Option<PathBuf>, Vec<String>) {
     let lower = data.iter().find_map(|option| option.strip_prefix("lowerdir=")).unwrap_or_default();
     if kind != "overlay" || lower.len() <= VALUE_MAX {

@@ -1,8 +1,9 @@
 //! Files of the host that the VMM keeps open while a guest runs: disks, taps, /dev/vhost-net.
 //!
-//! With a descriptor comes more than what it was opened for. The VMM is root in a user namespace in which every id is itself, so a file that root
-//! owns is its own: by `fchmod` it could change a device node of the host, and by /proc/self/fd open a disk for writing that it has for
-//! reading. Both are up to the mount by which a file was opened. So these are opened by mounts of their own.
+//! With a descriptor comes more than what it was opened for. The VMM is root in a user namespace in which every id is
+//! itself, so a file that root owns is its own: by `fchmod` it could change a device node of the host, and by
+//! /proc/self/fd open a disk for writing that it has for reading. Both are up to the mount by which a file was opened.
+//! So these are opened by mounts of their own.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -11,7 +12,8 @@ use std::path::Path;
 
 use super::mounts::{Detached, path_of_fd};
 
-/// Opens a file, or a device that may be written to if the options say so, such that the descriptor is good for its contents only. Blocks.
+/// Opens a file, or a device that may be written to if the options say so, such that the descriptor is good for its
+/// contents only. Blocks.
 pub fn open(path: &Path, options: &OpenOptions) -> io::Result<File> {
     let mount = match Detached::copy(path, false) {
         // An unbindable mount.

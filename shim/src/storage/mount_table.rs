@@ -87,8 +87,8 @@ pub struct Sight<'a> {
     pub all: &'a [Mounted],
 }
 
-/// Whether two places show the same if they are the same directory or file: mounts with the same flags, and below them the
-/// same mounts. Whether they are read-only counts if `exactly`.
+/// Whether two places show the same if they are the same directory or file: mounts with the same flags, and below them
+/// the same mounts. Whether they are read-only counts if `exactly`.
 pub fn look_alike(one: Sight<'_>, other: Sight<'_>, exactly: bool) -> bool {
     let look = |Sight { place, all }| {
         let flags = |mounted: &Mounted| match mounted.flags.strip_prefix("ro").filter(|_| !exactly) {

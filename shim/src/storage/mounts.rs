@@ -1,12 +1,14 @@
 //! Mounts: the few system calls.
 //!
-//! What the guest sees is mounted in the VMM's mount namespace only. In the host's it would keep directories busy that others
-//! want to remove, and a copy of what is mounted there would be one more for everybody. So each mount is made without a place,
-//! in the host's namespace, where its source is; then a thread that goes into the VMM's namespace gives it its place.
+//! What the guest sees is mounted in the VMM's mount namespace only. In the host's it would keep directories busy that
+//! others want to remove, and a copy of what is mounted there would be one more for everybody. So each mount is made
+//! without a place, in the host's namespace, where its source is; then a thread that goes into the VMM's namespace
+//! gives it its place.
 //!
-//! Whatever the source is like, nothing can be executed there with somebody else's rights, and no device can be opened: it is the guest's kernel that
-//! does so, when a container opens a device node or executes a set-user-ID file that it finds there. To it these are flags of the host's
-//! mount all the same, so it is told of those that the source has itself ([`Hardened`]).
+//! Whatever the source is like, nothing can be executed there with somebody else's rights, and no device can be opened:
+//! it is the guest's kernel that does so, when a container opens a device node or executes a set-user-ID file that it
+//! finds there. To it these are flags of the host's mount all the same, so it is told of those that the source has
+//! itself ([`Hardened`]).
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -60,8 +62,8 @@ pub fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A mount that is attached nowhere yet. It is gone with its last descriptor unless it gets a place. Its flags are set before
-/// anybody can see it.
+/// A mount that is attached nowhere yet. It is gone with its last descriptor unless it gets a place. Its flags are set
+/// before anybody can see it.
 #[derive(Debug)]
 pub struct Detached(OwnedFd);
 
@@ -94,7 +96,8 @@ impl Detached {
         owned(copy).map(Self).map_err(|e| kernel::OPEN_TREE.explain(e))
     }
 
-    /// A copy of `source` for a container. Mounts that the host makes below it later appear if it `follows`; none goes back.
+    /// A copy of `source` for a container. Mounts that the host makes below it later appear if it `follows`; none goes
+    /// back.
     pub fn bound(source: &Path, recursive: bool, follows: bool, access: Access) -> io::Result<Self> {
         let tree = Self::copy(source, recursive)?;
         tree.set(0, 0, if follows { libc::MS_SLAVE } else { libc::MS_PRIVATE }, recursive)?;
@@ -142,13 +145,14 @@ impl Detached {
 /// What every mount for a VMM is.
 const HARDENED: [(&str, FsFlags); 2] = [("nosuid", FsFlags::ST_NOSUID), ("nodev", FsFlags::ST_NODEV)];
 
-/// The flags that mounts of a namespace have beyond those of the host's mounts that they are copies of, by their places.
+/// The flags that mounts of a namespace have beyond those of the host's mounts that they are copies of, by their
+/// places.
 #[derive(Debug, Default)]
 pub struct Hardened(Mutex<BTreeMap<PathBuf, Vec<&'static str>>>);
 
 impl Hardened {
-    /// Hardens a mount that is to get this place, with all that is mounted in it. Whether it is `nosuid` and `nodev` as it is, the
-    /// mount of the host tells that it is a copy of, or its file system, which may have to answer.
+    /// Hardens a mount that is to get this place, with all that is mounted in it. Whether it is `nosuid` and `nodev` as
+    /// it is, the mount of the host tells that it is a copy of, or its file system, which may have to answer.
     fn harden(&self, place: &Path, mount: &Detached, original: Option<&Mounted>) -> io::Result<()> {
         let had = match original {
             Some(original) => original.restrictions(),
@@ -236,8 +240,8 @@ impl<'a> Place<'a> {
         Self { namespace, root, hardened, steps: Vec::new(), trees: Vec::new(), piecewise: false }
     }
 
-    /// The same, for a second attempt after the kernel has refused a tree with ELOOP: a mount namespace takes none in which there
-    /// is a file that stands for an older mount namespace (`check_for_nsfs_mounts` in fs/namespace.c).
+    /// The same, for a second attempt after the kernel has refused a tree with ELOOP: a mount namespace takes none in
+    /// which there is a file that stands for an older mount namespace (`check_for_nsfs_mounts` in fs/namespace.c).
     pub fn piecewise(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>, hardened: &'a Hardened) -> Self {
         Self { piecewise: true, ..Self::new(namespace, root, hardened) }
     }
@@ -292,11 +296,12 @@ impl<'a> Place<'a> {
         self.steps.push(Step::Unmount(place));
     }
 
-    /// Does all that is to be done. The answer is what is mounted in the namespace then, as the host's mounts are. Blocks.
+    /// Does all that is to be done. The answer is what is mounted in the namespace then, as the host's mounts are.
+    /// Blocks.
     pub fn settle(&mut self) -> io::Result<Vec<Mounted>> {
         let steps = std::mem::take(&mut self.steps);
-        // Whoever has entered a mount namespace has its root and working directory, which threads otherwise share. This one
-        // ends.
+        // Whoever has entered a mount namespace has its root and working directory, which threads otherwise share. This
+        // one ends.
         let work = || {
             let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
             let thread = openat(AT_FDCWD, "/proc/thread-self", flags, Mode::empty())?;

@@ -34,8 +34,9 @@ impl From<&Mount> for Layer {
     }
 }
 
-/// What makes up a root, to be mounted on `target` of the share: the snapshotter's mounts one after the other, or without any
-/// the directory that the specification names. `point` is the empty directory of the host that is there. Blocks.
+/// What makes up a root, to be mounted on `target` of the share: the snapshotter's mounts one after the other, or
+/// without any the directory that the specification names. `point` is the empty directory of the host that is there.
+/// Blocks.
 pub fn mount(
     layers: &[Layer],
     bundle: &Path,

@@ -1,8 +1,8 @@
 //! The directory that the guest sees: each container's root, and the volumes.
 //!
-//! On the host it holds nothing but empty directories and files. The VMM gets a read-only mount of it as its root, and what the
-//! guest is to see is mounted on them in the VMM's mount namespace only: see [`crate::storage::mounts`]. Only what is mounted there is
-//! writable, so nothing can be turned into a link that leads the shim's next mount elsewhere.
+//! On the host it holds nothing but empty directories and files. The VMM gets a read-only mount of it as its root, and
+//! what the guest is to see is mounted on them in the VMM's mount namespace only: see [`crate::storage::mounts`]. Only
+//! what is mounted there is writable, so nothing can be turned into a link that leads the shim's next mount elsewhere.
 
 use std::fs;
 use std::io;
@@ -33,11 +33,11 @@ pub struct Share {
 /// What was mounted for a container.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Added {
-    /// The new volumes, relative to the share, in which the host's changes are to raise events: those that only the host
-    /// changes, and those that kubelet updates.
+    /// The new volumes, relative to the share, in which the host's changes are to raise events: those that only the
+    /// host changes, and those that kubelet updates.
     pub watched: Vec<PathBuf>,
-    /// What is mounted below the container's root and volumes, and those of these that restrict what can be done with their
-    /// files, by paths relative to the share, outer ones first.
+    /// What is mounted below the container's root and volumes, and those of these that restrict what can be done with
+    /// their files, by paths relative to the share, outer ones first.
     pub mounts: Vec<Mounted>,
     /// Whether there are volumes in which later mounts of the host are to appear: see [`Share::follow`].
     pub follows: bool,
@@ -68,8 +68,8 @@ impl Share {
         Arc::clone(&self.root)
     }
 
-    /// Mounts a container's root, unless that is on a disk, and its bind mounts, whose sources become volumes, in the mount
-    /// namespace of the VMM: its process as a pidfd, or the namespace itself. On failure nothing is left. Blocks.
+    /// Mounts a container's root, unless that is on a disk, and its bind mounts, whose sources become volumes, in the
+    /// mount namespace of the VMM: its process as a pidfd, or the namespace itself. On failure nothing is left. Blocks.
     pub fn add(
         &self,
         id: &str,
@@ -178,7 +178,8 @@ impl Share {
         removed.await.inspect_err(|e| log::error!("{e}")).unwrap_or_default()
     }
 
-    /// Removes a container's mounts and directories. The answer is the volumes that are gone, relative to the share. Blocks.
+    /// Removes a container's mounts and directories. The answer is the volumes that are gone, relative to the share.
+    /// Blocks.
     pub fn remove(&self, id: &str) -> Vec<PathBuf> {
         if let Err(e) = remove_root(&self.path, id) {
             log::error!("remove {}: {e}", self.path.join(id).display());
@@ -241,7 +242,8 @@ fn settle(
     Ok(Added { watched, mounts, follows: false })
 }
 
-/// Removes a container's directories. What is mounted on them in the VMM's namespace is unmounted by that, as for volumes.
+/// Removes a container's directories. What is mounted on them in the VMM's namespace is unmounted by that, as for
+/// volumes.
 fn remove_root(path: &Path, id: &str) -> io::Result<()> {
     let point = path.join(id).join("rootfs");
     for directory in [&point, &path.join(id)] {

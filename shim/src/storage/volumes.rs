@@ -1,12 +1,13 @@
 //! The files and directories of the host that a pod's containers mount, each bound below the share once.
 //!
-//! What is bound twice is two file systems to the guest: what changes by the one shows in the other when its caches have
-//! expired, and a lock in the one is none in the other. Containers that mount the same directory, as a program and its
-//! sidecar do, would notice.
+//! What is bound twice is two file systems to the guest: what changes by the one shows in the other when its caches
+//! have expired, and a lock in the one is none in the other. Containers that mount the same directory, as a program and
+//! its sidecar do, would notice.
 //!
-//! Volumes that show later mounts of the host get them from the shim ([`Volumes::follow`]). By propagation in the kernel they
-//! would come by themselves, but could not go: the file server holds descriptors of what the guest remembers, and a file system
-//! with a busy copy in another namespace is busy for the host's umount(2) (`propagate_mount_busy` in fs/pnode.c).
+//! Volumes that show later mounts of the host get them from the shim ([`Volumes::follow`]). By propagation in the
+//! kernel they would come by themselves, but could not go: the file server holds descriptors of what the guest
+//! remembers, and a file system with a busy copy in another namespace is busy for the host's umount(2)
+//! (`propagate_mount_busy` in fs/pnode.c).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -94,8 +95,8 @@ pub struct Bound {
 }
 
 impl Volumes {
-    /// Binds the `source` of a container's mount to a place of its own, or finds it bound already. `point` and `target` are
-    /// the same directory, the first on the host and the second in the share. Blocks.
+    /// Binds the `source` of a container's mount to a place of its own, or finds it bound already. `point` and `target`
+    /// are the same directory, the first on the host and the second in the share. Blocks.
     pub fn bind(
         &mut self,
         id: &str,
@@ -152,8 +153,8 @@ impl Volumes {
         Ok(Bound { number, new: true, read_only: !access.lets_write() })
     }
 
-    /// A volume that shows what binding `source` anew would show. Where the pod can write anyway, the guest is trusted to keep
-    /// a mount read-only.
+    /// A volume that shows what binding `source` anew would show. Where the pod can write anyway, the guest is trusted
+    /// to keep a mount read-only.
     fn find(
         &mut self,
         manner: &Manner,
@@ -186,7 +187,8 @@ impl Volumes {
         self.bound.iter().any(|volume| volume.followed.is_some())
     }
 
-    /// Makes the volumes that follow the host have the mounts that it has now. `target` is their directory in the share.
+    /// Makes the volumes that follow the host have the mounts that it has now. `target` is their directory in the
+    /// share.
     pub fn follow(&mut self, host: &[Mounted], target: &Path, place: &mut Place<'_>) -> Changes {
         let mut changes = Changes::default();
         for Volume { number, followed, access, .. } in &mut self.bound {
@@ -238,8 +240,9 @@ impl Volumes {
     }
 }
 
-/// Removes an empty directory or a file. What is mounted on it in the VMM's mount namespace is unmounted by that, with all
-/// below: the kernel does so where somebody removes a mount point of other namespaces than his own (since Linux 3.18).
+/// Removes an empty directory or a file. What is mounted on it in the VMM's mount namespace is unmounted by that, with
+/// all below: the kernel does so where somebody removes a mount point of other namespaces than his own (since Linux
+/// 3.18).
 fn remove_point(point: &Path) {
     if let Err(e) = fs::remove_dir(point).or_else(|_| fs::remove_file(point)) {
         log::error!("remove {}: {e}", point.display());
@@ -253,9 +256,9 @@ fn follows(options: &[String]) -> bool {
     !options.iter().any(private)
 }
 
-/// Read-only on the host as well: the guest's word is not enough. Of the options for the mount itself the last one counts, and
-/// of those for all below; the latter are applied later, as runc does. All other options are for the container's processes, and
-/// the guest's to apply.
+/// Read-only on the host as well: the guest's word is not enough. Of the options for the mount itself the last one
+/// counts, and of those for all below; the latter are applied later, as runc does. All other options are for the
+/// container's processes, and the guest's to apply.
 pub fn access(options: &[String]) -> Access {
     let last = |names: [&str; 2]| {
         let found = options.iter().rev().find(|option| names.contains(&option.as_str()));

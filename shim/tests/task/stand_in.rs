@@ -83,8 +83,8 @@ fn stand_in() {
     fs::remove_dir_all(directory).unwrap();
 }
 
-/// Passes connections on, and gives threads away that do nothing, until the shim is gone. The connection to the port `lost` comes
-/// as to a shim that may have no more descriptors.
+/// Passes connections on, and gives threads away that do nothing, until the shim is gone. The connection to the port
+/// `lost` comes as to a shim that may have no more descriptors.
 fn forward(
     control: BorrowedFd<'_>,
     listeners: &HashMap<u32, UnixListener>,
@@ -142,7 +142,8 @@ fn placeholder() -> (i32, Sender<()>) {
     (told.recv().unwrap(), end)
 }
 
-/// Makes this process's mount namespace, which [`script`] has made, look like a guest's, with the share where a guest has it.
+/// Makes this process's mount namespace, which [`script`] has made, look like a guest's, with the share where a guest
+/// has it.
 fn make_guest_of_namespace(directory: &Path, share: &OwnedFd) {
     let none = None::<&str>;
     let run = directory.join("run");

@@ -24,8 +24,8 @@ fn fifo(containerd: &Containerd, name: &str) -> (PathBuf, String) {
     (path, text)
 }
 
-/// What a client reads from a FIFO up to its end. As containerd does, it opens the FIFO before the shim can: a process that
-/// has ended by then would leave a FIFO without a writer, whose opening waits for ever.
+/// What a client reads from a FIFO up to its end. As containerd does, it opens the FIFO before the shim can: a process
+/// that has ended by then would leave a FIFO without a writer, whose opening waits for ever.
 fn reader(path: PathBuf) -> thread::JoinHandle<Vec<u8>> {
     let mut fifo = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).unwrap();
     thread::spawn(move || {

@@ -1,6 +1,7 @@
 //! Pods as kubelet makes them: through containerd's Container Runtime Interface.
 //!
-//! Requests are written as JSON with the interface's names, as in the files of `crictl`, over what kubelet always sends.
+//! Requests are written as JSON with the interface's names, as in the files of `crictl`, over what kubelet always
+//! sends.
 
 mod container;
 mod grpc;

@@ -22,7 +22,8 @@ pub fn shared_pod(handler: &str) -> Arc<Pod> {
     }
     static REGISTER: Once = Once::new();
     // Statics are not dropped.
-    // SAFETY: the function is safe to call at exit: it takes a lock that nobody holds for long, and talks to containerd.
+    // SAFETY: the function is safe to call at exit: it takes a lock that nobody holds for long, and talks to
+    // containerd.
     REGISTER.call_once(|| unsafe {
         libc::atexit(remove_all);
     });

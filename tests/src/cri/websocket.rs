@@ -1,4 +1,5 @@
-//! WebSockets (RFC 6455) with Kubernetes' subprotocol v4.channel.k8s.io: each message begins with the number of its channel.
+//! WebSockets (RFC 6455) with Kubernetes' subprotocol v4.channel.k8s.io: each message begins with the number of its
+//! channel.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;

@@ -23,8 +23,8 @@ fn container() -> &'static Container {
     })
 }
 
-/// What each of them does: it is ready, waits until all are, and ends with a code of its own. Whoever opens a FIFO waits
-/// for somebody at its other end.
+/// What each of them does: it is ready, waits until all are, and ends with a code of its own. Whoever opens a FIFO
+/// waits for somebody at its other end.
 fn wait_with_others(number: usize) -> [String; 3] {
     let script = format!("echo out {number}; echo err {number} >&2; read word < /tmp/all; exit {number}");
     ["sh".to_owned(), "-c".to_owned(), script]

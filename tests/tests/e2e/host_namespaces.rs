@@ -93,7 +93,8 @@ fn docker_is_told_what_a_machine_cannot_share() {
         assert_ne!(output.code, 0, "{option}: {output}");
         output.expect_error_line(&[&format!("the host's {kind} namespace"), option, "host_namespaces"]);
     }
-    // Docker's own defaults for daemons and kernels of some kinds, and what privileged containers have: they mean the machine's.
+    // Docker's own defaults for daemons and kernels of some kinds, and what privileged containers have: they mean the
+    // machine's.
     for option in [
         "--cgroupns host",
         "--cgroupns private",

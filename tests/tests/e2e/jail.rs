@@ -26,7 +26,8 @@ const NOWHERE: [&str; 6] = [
 
 /// A descriptor of a process.
 struct Descriptor {
-    /// The magic link: what is done by this path is done to what the descriptor stands for, by the mount that it was opened by.
+    /// The magic link: what is done by this path is done to what the descriptor stands for, by the mount that it was
+    /// opened by.
     path: PathBuf,
     target: String,
     mount: String,
@@ -75,8 +76,8 @@ fn identity(path: &Path) -> (u64, u64) {
     (status.dev(), status.ino())
 }
 
-/// Of each descriptor: nothing but a tap is of the host; `..` leads to the share's root and no further; and what is of the host cannot
-/// be opened anew or changed.
+/// Of each descriptor: nothing but a tap is of the host; `..` leads to the share's root and no further; and what is of
+/// the host cannot be opened anew or changed.
 #[test]
 fn a_vmm_holds_nothing_that_leads_to_the_host() {
     let _turn = shared();

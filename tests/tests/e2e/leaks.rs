@@ -64,8 +64,8 @@ fn death_during_the_start_leaves_nothing_behind() {
                 nix::sys::signal::Signal::SIGKILL,
             );
         }
-        // Until containerd has answered, a container can be deleted whose task comes a moment later: with every runtime,
-        // that task has no container by which `ctr` could find it.
+        // Until containerd has answered, a container can be deleted whose task comes a moment later: with every
+        // runtime, that task has no container by which `ctr` could find it.
         let container = katana_tests::Container::adopt(&id);
         if victims.is_empty() {
             container.wait_for_task();

@@ -1,7 +1,7 @@
 //! Katana from the outside: real containers under a real containerd, driven by `ctr`.
 //!
-//! Run it as root below `tests/with-containerd`. `KATANA_RUNTIME=io.containerd.runc.v2` runs the same tests against runc:
-//! a case that runc fails is a wrong case. `KATANA_SOAK=1` makes the tests longer. The ignored tests are those of
+//! Run it as root below `tests/with-containerd`. `KATANA_RUNTIME=io.containerd.runc.v2` runs the same tests against
+//! runc: a case that runc fails is a wrong case. `KATANA_SOAK=1` makes the tests longer. The ignored tests are those of
 //! [`guest`]: other tests run this same program inside a container for them.
 
 mod coexist;

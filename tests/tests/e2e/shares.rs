@@ -42,8 +42,8 @@ fn for_user(permissions: u16) -> Vec<u8> {
     ])
 }
 
-/// The same as in `guest::acls`, but set by the host, of a file by two names: rights end no later than attributes, also for
-/// the name that was not opened.
+/// The same as in `guest::acls`, but set by the host, of a file by two names: rights end no later than attributes, also
+/// for the name that was not opened.
 #[test]
 fn rights_that_the_host_takes_away_are_gone() {
     let _turn = shared();

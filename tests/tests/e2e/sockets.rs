@@ -16,8 +16,8 @@ use nix::sys::socket::{Shutdown, getsockopt, shutdown, sockopt};
 
 use crate::guest;
 
-/// A server on the host. It sends what it gets back, after the numbers of the user and the group that have connected. Ended
-/// when this is dropped.
+/// A server on the host. It sends what it gets back, after the numbers of the user and the group that have connected.
+/// Ended when this is dropped.
 pub struct Server {
     pub path: PathBuf,
     listener: Arc<UnixListener>,

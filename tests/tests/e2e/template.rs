@@ -1,4 +1,5 @@
-//! Machines are restored from a template: what they must not have in common, and what becomes of a template that is no good.
+//! Machines are restored from a template: what they must not have in common, and what becomes of a template that is no
+//! good.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -22,7 +23,8 @@ const IDENTITIES: &str = "echo urandom=$(head -c 32 /dev/urandom | od -An -v -tx
     echo stack=$(sed -n 's/ .*\\[stack\\]//p' /proc/self/maps); \
     echo seconds=$(date +%s.%N)";
 
-/// Where the guest's kernel lies in physical memory and runs, and where it has its own memory mapped. Who is privileged may know.
+/// Where the guest's kernel lies in physical memory and runs, and where it has its own memory mapped. Who is privileged
+/// may know.
 const LAYOUT: &str = "echo text=$(sed -n 's/ T _text$//p' /proc/kallsyms); \
     echo physical=$(sed -n 's/^ *\\([0-9a-f]*\\)-.*Kernel code$/\\1/p' /proc/iomem); \
     echo 1 > /proc/sys/kernel/kptr_restrict; echo vmalloc=$(sed -n '1s/-.*//p' /proc/vmallocinfo)";

@@ -1,8 +1,9 @@
-//! KASLR: the kernel is put and runs somewhere else at each boot. That is the work of who loads a kernel; a bzImage brings a
-//! loader that does it (arch/x86/boot/compressed/kaslr.c and misc.c). An ELF kernel has the table that this takes in its
-//! section `.relocs`, where guest-kernel/build has put `vmlinux.relocs` of Linux's build.
+//! KASLR: the kernel is put and runs somewhere else at each boot. That is the work of who loads a kernel; a bzImage
+//! brings a loader that does it (arch/x86/boot/compressed/kaslr.c and misc.c). An ELF kernel has the table that this
+//! takes in its section `.relocs`, where guest-kernel/build has put `vmlinux.relocs` of Linux's build.
 //!
-//! Physical and virtual address are chosen apart, in steps of 2 MiB, which is what the kernel's first page tables can map.
+//! Physical and virtual address are chosen apart, in steps of 2 MiB, which is what the kernel's first page tables can
+//! map.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -54,8 +55,8 @@ impl Wishes {
 }
 
 impl Shift {
-    /// Any of the places for a kernel that was linked to lie in `kernel`, in memory whose low part ends at `top`. The same
-    /// numbers lead to the same place.
+    /// Any of the places for a kernel that was linked to lie in `kernel`, in memory whose low part ends at `top`. The
+    /// same numbers lead to the same place.
     pub fn choose(kernel: Range, top: u64, [physical, linear]: [u64; 2]) -> Self {
         let (start, size) = kernel;
         // Not below where it was linked to be: low memory has other uses.
@@ -109,8 +110,8 @@ impl Relocations {
         Ok(Some(Self { table: part("relocations", offset, size)? }))
     }
 
-    /// Has a kernel run at its shifted virtual addresses. It was linked to lie in `kernel`, and has been put where it lies.
-    /// Nothing else knows of `memory` yet.
+    /// Has a kernel run at its shifted virtual addresses. It was linked to lie in `kernel`, and has been put where it
+    /// lies. Nothing else knows of `memory` yet.
     ///
     /// # Errors
     /// When a relocation is of something else than this kernel.
@@ -119,7 +120,8 @@ impl Relocations {
         let slice = memory.get_slice(GuestAddress(start + shift.physical), size as usize)?;
         let guard = slice.ptr_guard_mut();
         // There are hundreds of thousands; each through the memory's own door would be a tenth of a boot.
-        // SAFETY: the guard holds `size` mapped bytes. No vCPU and no device exists so far, so that nobody else reaches them.
+        // SAFETY: the guard holds `size` mapped bytes. No vCPU and no device exists so far, so that nobody else reaches
+        // them.
         let bytes = unsafe { std::slice::from_raw_parts_mut(guard.as_ptr(), size as usize) };
         let mut image = Image { bytes, start: VIRTUAL_BASE + start };
         let [wide, inverse, narrow] = self.lists()?;
@@ -138,8 +140,8 @@ impl Relocations {
         change(narrow, half)
     }
 
-    /// The places of addresses of 64 bits, of those of 32 that count the other way round, and of others of 32. Each list
-    /// has a zero before it. Linux 6.15 and newer have none that count the other way round.
+    /// The places of addresses of 64 bits, of those of 32 that count the other way round, and of others of 32. Each
+    /// list has a zero before it. Linux 6.15 and newer have none that count the other way round.
     fn lists(&self) -> Result<[&[[u8; 4]]; 3], Error> {
         let (words, rest) = self.table.as_chunks();
         let mut lists = words.split(|word| *word == [0; 4]);

@@ -59,8 +59,8 @@ mod leaf8000_0007 {
 }
 /// Leaves that are not there; the processor answers zeros for those below the highest one.
 /// * 0x1F and 0x80000026 are other forms of 0xB; only that one is given.
-/// * 0xA, 0x1C, 0x80000022 and 0x8000001B: counters and samples of what the processor does. KVM has them emulated by the host's perf,
-///   and they tell of neighbours.
+/// * 0xA, 0x1C, 0x80000022 and 0x8000001B: counters and samples of what the processor does. KVM has them emulated by
+///   the host's perf, and they tell of neighbours.
 /// * 0xF and 0x10: shares of caches and memory, which are the host's to give.
 /// * 0x12, 0x14, 0x1D and 0x1E: enclaves, processor trace, and AMX, whose state is not kept (`state.rs`).
 /// * 0x8000000A and 0x8000001F: nested SVM, and memory encryption, which this is not.
@@ -82,7 +82,8 @@ const DROPPED: &[u32] = &[
     0x8000_0026,
 ];
 /// Bits that are clear, by leaf and index, in EAX, EBX, ECX and EDX: what belongs to the leaves that are not there, and
-/// * MONITOR, MWAITX and WAITPKG: to wait for memory, which does nothing good where the host may run somebody else meanwhile;
+/// * MONITOR, MWAITX and WAITPKG: to wait for memory, which does nothing good where the host may run somebody else
+///   meanwhile;
 /// * PDCM, DTES64, DS_CPL and DS: what counters can, and their records in memory;
 /// * VMX, SMX, SVM and SKINIT: to be a host;
 /// * all of leaf 6 but ARAT, and of 0x80000007 but the invariant TSC: power, frequency and temperature.

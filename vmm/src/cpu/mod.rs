@@ -78,8 +78,8 @@ pub fn set_up(fd: &VcpuFd, vcpu: u8, entry: Option<&Entry>) -> Result<(), Error>
     set_msrs(fd, vcpu)?;
     fd.set_fpu(&kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }).map_err(call("KVM_SET_FPU"))?;
 
-    // KVM finds the addressee of an interrupt in a table, which it makes anew when a local APIC changes, and not for one
-    // that has just been made.
+    // KVM finds the addressee of an interrupt in a table, which it makes anew when a local APIC changes, and not for
+    // one that has just been made.
     let lapic = fd.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
     fd.set_lapic(&lapic).map_err(call("KVM_SET_LAPIC"))?;
 
@@ -113,8 +113,8 @@ fn set_msrs(fd: &VcpuFd, vcpu: u8) -> Result<(), Error> {
     }
 }
 
-/// The state that a kernel is entered in (Documentation/arch/x86/boot.rst, 64-bit boot protocol): the segments are those
-/// of [`GDT_ENTRIES`].
+/// The state that a kernel is entered in (Documentation/arch/x86/boot.rst, 64-bit boot protocol): the segments are
+/// those of [`GDT_ENTRIES`].
 fn long_mode(sregs: &mut kvm_sregs, entry: &Entry) {
     let segment = |selector, type_, db, l| kvm_segment {
         limit: 0xffff_ffff,

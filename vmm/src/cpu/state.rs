@@ -121,8 +121,8 @@ fn move_clock(fd: &VcpuFd, tsc: u64) -> Result<(), Error> {
     if !offset_attribute(fd, GET_DEVICE_ATTR, &mut offset) {
         return set(fd, &[entry(msr::IA32_TSC, tsc)]);
     }
-    // The guest's clock is the host's, scaled if the guest's is to have another frequency, and the offset. So what the guest
-    // would read is asked for: the host's own clock would be right for a guest of the same frequency only.
+    // The guest's clock is the host's, scaled if the guest's is to have another frequency, and the offset. So what the
+    // guest would read is asked for: the host's own clock would be right for a guest of the same frequency only.
     let now = get(fd, msr::IA32_TSC).ok_or(Error::Msr { vcpu: 0, msr: msr::IA32_TSC })?;
     offset = moved(offset, now, tsc);
     if offset_attribute(fd, SET_DEVICE_ATTR, &mut offset) {
@@ -144,7 +144,8 @@ fn offset_attribute(fd: &VcpuFd, request: libc::c_ulong, offset: &mut u64) -> bo
         addr: &raw mut *offset as u64,
         flags: 0,
     };
-    // SAFETY: the kernel reads the attribute, and reads or writes the offset that it points to, which live through the call.
+    // SAFETY: the kernel reads the attribute, and reads or writes the offset that it points to, which live through the
+    // call.
     unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw const attribute) == 0 }
 }
 

@@ -1,9 +1,9 @@
-//! A second lock on the same door (Documentation/userspace-api/landlock.rst): this process opens nothing that is not below the
-//! share, by whatever way it gets there.
+//! A second lock on the same door (Documentation/userspace-api/landlock.rst): this process opens nothing that is not
+//! below the share, by whatever way it gets there.
 //!
 //! The first one, the root of the mount namespace, does not hold for files that the process has been handed: by its
-//! descriptor, /proc/self/fd opens a file anew, with rights that the descriptor does not have. A disk that is to be read only
-//! could be written.
+//! descriptor, /proc/self/fd opens a file anew, with rights that the descriptor does not have. A disk that is to be
+//! read only could be written.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -11,11 +11,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use libc::{c_int, c_long};
 
 /// linux/landlock.h: rights to files, in the order of their bits: EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, REMOVE_DIR,
-/// REMOVE_FILE, MAKE_CHAR, MAKE_DIR, MAKE_REG, MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK, MAKE_SYM; REFER (version 2), TRUNCATE (3),
-/// IOCTL_DEV (5).
+/// REMOVE_FILE, MAKE_CHAR, MAKE_DIR, MAKE_REG, MAKE_SOCK, MAKE_FIFO, MAKE_BLOCK, MAKE_SYM; REFER (version 2), TRUNCATE
+/// (3), IOCTL_DEV (5).
 const RIGHTS: [(c_long, u64); 4] = [(1, (1 << 13) - 1), (2, 1 << 13), (3, 1 << 14), (5, 1 << 15)];
-/// What is not even allowed in the share: to execute, to make block devices, and to control devices. Whiteouts of overlayfs
-/// are character devices.
+/// What is not even allowed in the share: to execute, to make block devices, and to control devices. Whiteouts of
+/// overlayfs are character devices.
 const NEVER: u64 = 1 | 1 << 11 | 1 << 15;
 /// Before, no file could be renamed or linked into another directory.
 const FIRST_USABLE: c_long = 2;
@@ -35,9 +35,9 @@ struct PathBeneath {
     parent_fd: c_int,
 }
 
-/// Lets this process, which has one thread and no new privileges, open what is at and below `share` and nothing else. Pipes, sockets
-/// and the like, which are in no file system that can be mounted, are not concerned. Does nothing where the kernel has no
-/// Landlock, or one that is too old, or has it switched off.
+/// Lets this process, which has one thread and no new privileges, open what is at and below `share` and nothing else.
+/// Pipes, sockets and the like, which are in no file system that can be mounted, are not concerned. Does nothing where
+/// the kernel has no Landlock, or one that is too old, or has it switched off.
 ///
 /// # Errors
 /// When the kernel has it and refuses.

@@ -105,8 +105,8 @@ fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
     0
 }
 
-/// Closes what the test runner has open but for these, as the VMM closes what the shim has; gives this process the standard
-/// streams of a VMM; and opens what the shim hands over, see [`escape`].
+/// Closes what the test runner has open but for these, as the VMM closes what the shim has; gives this process the
+/// standard streams of a VMM; and opens what the shim hands over, see [`escape`].
 fn stand_alone(kept: &[c_int]) {
     let mut kept = kept.to_vec();
     kept.sort_unstable();

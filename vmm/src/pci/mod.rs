@@ -66,8 +66,8 @@ impl TemplateRegister {
     }
 }
 
-/// The bridge between CPU and bus. Linux looks for one before it believes that there is a bus (pci_sanity_check). It also
-/// has a register that the agent reaches, which user space can.
+/// The bridge between CPU and bus. Linux looks for one before it believes that there is a bus (pci_sanity_check). It
+/// also has a register that the agent reaches, which user space can.
 struct HostBridge {
     space: ConfigSpace,
     template: Arc<TemplateRegister>,

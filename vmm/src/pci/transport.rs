@@ -197,8 +197,8 @@ impl VirtioPci {
 
     /// Shows the structures to drivers, or hides them. A function without them is one that no driver takes (4.1.4:
     /// a driver ignores structures of a type that it does not know), but its place on the bus and its addresses are
-    /// assigned when the guest boots. A driver that looks for the first time when they are shown finds a new device, with
-    /// the features and queues that it has then.
+    /// assigned when the guest boots. A driver that looks for the first time when they are shown finds a new device,
+    /// with the features and queues that it has then.
     ///
     /// # Errors
     /// When the process is out of descriptors.

@@ -1,5 +1,5 @@
-//! The lists of system calls. They are compiled when the VMM is built (`build.rs`), since that takes longer than all else
-//! at the start of a VM.
+//! The lists of system calls. They are compiled when the VMM is built (`build.rs`), since that takes longer than all
+//! else at the start of a VM.
 
 use std::collections::BTreeMap;
 use std::num::TryFromIntError;
@@ -127,8 +127,8 @@ const C_THREAD: libc::c_int = libc::CLONE_VM
     | libc::CLONE_CHILD_CLEARTID;
 /// Only a pair of sockets, whose other end goes to the shim: never one that could reach further.
 const AF_UNIX: u32 = libc::AF_UNIX as u32;
-/// FIONBIO for a stream; TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE and TUNGETIFF for a tap that is there already; KVM_IOEVENTFD for
-/// the doorbells of slots; KVM_IRQFD and those of `virtio/vhost.rs`, in its order.
+/// FIONBIO for a stream; TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETQUEUE and TUNGETIFF for a tap that is there already;
+/// KVM_IOEVENTFD for the doorbells of slots; KVM_IRQFD and those of `virtio/vhost.rs`, in its order.
 const MAIN_IOCTLS: &[u64] = &[
     0x5421,
     0x4004_54d0,
@@ -264,7 +264,8 @@ fn jump(code: u16, k: u32, jt: usize, jf: usize) -> Result<Instruction, TryFromI
 }
 
 /// The filter of a kind of thread. It finds a call by halving the list: the kernel goes through a filter for every call
-/// there is when it is installed, and a list from top to bottom would take it longer than anything else at a VM's start.
+/// there is when it is installed, and a list from top to bottom would take it longer than anything else at a VM's
+/// start.
 ///
 /// # Errors
 /// When the lists are too long.
@@ -299,8 +300,8 @@ fn usual_rules(
     add(libc::SYS_ioctl, Rule::OneOf(1, ioctls.collect::<Result<_, _>>()?))?;
     if name == "main" {
         add(libc::SYS_socketpair, Rule::OneOf(0, vec![AF_UNIX]))?;
-        // Threads that do nothing, and their filter: a further one only ever takes rights away, and without flags nobody else
-        // is told of calls.
+        // Threads that do nothing, and their filter: a further one only ever takes rights away, and without flags
+        // nobody else is told of calls.
         add(libc::SYS_clone, Rule::OneOf(0, vec![THREAD as u32]))?;
         add(libc::SYS_seccomp, Rule::Without(1, u32::MAX))?;
     }
@@ -314,8 +315,8 @@ fn usual_rules(
         )?;
         add(libc::SYS_seccomp, Rule::Without(1, u32::MAX))?;
     }
-    // A debug build looks whether a descriptor that it closes is open. None of the others has a signal sent, takes a lock or a
-    // lease, or changes how large a pipe is.
+    // A debug build looks whether a descriptor that it closes is open. None of the others has a signal sent, takes a
+    // lock or a lease, or changes how large a pipe is.
     let commands: &[_] = match name {
         // A tap must not block.
         "main" => &[libc::F_GETFD, libc::F_GETFL, libc::F_SETFL],

@@ -71,8 +71,8 @@ impl Maker {
         }
     }
 
-    /// Has the guest's clocks go on by a few seconds at once, so that what its kernel has put off is done before others go
-    /// on from it.
+    /// Has the guest's clocks go on by a few seconds at once, so that what its kernel has put off is done before others
+    /// are restored from it.
     ///
     /// # Errors
     /// When KVM does not take it. The guest goes on all the same.
@@ -147,8 +147,8 @@ impl Maker {
         Ok(extents)
     }
 
-    /// Has the file's pages with the guest's code lie in huge pages, so that whoever maps them there takes a few faults for
-    /// all of it, and the guest's CPU finds it quickly. Not every file system can.
+    /// Has the file's pages with the guest's code lie in huge pages, so that whoever maps them there takes a few faults
+    /// for all of it, and the guest's CPU finds it quickly. Not every file system can.
     fn gather_code(&self) {
         const MADV_COLLAPSE: libc::c_int = 25;
         let start = self.code.0.next_multiple_of(HUGE_PAGE);
@@ -167,8 +167,8 @@ impl Maker {
             return;
         }
         let at = all.wrapping_byte_add(all.align_offset(HUGE_PAGE as usize));
-        // SAFETY: the range lies inside of the mapping just made, which nobody else knows. Huge pages change no content.
-        // Below the hole, the file has memory at the addresses where the guest has it.
+        // SAFETY: the range lies inside of the mapping just made, which nobody else knows. Huge pages change no
+        // content. Below the hole, the file has memory at the addresses where the guest has it.
         let gathered = unsafe {
             libc::mmap(at, length, libc::PROT_READ, shared, self.file.as_raw_fd(), start as i64) == at
                 && libc::madvise(at, length, MADV_COLLAPSE) == 0

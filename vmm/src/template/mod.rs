@@ -1,9 +1,10 @@
-//! Templates: a machine that has booted up to where its agent waits for a pod, kept in a file, from which others go on.
+//! Templates: a machine that has booted up to where its agent waits for a pod, kept in a file, from which others are
+//! restored.
 //!
 //! The file is the guest's memory from its first byte on, with holes where the guest has touched nothing, then
-//! everything else ([`State`]), then a trailer that tells length and hash of that. When the file is complete, its time of
-//! modification is set to one that no write can leave behind ([`SEALED`]): the memory is too large to be looked at on
-//! each start, but a file that was written to afterwards is known by its time.
+//! everything else ([`State`]), then a trailer that tells length and hash of that. When the file is complete, its time
+//! of modification is set to one that no write can leave behind ([`SEALED`]): the memory is too large to be looked at
+//! on each start, but a file that was written to afterwards is known by its time.
 
 mod maker;
 
@@ -129,8 +130,8 @@ impl State {
         Ok(state)
     }
 
-    /// Maps what the file has of the memory over `memory`, private: whoever writes gets a page of his own. The rest stays
-    /// what it is, fresh memory.
+    /// Maps what the file has of the memory over `memory`, private: whoever writes gets a page of his own. The rest
+    /// stays what it is, fresh memory.
     ///
     /// # Errors
     /// When the host refuses.

@@ -137,8 +137,8 @@ fn make() -> Option<(File, String)> {
     Some((file, bench.console.tail()))
 }
 
-/// Goes on from a template; what the guest printed.
-fn go_on(file: &File) -> String {
+/// Restores a machine from a template; what its guest printed.
+fn restore(file: &File) -> String {
     let mut bench = bench().unwrap();
     let state = State::read(file, &shape()).unwrap();
     state.map_memory(file, &bench.memory).unwrap();
@@ -150,11 +150,11 @@ fn go_on(file: &File) -> String {
 }
 
 #[test]
-fn machines_go_on_from_a_template_and_know_nothing_of_each_other() {
+fn machines_are_restored_from_a_template_and_know_nothing_of_each_other() {
     let Some((file, printed)) = make() else { return };
     assert_eq!(printed, "B");
     for _ in 0..2 {
-        assert_eq!(go_on(&file), "B");
+        assert_eq!(restore(&file), "B");
     }
     // GDT and page tables, code, counter, and what KVM wrote into none of them.
     let state = State::read(&file, &shape()).unwrap();

@@ -36,11 +36,6 @@ impl Answer for Balloon {
     /// The inflate and deflate queues, which nobody uses since no size is asked for, and the queue of reports.
     const QUEUE_SIZES: &'static [u16] = &[64, 64, 64];
 
-    /// The wanted and the present size of the balloon: 0.
-    fn config(&self) -> &[u8] {
-        &[]
-    }
-
     fn answer(&mut self, index: usize, memory: &GuestMemory, queue: &mut DeviceQueue) {
         queue.serve(memory, |chain| match index {
             REPORTS => chain.writable.discard().map(|()| 0),

@@ -266,7 +266,8 @@ impl<'m> Buffers<'m> {
             if length == 0 {
                 continue;
             }
-            // SAFETY: the range lies in guest memory, which holds no Rust objects; whoever reads it next expects nothing.
+            // SAFETY: the range lies in guest memory, which holds no Rust objects; whoever reads it next expects
+            // nothing.
             let done = unsafe { libc::madvise(guard.as_ptr().add(skip).cast(), length, libc::MADV_DONTNEED) };
             if done != 0 {
                 return Err(io::Error::last_os_error());

@@ -52,11 +52,6 @@ impl Answer for Console {
     /// Receive and transmit. Nothing is ever typed, so the buffers of the first stay with the device.
     const QUEUE_SIZES: &'static [u16] = &[64, 64];
 
-    /// Columns, rows and ports mean something with features only that are not offered.
-    fn config(&self) -> &[u8] {
-        &[]
-    }
-
     fn answer(&mut self, index: usize, memory: &GuestMemory, queue: &mut DeviceQueue) {
         if index == TRANSMIT {
             queue.serve(memory, |chain| {

@@ -1,7 +1,7 @@
 //! virtio-mem (virtio 1.2, 5.15): memory beyond the machine's base, plugged and unplugged in blocks while it runs.
 //!
-//! The host asks for an amount, the guest plugs or unplugs blocks until that is what it has. What is not plugged cannot be
-//! accessed: a guest that tries ends its VM.
+//! The host asks for an amount, the guest plugs or unplugs blocks until that is what it has. What is not plugged cannot
+//! be accessed: a guest that tries ends its VM.
 //!
 //! Wiring: `Mem::new(region, told)`, where `region` is a range of guest memory.
 

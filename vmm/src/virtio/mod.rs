@@ -118,8 +118,8 @@ impl Interrupt {
         self.vector.trigger();
     }
 
-    /// For the host's kernel, to interrupt without this process. A vector that is masked is not spared: drivers mask while
-    /// they set up and move interrupts, and one too many does no harm.
+    /// For the host's kernel, to interrupt without this process. A vector that is masked is not spared: drivers mask
+    /// while they set up and move interrupts, and one too many does no harm.
     pub fn event(&self) -> Option<Arc<EventFd>> {
         self.vector.event()
     }

@@ -123,8 +123,8 @@ impl Ring {
         index.wrapping_sub(self.next_used)
     }
 
-    /// What another processor of the guest does all the time: makes the chain at 0 available as often as there is room for
-    /// it, until it is told to stop or has done so very often; answers whether it was told.
+    /// What another processor of the guest does all the time: makes the chain at 0 available as often as there is room
+    /// for it, until it is told to stop or has done so very often; answers whether it was told.
     pub fn publish_for_ever(&self, stop: Arc<AtomicBool>) -> impl FnOnce() -> bool + Send + use<> {
         let (memory, size, avail, used) = (self.memory.clone(), self.size, self.avail, self.used);
         move || {

@@ -1,5 +1,5 @@
-//! What the VMM says. It runs hostile guests, so this is the one place where its messages enter, and each is checked here: whether
-//! it may come now, what is in it, and how many come in a time. What may not be is dropped and counted.
+//! What the VMM says. It runs hostile guests, so this is the one place where its messages enter, and each is checked
+//! here: whether it may come now, what is in it, and how many come in a time. What may not be is dropped and counted.
 
 use std::collections::VecDeque;
 use std::io;
@@ -31,8 +31,8 @@ const END_LIMIT: Duration = Duration::from_secs(5);
 pub(super) const TAIL: usize = 10;
 /// Longest of these lines, bytes.
 const LONGEST_LINE: usize = 300;
-/// Messages at once, and then in a second. Each connection of the guest is one, such as each question to a name server of the
-/// host. Those beyond wait in the socket, and the VMM with them.
+/// Messages at once, and then in a second. Each connection of the guest is one, such as each question to a name server
+/// of the host. Those beyond wait in the socket, and the VMM with them.
 const RATE: (u32, u32) = (500, 2000);
 
 /// The last lines of the VMM's standard error.
@@ -160,15 +160,16 @@ impl Listener {
         Ok(())
     }
 
-    /// The VMM has forked into its jail: its first process ends, the second one is ours to wait for. Only before it has begun
-    /// with its guest, and only of a child of this process: it will be killed some day, and clients are told its pid.
+    /// The VMM has forked into its jail: its first process ends, the second one is ours to wait for. Only before it has
+    /// begun with its guest, and only of a child of this process: it will be killed some day, and clients are told its
+    /// pid.
     fn jailed(&mut self, pid: i32) -> Result<(), &'static str> {
         if std::mem::replace(&mut self.jailed, true) || *self.told.runs.borrow() {
             return Err("it is in its jail already");
         }
         let process = PidFd::open(pid).map_err(|_| "there is no process of this id")?;
-        // Looked up after the descriptor is open: if it has ended meanwhile and the id is another one's now, the descriptor
-        // kills nobody, and `PidFd::find` will see another time of start.
+        // Looked up after the descriptor is open: if it has ended meanwhile and the id is another one's now, the
+        // descriptor kills nobody, and `PidFd::find` will see another time of start.
         let id = ProcessId::of_child(pid).map_err(|_| "a process that is no child of the shim")?;
         let first = std::mem::replace(&mut self.process, process);
         tokio::spawn(async move { end_of(&first).await });

@@ -55,8 +55,8 @@ impl Place {
         UnixAddr::new(&mounts::path_of_fd(self.file.as_fd()))
     }
 
-    /// Looks by a way that no server notices: to connect a socket for datagrams is to note the other end's address, and the
-    /// kernel checks that it is one of the same type.
+    /// Looks by a way that no server notices: to connect a socket for datagrams is to note the other end's address, and
+    /// the kernel checks that it is one of the same type.
     pub fn kind(&self) -> Kind {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let connected = socket::socket(AddressFamily::Unix, SockType::Datagram, flags, None)
@@ -121,8 +121,8 @@ pub async fn connect(place: &Arc<Place>, caller: Caller) -> io::Result<UnixStrea
     UnixStream::from_std(stream)
 }
 
-/// Gives this thread a user's credentials. To the kernel they are a thread's; the functions of the C library would change those
-/// of all threads.
+/// Gives this thread a user's credentials. To the kernel they are a thread's; the functions of the C library would
+/// change those of all threads.
 fn become_user(caller: &Caller) -> io::Result<()> {
     let Caller { uid, gid, groups } = caller;
     // SAFETY: a list of the given length that lives through the call.

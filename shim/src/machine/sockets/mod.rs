@@ -1,11 +1,11 @@
-//! Sockets of the host that a container's mounts name, such as Docker's. Both ends of a Unix socket have to be in one kernel, so
-//! the file alone, below the share, would refuse every connection. In its place the agent listens in the guest, and each
-//! connection there is one here.
+//! Sockets of the host that a container's mounts name, such as Docker's. Both ends of a Unix socket have to be in one
+//! kernel, so the file alone, below the share, would refuse every connection. In its place the agent listens in the
+//! guest, and each connection there is one here.
 //!
-//! The guest reaches the sockets that the client has mounted and nothing else, while their container lives. The agent says
-//! who has connected, and the connection is made as that user: the host's kernel checks and tells the server the same as if
-//! the process were on the host. A guest that lies is a root of its container; one in a user namespace cannot get beyond
-//! that namespace's ids.
+//! The guest reaches the sockets that the client has mounted and nothing else, while their container lives. The agent
+//! says who has connected, and the connection is made as that user: the host's kernel checks and tells the server the
+//! same as if the process were on the host. A guest that lies is a root of its container; one in a user namespace
+//! cannot get beyond that namespace's ids.
 
 mod connect;
 mod relay;
@@ -62,7 +62,8 @@ struct Target {
     ids: Ids,
 }
 
-/// Opens the sockets among the sources of a container's mounts, and takes connections to them. The answer is for the agent.
+/// Opens the sockets among the sources of a container's mounts, and takes connections to them. The answer is for the
+/// agent.
 pub async fn open(
     spec: &Spec,
     sources: &mut [Source],

@@ -13,8 +13,8 @@ use crate::pod::stdio::Streams;
 
 /// How long a process that was never started may take to end.
 const END_LIMIT: Duration = Duration::from_secs(10);
-/// How long a container may take to end by SIGKILL, until its machine ends. What it waits for may be slow: the guest's disks and the
-/// host's file systems.
+/// How long a container may take to end by SIGKILL, until its machine ends. What it waits for may be slow: the guest's
+/// disks and the host's file systems.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long what is on its way within this process may take.

@@ -93,8 +93,8 @@ fn usual_time(handler: &str, create: Create) -> Duration {
     usual
 }
 
-/// The address that a network plugin has given to a pod of which containerd has not yet written anything down is forgotten
-/// with containerd, with any runtime: with runc it was left in one of 20 rounds.
+/// The address that a network plugin has given to a pod of which containerd has not yet written anything down is
+/// forgotten with containerd, with any runtime: with runc it was left in one of 20 rounds.
 fn is_containerds_own(change: &str) -> bool {
     change.strip_prefix("left behind: file ").is_some_and(|name| name.parse::<IpAddr>().is_ok())
 }

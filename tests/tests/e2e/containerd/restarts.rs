@@ -90,8 +90,8 @@ impl Short {
         assert!(eventually(ended), "they do not end without containerd");
     }
 
-    /// A containerd that comes back deletes tasks without processes, with any runtime, so their exit codes may be lost. Answers
-    /// the one of the pod's container.
+    /// A containerd that comes back deletes tasks without processes, with any runtime, so their exit codes may be lost.
+    /// Answers the one of the pod's container.
     #[track_caller]
     fn check(self) -> i32 {
         let ended = || self.container.status().is_none_or(|status| status == "STOPPED");

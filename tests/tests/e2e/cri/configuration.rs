@@ -51,7 +51,8 @@ fn expect_refused(handler: &str, config: Value, parts: &[&str]) {
     assert_eq!(error.message.lines().count(), 1, "{error}");
 }
 
-/// The node's files for containerd keep the annotation from the shim; where they do not, the shim takes it for what it is.
+/// The node's files for containerd keep the annotation from the shim; where they do not, the shim takes it for what it
+/// is.
 #[test]
 fn a_pods_author_runs_no_program_on_the_node() {
     let _turn = turn::alone();

@@ -1,7 +1,7 @@
 //! Pods, as kubelet makes them through containerd's CRI plugin.
 //!
-//! Every case runs with the runtime handlers `kata` and `runc` of containerd 1.7, and with containerd 2: a case that runc
-//! fails is a wrong case, and what a virtual machine cannot do as runc does is no case here but a line in
+//! Every case runs with the runtime handlers `kata` and `runc` of containerd 1.7, and with containerd 2: a case that
+//! runc fails is a wrong case, and what a virtual machine cannot do as runc does is no case here but a line in
 //! docs/limitations.md.
 
 #![allow(
@@ -60,8 +60,8 @@ fn run_2(version: u8, handler: &str, case: fn(&str)) {
     }
 }
 
-/// All cases, also with containerd 2's own sandboxer. Of the latter there are two if the tests are not to be long: what is
-/// particular to it is the same with containerd 1.7.
+/// All cases, also with containerd 2's own sandboxer. Of the latter there are two if the tests are not to be long: what
+/// is particular to it is the same with containerd 1.7.
 #[test]
 fn every_case_with_containerd_2() {
     let all = [

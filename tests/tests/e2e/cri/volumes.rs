@@ -65,7 +65,8 @@ fn directories_and_files_are_bound(handler: &str) {
     assert_eq!(container.sh("cat /read-only/file /read-only/new").ok(), "from the guest\nnew");
     let alone = || container.sh("cat /etc/one-file").ok().to_owned();
     if handler != "runc" {
-        // docs/limitations.md: a file that is mounted by itself may take a second to show what changed in its directory.
+        // docs/limitations.md: a file that is mounted by itself may take a second to show what changed in its
+        // directory.
         eventually(|| alone() == "from the guest");
     }
     assert_eq!(alone(), "from the guest");

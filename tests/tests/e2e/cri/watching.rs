@@ -58,7 +58,8 @@ fn changes_of_the_host_raise_events(handler: &str) {
     let container = watcher(handler, &scratch);
     // The volumes' directories with their keys, the top, the tree.
     container.wait_for_output(&format!("{} watched", 4 * MANY + 2));
-    // That the container runs does not say that its volumes are watched already; those of one container are all together.
+    // That the container runs does not say that its volumes are watched already; those of one container are all
+    // together.
     let first = scratch.path().join("volume-0/first");
     let heard = eventually(|| {
         fs::write(&first, "").unwrap();

@@ -62,7 +62,8 @@ fn run(id: &str, panics_after: Option<Duration>) -> Run {
     }
 }
 
-/// The processes of a container that is a pod of its own: those of its shim, or of its VMM. None, if they are not there (yet).
+/// The processes of a container that is a pod of its own: those of its shim, or of its VMM. None, if they are not there
+/// (yet).
 fn processes_of(id: &str, victim: Victim) -> Vec<Process> {
     let all = Process::all();
     let named = |process: &Process| {
@@ -86,7 +87,7 @@ fn begin(operation: Operation, container: &Container, panics_after: Option<Durat
     }
 }
 
-/// How long a operation takes when nobody is killed.
+/// How long an operation takes when nobody is killed.
 fn usual_time(operation: Operation) -> Duration {
     let id = katana_tests::container::new_id();
     let container = Container::adopt(&id);
@@ -151,7 +152,8 @@ impl Round<'_> {
             return;
         }
         if self.operation == Operation::Start {
-            // A container that is deleted before containerd has answered can leave a task without it, with every runtime.
+            // A container that is deleted before containerd has answered can leave a task without it, with every
+            // runtime.
             container.wait_for_task();
         }
         drop(running);

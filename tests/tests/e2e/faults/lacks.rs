@@ -40,8 +40,8 @@ fn output_of(run: Run) -> Output {
     run.id(&id).command(&["echo", "it runs"]).output()
 }
 
-/// Starts a container with less and less of something: it runs, or the error has one of these texts. At least once it must be the
-/// error, and once not. Afterwards nothing is left.
+/// Starts a container with less and less of something: it runs, or the error has one of these texts. At least once it
+/// must be the error, and once not. Afterwards nothing is left.
 #[track_caller]
 fn expect_named(what: &str, texts: &[&str], amounts: &[u64], run: impl Fn(u64) -> Output) {
     let before = Host::before();

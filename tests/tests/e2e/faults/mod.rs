@@ -1,5 +1,5 @@
-//! What fails anywhere, at any moment: processes are killed, and what the host has of something runs out. Nothing stays behind,
-//! and an error names what ran out.
+//! What fails anywhere, at any moment: processes are killed, and what the host has of something runs out. Nothing stays
+//! behind, and an error names what ran out.
 
 mod cycles;
 mod deaths;

@@ -113,7 +113,8 @@ fn each_entry_decides_about_whom_it_names() {
     findings.none();
 }
 
-/// Everything that can be made in a directory, by one who may because of an ACL, of a group that is not its own as well.
+/// Everything that can be made in a directory, by one who may because of an ACL, of a group that is not its own as
+/// well.
 #[test]
 #[ignore = "runs inside a container"]
 fn who_may_make_files_in_a_directory() {

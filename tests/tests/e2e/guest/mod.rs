@@ -1,5 +1,5 @@
-//! Checks that run inside a container. Other tests bind this program into one and run the ignored tests of a module here
-//! in it. All of them work in a directory of their own below `$KATANA_CHECK_DIRECTORY`.
+//! Checks that run inside a container. Other tests bind this program into one and run the ignored tests of a module
+//! here in it. All of them work in a directory of their own below `$KATANA_CHECK_DIRECTORY`.
 
 pub mod acls;
 pub mod attributes;

@@ -58,8 +58,8 @@ fn rename_entry(path: &Path) -> io::Result<()> {
     fs::rename(path.join("entry"), path.join("renamed"))
 }
 
-/// Each of the nine bits decides about exactly one class and one kind of access; root passes, except that nobody executes
-/// what has no such bit.
+/// Each of the nine bits decides about exactly one class and one kind of access; root passes, except that nobody
+/// executes what has no such bit.
 #[test]
 #[ignore = "runs inside a container"]
 fn the_nine_bits_of_a_file() {

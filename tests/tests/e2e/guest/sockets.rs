@@ -1,5 +1,5 @@
-//! Sockets of the host: `open` for all, `group` for OWNER's group and `closed`, whose server has ended, as `crate::sockets` makes
-//! them.
+//! Sockets of the host: `open` for all, `group` for OWNER's group and `closed`, whose server has ended, as
+//! `crate::sockets` makes them.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;

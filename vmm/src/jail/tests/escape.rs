@@ -1,5 +1,5 @@
-//! What code of an attacker could do in a thread of the file server: everything that takes a path and that its filter lets pass,
-//! with every descriptor that there is, must end in the share.
+//! What code of an attacker could do in a thread of the file server: everything that takes a path and that its filter
+//! lets pass, with every descriptor that there is, must end in the share.
 //!
 //! The devices' descriptors are not here: `tests/tests/e2e/jail.rs` looks at those of a VMM that runs a guest.
 
@@ -14,7 +14,8 @@ use super::*;
 use crate::seccomp::{self, Kind};
 use crate::virtio::fs::Fs;
 
-/// Stands for a disk that may only be read: a file of the host, opened as the shim does it (shim/src/storage/handed.rs).
+/// Stands for a disk that may only be read: a file of the host, opened as the shim does it
+/// (shim/src/storage/handed.rs).
 const HANDED: RawFd = 100;
 const MOST_DESCRIPTORS: RawFd = 512;
 /// With every descriptor of a directory, with each as the working directory, and with none.
@@ -121,7 +122,8 @@ fn identity(fd: RawFd) -> Option<Identity> {
 /// A system call with up to five arguments.
 fn call(number: c_long, arguments: [c_long; 5]) -> Option<RawFd> {
     let [a, b, c, d, e] = arguments;
-    // SAFETY: what is called here reads strings and structures that outlive the call, and writes to buffers of their size.
+    // SAFETY: what is called here reads strings and structures that outlive the call, and writes to buffers of their
+    // size.
     let result = unsafe { libc::syscall(number, a, b, c, d, e) };
     RawFd::try_from(result).ok().filter(|result| *result >= 0)
 }
@@ -152,8 +154,8 @@ impl Attempt {
         result == 0 && [PIPEFS, ANON_INODE].contains(&unsafe { status.assume_init() }.f_type)
     }
 
-    /// What was opened: it may be in the share, or a descriptor's link, or what there is a descriptor of, as long as it is a mere
-    /// place or `read_only` like that one.
+    /// What was opened: it may be in the share, or a descriptor's link, or what there is a descriptor of, as long as it
+    /// is a mere place or `read_only` like that one.
     fn judge(&mut self, what: &str, opened: RawFd, read_only: bool) {
         let Some(status) = stat(opened, c"", libc::AT_EMPTY_PATH) else { return };
         let fine = self.is_fine(&status) || Self::is_nowhere(opened) || self.is_known(&status) && read_only;
@@ -399,7 +401,8 @@ impl Attempt {
     }
 }
 
-/// What this process has beyond what a VMM would have: the ends of the pipes to the test are pipes, which a VMM has as well.
+/// What this process has beyond what a VMM would have: the ends of the pipes to the test are pipes, which a VMM has as
+/// well.
 fn as_file_thread(jail: &Jail) -> Result<(), String> {
     let server =
         Fs::new("share", jail.proc_self_fd.try_clone().unwrap()).map_err(|error| error.to_string())?;

@@ -1,8 +1,8 @@
 //! POSIX ACLs: acl(5).
 //!
-//! The guest's kernel decides about accesses (`default_permissions`), so it asks for the ACL of what is not its user's own, and
-//! remembers it for as long as the attributes (fs/fuse/acl.c; for submounts, `guest-kernel/patches`). The host's kernel inherits
-//! default ACLs and keeps the mode in step, as it would for a process of the host.
+//! The guest's kernel decides about accesses (`default_permissions`), so it asks for the ACL of what is not its user's
+//! own, and remembers it for as long as the attributes (fs/fuse/acl.c; for submounts, `guest-kernel/patches`). The
+//! host's kernel inherits default ACLs and keeps the mode in step, as it would for a process of the host.
 
 use std::ffi::CStr;
 use std::io;
@@ -28,8 +28,8 @@ pub fn is_one(name: &CStr) -> bool {
     name == ACCESS || name == DEFAULT
 }
 
-/// What the guest is told of one. It takes every error but ENODATA for a refusal of the access, and EAGAIN for there being no
-/// ACL (`check_acl` in fs/namei.c).
+/// What the guest is told of one. It takes every error but ENODATA for a refusal of the access, and EAGAIN for there
+/// being no ACL (`check_acl` in fs/namei.c).
 pub fn answer(found: io::Result<GetxattrReply>) -> io::Result<GetxattrReply> {
     found.map_err(|error| {
         let number = match error.raw_os_error() {

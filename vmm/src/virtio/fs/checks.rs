@@ -1,15 +1,15 @@
 //! What of a request the library passes on to the kernel or computes with, unseen: looked at before.
 //!
-//! The library has copied all of it out of the guest's memory by now, so it stays what it was found to be. Whatever Linux never
-//! sends is refused: only a guest's kernel can make requests (a process in it that opens `/dev/fuse` talks to a server of
-//! its own), so this costs no program anything.
+//! The library has copied all of it out of the guest's memory by now, so it stays what it was found to be. Whatever
+//! Linux never sends is refused: only a guest's kernel can make requests (a process in it that opens `/dev/fuse` talks
+//! to a server of its own), so this costs no program anything.
 
 use std::ffi::CStr;
 use std::io;
 
 /// Most bytes of a request and of its answer: 1 MiB of data, as the library announces it to the guest (`max_write` and
-/// `max_pages`), and a page for all that goes before. Descriptors may overlap: without a limit, a chain of the guest's whole
-/// memory many times over would be one transfer.
+/// `max_pages`), and a page for all that goes before. Descriptors may overlap: without a limit, a chain of the guest's
+/// whole memory many times over would be one transfer.
 pub const MOST_BYTES: usize = (1 << 20) + 4096;
 /// Most bytes that are read or written by one request.
 pub const MOST_DATA: u32 = 1 << 20;
@@ -20,8 +20,8 @@ const MOST_COPIED: u64 = 16 << 20;
 const LONGEST_NAME: usize = 255;
 /// Bytes of the longest extended attribute (linux/limits.h: XATTR_SIZE_MAX and XATTR_LIST_MAX).
 const LONGEST_ATTRIBUTE: usize = 65536;
-/// What a file is opened with for the guest. The others make files, or a descriptor that is of no use, or are for the process
-/// that has it: linux/fuse.h has them taken off by the guest's kernel (`fuse_send_open` in fs/fuse/file.c).
+/// What a file is opened with for the guest. The others make files, or a descriptor that is of no use, or are for the
+/// process that has it: linux/fuse.h has them taken off by the guest's kernel (`fuse_send_open` in fs/fuse/file.c).
 const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_TRUNC
     | libc::O_APPEND

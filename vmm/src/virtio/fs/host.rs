@@ -1,5 +1,5 @@
-//! The host's files as the guest is to see them: the library's file system, and what it does differently from a process of
-//! the host or not at all.
+//! The host's files as the guest is to see them: the library's file system, and what it does differently from a process
+//! of the host or not at all.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -92,8 +92,8 @@ impl Host {
         result
     }
 
-    /// What statx(2) says, with the time of birth where the library's handles can tell it: not of links and special files,
-    /// which it does not open.
+    /// What statx(2) says, with the time of birth where the library's handles can tell it: not of links and special
+    /// files, which it does not open.
     pub fn statx(
         &self,
         ctx: Context,
@@ -175,8 +175,8 @@ impl Host {
 
     /// Opens what was not there when the guest looked, but is now that it creates it.
     ///
-    /// To the guest's kernel this is a file of its user's making, for which it asks about no rights. So it has to be the user's. If it
-    /// is not, the guest looks again (`do_filp_open` in fs/namei.c) and decides.
+    /// To the guest's kernel this is a file of its user's making, for which it asks about no rights. So it has to be
+    /// the user's. If it is not, the guest looks again (`do_filp_open` in fs/namei.c) and decides.
     fn open_made_meanwhile(
         &self,
         ctx: Context,

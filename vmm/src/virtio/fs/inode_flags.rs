@@ -1,6 +1,7 @@
 //! The flags of inodes, such as `nodump` and `immutable`: ioctl_iflags(2), `chattr` and `lsattr`.
 //!
-//! Of all requests of ioctl(2) only these are passed on: they are the host's file systems' and mean the same in all of them.
+//! Of all requests of ioctl(2) only these are passed on: they are the host's file systems' and mean the same in all of
+//! them.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};

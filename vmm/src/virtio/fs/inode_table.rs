@@ -16,10 +16,10 @@ pub type References = (u64, u64);
 
 /// The directories whose contents are remembered.
 ///
-/// It counts references, and leaves it to the caller to drop them: what is remembered has one, and the guest has as many
-/// as it got answers.
+/// It counts references, and leaves it to the caller to drop them: what is remembered has one, and the guest has as
+/// many as it got answers.
 #[derive(Default)]
-pub struct Known(Mutex<State>);
+pub struct InodeTable(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -40,7 +40,7 @@ pub enum Name {
     Inode(u64),
 }
 
-impl Known {
+impl InodeTable {
     /// Whether so many names more can be remembered.
     pub fn has_room(&self, more: usize) -> bool {
         let state = lock(&self.0);
@@ -73,7 +73,8 @@ impl Known {
         }
     }
 
-    /// Remembers what a name is now, `None` if it is gone. Takes over the reference in `inode`; answers those to be dropped.
+    /// Remembers what a name is now, `None` if it is gone. Takes over the reference in `inode`; answers those to be
+    /// dropped.
     #[must_use]
     pub fn set(&self, directory: u64, name: &CStr, inode: Option<u64>) -> Vec<References> {
         let mut state = lock(&self.0);
@@ -157,51 +158,51 @@ mod tests {
 
     #[test]
     fn every_reference_is_dropped_once() {
-        let known = Known::default();
-        assert_eq!(known.find(1, c"a"), Name::Unknown);
-        assert_eq!(known.set(1, c"a", Some(5)), [(5, 1)], "the directory is not remembered");
-        assert_eq!(known.learn(1, names(&[(c"a", 2), (c"b", 3)])), []);
-        assert_eq!(known.find(1, c"a"), Name::Inode(2));
-        assert_eq!(known.set(1, c"a", Some(4)), [(2, 1)]);
-        assert_eq!(known.set(1, c"a", None), [(4, 1)]);
-        assert_eq!(known.find(1, c"a"), Name::Absent);
-        assert_eq!(known.learn(1, names(&[])), [(3, 1)]);
-        assert_eq!(known.learn(1, names(&[(c"c", 6)])), []);
-        assert_eq!(known.forget(1, 7), (1, 7));
-        assert!(known.has(1));
-        assert_eq!(known.forsake(1), [(6, 1)]);
-        assert_eq!(known.find(1, c"c"), Name::Unknown);
-        assert_eq!(lock(&known.0).names, 0);
+        let table = InodeTable::default();
+        assert_eq!(table.find(1, c"a"), Name::Unknown);
+        assert_eq!(table.set(1, c"a", Some(5)), [(5, 1)], "the directory is not remembered");
+        assert_eq!(table.learn(1, names(&[(c"a", 2), (c"b", 3)])), []);
+        assert_eq!(table.find(1, c"a"), Name::Inode(2));
+        assert_eq!(table.set(1, c"a", Some(4)), [(2, 1)]);
+        assert_eq!(table.set(1, c"a", None), [(4, 1)]);
+        assert_eq!(table.find(1, c"a"), Name::Absent);
+        assert_eq!(table.learn(1, names(&[])), [(3, 1)]);
+        assert_eq!(table.learn(1, names(&[(c"c", 6)])), []);
+        assert_eq!(table.forget(1, 7), (1, 7));
+        assert!(table.has(1));
+        assert_eq!(table.forsake(1), [(6, 1)]);
+        assert_eq!(table.find(1, c"c"), Name::Unknown);
+        assert_eq!(lock(&table.0).names, 0);
     }
 
     #[test]
     fn a_reference_that_is_owed_becomes_the_guests() {
-        let known = Known::default();
-        assert_eq!(known.learn(1, names(&[(c"a", 2)])), []);
-        known.owe(2);
-        known.owe(2);
+        let table = InodeTable::default();
+        assert_eq!(table.learn(1, names(&[(c"a", 2)])), []);
+        table.owe(2);
+        table.owe(2);
         // The one that was remembered is one of the three that the guest will give back.
-        assert_eq!(known.set(1, c"a", None), []);
-        assert_eq!(known.forget(2, 3), (2, 2));
-        assert_eq!(known.learn(1, names(&[(c"a", 2)])), []);
-        known.owe(2);
-        known.owe(2);
+        assert_eq!(table.set(1, c"a", None), []);
+        assert_eq!(table.forget(2, 3), (2, 2));
+        assert_eq!(table.learn(1, names(&[(c"a", 2)])), []);
+        table.owe(2);
+        table.owe(2);
         // Of an answer that it could not use it gives back one at once.
-        assert_eq!(known.forget(2, 1), (2, 0));
+        assert_eq!(table.forget(2, 1), (2, 0));
         // It gives back its own and what was owed, and the remembered one stays.
-        assert_eq!(known.forget(2, 2), (2, 1));
-        assert_eq!(known.set(1, c"a", None), [(2, 1)]);
+        assert_eq!(table.forget(2, 2), (2, 1));
+        assert_eq!(table.set(1, c"a", None), [(2, 1)]);
     }
 
     #[test]
     fn there_is_a_limit() {
-        let known = Known::default();
+        let table = InodeTable::default();
         let many =
             |count: usize| (0..count).map(|n| (CString::new(n.to_string()).unwrap(), n as u64)).collect();
-        assert!(known.learn(1, many(MOST_NAMES)).is_empty());
-        assert_eq!(known.set(1, c"more", Some(9)), [(9, 1)]);
-        assert_eq!(known.learn(2, many(1)).len(), 1);
-        assert_eq!(known.find(2, c"0"), Name::Unknown);
-        assert!(!known.has_room(1) && known.has_room(0));
+        assert!(table.learn(1, many(MOST_NAMES)).is_empty());
+        assert_eq!(table.set(1, c"more", Some(9)), [(9, 1)]);
+        assert_eq!(table.learn(2, many(1)).len(), 1);
+        assert_eq!(table.find(2, c"0"), Name::Unknown);
+        assert!(!table.has_room(1) && table.has_room(0));
     }
 }

@@ -1,5 +1,5 @@
-//! Requests as they come from the guest's queue: those that the library does not know are answered here, and writes, whose
-//! count it loses. All others are the library's.
+//! Requests as they come from the guest's queue: those that the library does not know are answered here, and writes,
+//! whose count it loses. All others are the library's.
 //!
 //! linux/fuse.h, 7.39: FUSE_TMPFILE, FUSE_STATX and FUSE_IOCTL.
 
@@ -50,12 +50,12 @@ impl Messages {
 
     /// Answers a request; the length of the answer.
     ///
-    /// The header is read twice, and may have changed in between. Then the library gets what it does not know or loses the
-    /// count of a write: the guest has deceived itself.
+    /// The header is read twice, and may have changed in between. Then the library gets what it does not know or loses
+    /// the count of a write: the guest has deceived itself.
     ///
     /// # Errors
-    /// When it cannot be answered, or not be made sense of: then nothing has been written. What was asked for may have been done if there
-    /// was no room for the answer.
+    /// When it cannot be answered, or not be made sense of: then nothing has been written. What was asked for may have
+    /// been done if there was no room for the answer.
     pub fn handle(&self, mut reader: Reader<'_>, writer: Writer<'_>) -> Result<usize, virtiofsd::Error> {
         if reader.available_bytes().max(writer.available_bytes()) > checks::MOST_BYTES {
             return Err(nonsense("it is longer than any"));

@@ -2,10 +2,10 @@
 //! process.
 //!
 //! Wiring: `Fs::new(tag, proc_self_fd)`, in the jail, whose root is what is shared. `proc_self_fd` is a mount of
-//! /proc/self/fd alone, made by the process that then stays before it entered the jail's root (`own_descriptors` in `jail.rs`):
-//! virtiofsd opens inodes through it.
-//! RLIMIT_NOFILE must have its final value, since each inode that the guest knows costs a descriptor. The threads
-//! start here and confine themselves by the seccomp filter for [`Kind::Fs`].
+//! /proc/self/fd alone, made by the process that then stays before it entered the jail's root (`own_descriptors` in
+//! `jail.rs`): virtiofsd opens inodes through it. RLIMIT_NOFILE must have its final value, since each inode that the
+//! guest knows costs a descriptor. The threads start here and confine themselves by the seccomp filter for
+//! [`Kind::Fs`].
 //!
 //! Several threads serve the queues, because a request can block for long: an fsync, a network file system. Each
 //! takes one chain at a time and first sees to it that another thread wakes up for the next one.

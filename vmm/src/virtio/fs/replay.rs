@@ -3,12 +3,12 @@
 //! FUSE has no message that says "this has changed", so watchers in a guest never hear of what the host does. But they
 //! hear what a process of the guest does: the agent does again what the host has done, as far as the guest's kernel can
 //! tell, and this layer above the host's files sees to it that nothing happens on the host. All requests
-//! of the group [`REPLAY_GID`] are such replays. A container that takes on this group deceives nobody but its own machine:
-//! it can look up what it could look up anyway, and all else it asks for is answered and not done.
+//! of the group [`REPLAY_GID`] are such replays. A container that takes on this group deceives nobody but its own
+//! machine: it can look up what it could look up anyway, and all else it asks for is answered and not done.
 //!
-//! For the guest's kernel to do its part, a replay must find things as they were before: a name that was removed must be
-//! there to be removed, with the inode that somebody may watch, and one that came must not be there yet. So what watched
-//! directories hold is remembered ([`Known`]) from one replay to the next.
+//! For the guest's kernel to do its part, a replay must find things as they were before: a name that was removed must
+//! be there to be removed, with the inode that somebody may watch, and one that came must not be there yet. So what
+//! watched directories hold is remembered ([`InodeTable`]) from one replay to the next.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -24,7 +24,7 @@ use virtiofsd::filesystem::{
 use virtiofsd::fuse::{Attr, FsOptions, SetattrIn};
 
 use super::host::Host;
-use super::inode_table::{Known, Name, References};
+use super::inode_table::{InodeTable, Name, References};
 use super::shown::{MOVED, SOURCE, before, entry, made_up};
 use super::{Handle, Inode};
 
@@ -39,7 +39,7 @@ const DIRECTORY_BUFFER: u32 = 32 << 10;
 #[derive(Clone)]
 pub struct Replaying {
     inner: Arc<Host>,
-    known: Arc<Known>,
+    inodes: Arc<InodeTable>,
 }
 
 /// Whether a request is a replay.
@@ -65,7 +65,7 @@ fn error<T>(number: i32) -> io::Result<T> {
 
 impl Replaying {
     pub fn new(inner: Arc<Host>) -> Self {
-        Self { inner, known: Arc::default() }
+        Self { inner, inodes: Arc::default() }
     }
 
     fn drop_references(&self, ctx: Context, references: Vec<References>) {
@@ -82,12 +82,12 @@ impl Replaying {
         if let Some((inode, attr)) = made.and_then(|inode| Some((inode, made_up(inode)?))) {
             return Ok(entry(inode, attr));
         }
-        match self.known.find(parent, name) {
+        match self.inodes.find(parent, name) {
             Name::Unknown => self.inner.lookup(ctx, parent, name),
             Name::Absent => error(libc::ENOENT),
             Name::Inode(inode) => {
                 let (attr, _) = self.inner.getattr(ctx, inode, None)?;
-                self.known.owe(inode);
+                self.inodes.owe(inode);
                 Ok(entry(inode, before(attr)))
             }
         }
@@ -96,7 +96,7 @@ impl Replaying {
     /// Remembers what a name is now; an error if it is nothing.
     fn update(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
         let now = self.inner.lookup(ctx, parent, name)?.inode;
-        self.drop_references(ctx, self.known.set(parent, name, Some(now)));
+        self.drop_references(ctx, self.inodes.set(parent, name, Some(now)));
         Ok(())
     }
 
@@ -112,7 +112,7 @@ impl Replaying {
     }
 
     fn vanish(&self, ctx: Context, parent: Inode, name: &CStr) {
-        let references = self.known.set(parent, name, None);
+        let references = self.inodes.set(parent, name, None);
         self.drop_references(ctx, references);
     }
 
@@ -125,7 +125,7 @@ impl Replaying {
                 found.insert(name, entry.inode);
             }
         }
-        let references = self.known.learn(directory, found);
+        let references = self.inodes.learn(directory, found);
         self.drop_references(ctx, references);
         Ok(())
     }
@@ -150,7 +150,7 @@ impl Replaying {
                     names.push(entry.name.to_owned());
                 }
             }
-            if names.len() > MOST_NAMES || !self.known.has_room(names.len()) {
+            if names.len() > MOST_NAMES || !self.inodes.has_room(names.len()) {
                 return error(libc::E2BIG);
             }
             if offset == before {
@@ -171,7 +171,7 @@ impl FileSystem for Replaying {
     }
 
     fn destroy(&self) {
-        self.known.clear();
+        self.inodes.clear();
         self.inner.destroy();
     }
 
@@ -180,11 +180,11 @@ impl FileSystem for Replaying {
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
-        let (inode, count) = self.known.forget(inode, count);
+        let (inode, count) = self.inodes.forget(inode, count);
         self.inner.forget(ctx, inode, count);
         // What is in a directory is remembered for as long as the guest knows the directory.
-        if self.known.has(inode) && self.inner.getattr(ctx, inode, None).is_err() {
-            self.drop_references(ctx, self.known.forsake(inode));
+        if self.inodes.has(inode) && self.inner.getattr(ctx, inode, None).is_err() {
+            self.drop_references(ctx, self.inodes.forsake(inode));
         }
     }
 

@@ -9,11 +9,11 @@ use virtiofsd::oslib::{ReadvFlags, WritevFlags};
 
 /// What a guest writes.
 ///
-/// The library's own loses count: when a second round fails, because the first has filled the disk, that error is all that
-/// the guest hears. A write that has written something says how much, as write(2) does, and the next one fails.
+/// The library's own loses count: when a second round fails, because the first has filled the disk, that error is all
+/// that the guest hears. A write that has written something says how much, as write(2) does, and the next one fails.
 ///
-/// There is no such thing for reads: to the guest, a short one is the end of the file (`fuse_short_read` in fs/fuse/file.c), where
-/// there was an error after it.
+/// There is no such thing for reads: to the guest, a short one is the end of the file (`fuse_short_read` in
+/// fs/fuse/file.c), where there was an error after it.
 pub struct Written<'a>(pub Reader<'a>);
 
 impl ZeroCopyReader for Written<'_> {

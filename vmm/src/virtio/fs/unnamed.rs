@@ -1,8 +1,8 @@
 //! Files without a name: `O_TMPFILE` of open(2), which the library does not know.
 //!
-//! It knows an inode by a name that it has looked up, so these are kept here until the guest has forgotten them. One that is given a
-//! name is then the library's as well, as another inode; to the guest, what it writes into the one is to the other
-//! what the host has written.
+//! It knows an inode by a name that it has looked up, so these are kept here until the guest has forgotten them. One
+//! that is given a name is then the library's as well, as another inode; to the guest, what it writes into the one is
+//! to the other what the host has written.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};

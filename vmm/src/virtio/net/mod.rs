@@ -1,8 +1,8 @@
 //! virtio-net (virtio 1.2, 5.1): a slot for a NIC whose tap may come later.
 //!
-//! Wiring: `Net::new()` makes a NIC with its link down. `attach(taps, mac, ...)`, on the device thread, connects it to a tap
-//! that was opened with IFF_VNET_HDR, gives it its address and raises the link. A tap that was opened several times, with
-//! IFF_MULTI_QUEUE, gives the NIC as many pairs of queues.
+//! Wiring: `Net::new()` makes a NIC with its link down. `attach(taps, mac, ...)`, on the device thread, connects it to
+//! a tap that was opened with IFF_VNET_HDR, gives it its address and raises the link. A tap that was opened several
+//! times, with IFF_MULTI_QUEUE, gives the NIC as many pairs of queues.
 //!
 //! Linux takes address and MTU from the configuration space only while it probes the device, so a slot is hidden from
 //! the guest until it is attached. F_MTU is not offered: it would limit what can be set later.
@@ -96,8 +96,8 @@ impl Net {
         Ok(Self { base: Base::new("net")?, mac: [0; 6], taps, in_use: 1, vhosts, waiting: None })
     }
 
-    /// Connects the NIC to the queues of a tap, gives it its address and raises its link. `vhosts` are as many /dev/vhost-net,
-    /// if the kernel is to move the packets.
+    /// Connects the NIC to the queues of a tap, gives it its address and raises its link. `vhosts` are as many
+    /// /dev/vhost-net, if the kernel is to move the packets.
     ///
     /// # Errors
     /// When the NIC is connected already, or it is not a tap with IFF_VNET_HDR.
@@ -138,8 +138,7 @@ impl Net {
                 })
                 .map_err(|error| AttachError::Tap("O_NONBLOCK", error.into()))?;
         }
-        let tap = |fd| Tap { fd, readable: false, offloads: 0, attached: true };
-        self.taps = taps.into_iter().map(tap).collect();
+        self.taps = taps.into_iter().map(Tap::new).collect();
         if self.vhosts.is_empty() {
             self.watch().map_err(|error| AttachError::Tap("epoll", error))?;
         }
@@ -152,7 +151,7 @@ impl Net {
     fn watch(&self) -> io::Result<()> {
         let mut taps = (0..).zip(&self.taps);
         taps.try_for_each(|(pair, tap)| {
-            self.base.sources().add(tap.fd.as_fd(), pair, EventSet::IN | EventSet::OUT)
+            self.base.sources().add(tap.as_fd(), pair, EventSet::IN | EventSet::OUT)
         })
     }
 
@@ -187,7 +186,7 @@ impl Net {
     fn try_start_vhosts(&mut self, activation: &Activation) -> io::Result<()> {
         let queues = activation.queues.chunks_exact(2).take(pairs(activation));
         for ((vhost, tap), queues) in self.vhosts.iter_mut().zip(&self.taps).zip(queues) {
-            vhost.start(tap.fd.as_fd(), activation, queues)?;
+            vhost.start(tap.as_fd(), activation, queues)?;
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
@@ -35,13 +35,13 @@ const TUN_F_TSO6: u32 = 4;
 
 /// A queue of a tap.
 pub struct Tap {
-    pub fd: OwnedFd,
+    fd: OwnedFd,
     /// Whether it may have packets: its event has come, and no read has found it empty since.
     pub readable: bool,
     /// What the guest takes off the tap's hands (TUN_F_*), as last set.
-    pub offloads: u32,
+    offloads: u32,
     /// Whether the tap puts packets into this queue.
-    pub attached: bool,
+    attached: bool,
 }
 
 /// Checks that packets on the tap have the one shape that the device knows: any other is garbage to the guest.
@@ -58,7 +58,18 @@ pub fn check(tap: &OwnedFd) -> Result<(), AttachError> {
     if flags & needed == needed { Ok(()) } else { Err(AttachError::Flags(flags)) }
 }
 
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl Tap {
+    /// A queue that the tap fills, without offloads, as the kernel makes it.
+    pub fn new(fd: OwnedFd) -> Self {
+        Self { fd, readable: false, offloads: 0, attached: true }
+    }
+
     /// Has the tap put packets into this queue, or leave it alone. One that has only this one knows no such thing.
     pub fn attach(&mut self, attached: bool) {
         if attached == self.attached {
@@ -74,6 +85,7 @@ impl Tap {
         self.attached = attached;
     }
 
+    /// Has the tap leave to the guest what the guest does itself, by the features that it accepted.
     pub fn set_offloads(&mut self, features: u64) {
         let map = [
             (VIRTIO_NET_F_GUEST_CSUM, TUN_F_CSUM),

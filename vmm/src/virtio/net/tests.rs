@@ -286,7 +286,8 @@ fn commands_that_make_no_sense_are_refused() {
     assert_eq!(bench.device().in_use, 1);
     assert_eq!(command(&mut bench, 4, &[4, 0, 2, 0]), Some(0));
     assert_eq!(bench.device().in_use, 2);
-    // The next driver begins with one pair, and one that does not know of pairs has the queue for commands behind the first.
+    // The next driver begins with one pair, and one that does not know of pairs has the queue for commands behind the
+    // first.
     bench.reset();
     assert_eq!(bench.device().in_use, 1);
     bench.activate(1 << VIRTIO_NET_F_CTRL_VQ);

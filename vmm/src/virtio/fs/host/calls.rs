@@ -27,8 +27,8 @@ impl FileSystem for Host {
     type DirIter = <PassthroughFs as FileSystem>::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        // Without it, inode numbers collide. The library goes on, and says so on standard error each time, past the log and
-        // its limits.
+        // Without it, inode numbers collide. The library goes on, and says so on standard error each time, past the log
+        // and its limits.
         if !capable.contains(FsOptions::SUBMOUNTS) {
             return error(libc::EPROTO);
         }

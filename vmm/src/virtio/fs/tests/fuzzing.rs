@@ -1,7 +1,7 @@
 //! A guest's kernel that asks for anything.
 //!
-//! Requests look like those of Linux, with fields that are edges, or of another request; whole ones are bytes at random. The share
-//! is a directory of a small file system, and beside it lies what nobody may reach.
+//! Requests look like those of Linux, with fields that are edges, or of another request; whole ones are bytes at
+//! random. The share is a directory of a small file system, and beside it lies what nobody may reach.
 
 use katana_fuzz::{Input, fuzz};
 use katana_protocol::{REPLAY_GID, REPLAY_LEARN, REPLAY_SOURCE};

@@ -1,5 +1,5 @@
-//! Files that do something when they are opened: devices, FIFOs, sockets. The guest's kernel opens them itself, and never here;
-//! whoever asks is no kernel.
+//! Files that do something when they are opened: devices, FIFOs, sockets. The guest's kernel opens them itself, and
+//! never here; whoever asks is no kernel.
 
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;

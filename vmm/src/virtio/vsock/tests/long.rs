@@ -57,24 +57,31 @@ fn sixty_four_mebibytes_arrive_in_the_guest() {
         }
     });
     let mut position = 0_usize;
-    let mut told = 0_usize;
+    let mut acknowledged = 0_usize;
     // The end of the data may be seen before that of the socket: two packets then, with one half each.
     let mut ended = 0;
     while ended != SHUTDOWN_BOTH {
         match guest.receive() {
             None => guest.bench.wait(),
             Some((packet, data)) if packet.op.to_native() == op::RW => {
+                assert_eq!(ended & SHUTDOWN_SEND, 0, "data after the end of the data");
                 assert!(data.iter().zip(position..).all(|(byte, at)| *byte == pattern(at)));
                 position += data.len();
                 // As Linux: an update each time that a quarter of the buffer was read.
-                if position - told > 64 << 10 {
-                    told = position;
+                if position - acknowledged > 64 << 10 {
+                    acknowledged = position;
                     let taken = position as u32;
                     let update = header(op::CREDIT_UPDATE);
                     guest.send(Header { buf_alloc: BUFFER.into(), fwd_cnt: taken.into(), ..update }, &[]);
                 }
             }
-            Some((packet, _)) if packet.op.to_native() == op::SHUTDOWN => ended |= packet.flags.to_native(),
+            Some((packet, _)) if packet.op.to_native() == op::SHUTDOWN => {
+                let flags = packet.flags.to_native();
+                assert!(flags != 0 && ended & flags == 0, "{flags} after {ended}");
+                ended |= flags;
+                // The host reads for as long as it writes, so that half does not end first.
+                assert_ne!(ended & SHUTDOWN_SEND, 0);
+            }
             Some(_) => {}
         }
     }
