@@ -45,7 +45,7 @@ pub fn check(spec: &Spec) -> Result<(), NotObeyed> {
     if obeyed { Ok(()) } else { Err(NotObeyed) }
 }
 
-/// If it can be told.
+/// Whether ACLs are obeyed in a directory, if that can be found out.
 fn obeys(directory: &Path) -> Option<bool> {
     let path = CString::new(directory.as_os_str().as_bytes()).ok()?;
     let (name, value): (&CStr, _) = (c"system.posix_acl_access", IMPOSSIBLE);
@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernels_tell_without_an_acl_being_set() {
+    fn obedience_is_found_out_without_an_acl_being_set() {
         let directory = std::env::temp_dir().join(format!("katana-acls-{}", std::process::id()));
         std::fs::create_dir(&directory).expect("mkdir");
         let obeyed = obeys(&directory);

@@ -120,11 +120,11 @@ fn raise_loopback() -> io::Result<()> {
     Ok(())
 }
 
-/// Tells the VMM, by a write to its host bridge, that the guest is up and knows no pod yet: other guests may be
+/// Reports to the VMM, by a write to its host bridge, that the guest is up and knows no pod yet: other guests may be
 /// restored from here. What runs after this may run in any of them, at a later time.
 pub fn ready() {
     const HOST_BRIDGE: &str = "/sys/bus/pci/devices/0000:00:00.0/config";
-    let told = fs::OpenOptions::new().read(true).write(true).open(HOST_BRIDGE).and_then(|host_bridge| {
+    let reported = fs::OpenOptions::new().read(true).write(true).open(HOST_BRIDGE).and_then(|host_bridge| {
         let mut wanted = [0];
         host_bridge.read_exact_at(&mut wanted, bridge::REGISTER)?;
         if wanted == [bridge::WANTED]
@@ -134,7 +134,7 @@ pub fn ready() {
         }
         host_bridge.write_all_at(&[bridge::READY], bridge::REGISTER)
     });
-    if let Err(error) = told {
+    if let Err(error) = reported {
         log::warn!("{HOST_BRIDGE}: {error}: no template can be made of this guest");
     }
 }

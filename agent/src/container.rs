@@ -84,7 +84,7 @@ type Result<T> = std::result::Result<T, Error>;
 pub struct Pod {
     /// Where streams go.
     pub transport: Transport,
-    /// Who tells of ends.
+    /// What reports ends.
     pub reaper: Reaper,
     /// Processes that were started ahead.
     pub spares: Spares,
@@ -118,7 +118,7 @@ pub struct Request<'a> {
 enum Phase {
     /// It waits for its start.
     Created(Gate),
-    /// It was told to start; it runs or has ended.
+    /// It was started; it runs or has ended.
     Started,
 }
 
@@ -344,7 +344,7 @@ impl Container {
         Ok(self.cgroup.freeze(true).await?)
     }
 
-    /// Lets it go on.
+    /// Thaws its processes.
     pub async fn resume(&self) -> Result<()> {
         if !self.is_frozen() {
             return Err(Error::State("container not paused"));
@@ -455,7 +455,7 @@ async fn reserve_huge_pages(resources: Option<LinuxResources>) -> Result<HugePag
 
 /// A pid namespace dies with its first process; a container without one of its own has to be cleared.
 fn end_of_init(cgroup: &Cgroup, oom: &OomCounter) {
-    // The shim tells of the kill before it tells of the end.
+    // The shim reports the kill before it reports the end.
     oom.check();
     if let Err(error) = cgroup.kill() {
         log::debug!("{error}");

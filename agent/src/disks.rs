@@ -147,7 +147,7 @@ fn try_release(slot: u32) -> io::Result<()> {
 }
 
 /// Opens a disk when no file system is on it any more. The kernel ends one some time after its last mount, in the
-/// background, and writes to it until then; it tells nobody when that is.
+/// background, and writes to it until then; it notifies nobody of that.
 fn unused(device: &Path) -> io::Result<fs::File> {
     let begun = Instant::now();
     loop {

@@ -9,12 +9,12 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::cgroup::{self, Cgroup};
 
-/// Counts the out-of-memory kills in a cgroup and tells of new ones.
+/// Counts the out-of-memory kills in a cgroup and reports new ones.
 #[derive(Debug)]
 pub struct OomCounter {
     id: String,
     file: PathBuf,
-    told: AtomicU64,
+    reported: AtomicU64,
     ooms: UnboundedSender<String>,
 }
 
@@ -22,15 +22,15 @@ impl OomCounter {
     /// None so far.
     pub fn new(id: &str, cgroup: &Cgroup, ooms: &UnboundedSender<String>) -> Self {
         let file = cgroup.path().join("memory.events");
-        Self { id: id.to_owned(), file, told: AtomicU64::new(0), ooms: ooms.clone() }
+        Self { id: id.to_owned(), file, reported: AtomicU64::new(0), ooms: ooms.clone() }
     }
 
-    /// Tells if there were kills since the last check.
+    /// Reports if there were kills since the last check.
     pub fn check(&self) {
         let kills = fs::read_to_string(&self.file)
             .ok()
             .and_then(|text| cgroup::parse_events(&text).get("oom_kill").copied());
-        if kills.is_some_and(|kills| self.told.fetch_max(kills, Ordering::Relaxed) < kills) {
+        if kills.is_some_and(|kills| self.reported.fetch_max(kills, Ordering::Relaxed) < kills) {
             let _ = self.ooms.send(self.id.clone());
         }
     }

@@ -1,5 +1,5 @@
-//! The first process of a pod: does nothing, reaps what it inherits when the pod shares its pid namespace, ends when
-//! told to. It is this program again so that a pod needs no image for it.
+//! The first process of a pod: does nothing, reaps what it inherits when the pod shares its pid namespace, ends by
+//! SIGTERM or SIGINT. It is this program again so that a pod needs no image for it.
 
 use std::process::ExitCode;
 

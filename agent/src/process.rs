@@ -80,7 +80,7 @@ pub struct Process {
 pub struct Surroundings<'a> {
     /// Where its streams go.
     pub transport: &'a Transport,
-    /// Who tells of its end.
+    /// What reports its end.
     pub reaper: &'a Reaper,
     /// Processes that were started ahead.
     pub spares: &'a Spares,

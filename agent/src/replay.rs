@@ -24,7 +24,7 @@ type Batch = (Vec<Change>, oneshot::Sender<()>);
 
 /// The thread that replays. Started for the first changes.
 ///
-/// It has a group of its own; and if the host's file system does not answer, the agent goes on.
+/// It has a group of its own; and if the host's file system does not answer, the agent continues.
 #[derive(Debug, Default)]
 pub struct Replayer(Mutex<Option<mpsc::UnboundedSender<Batch>>>);
 
@@ -59,7 +59,7 @@ fn run(mut batches: mpsc::UnboundedReceiver<Batch>) -> io::Result<()> {
     // SAFETY: changes this thread's credentials only; the C library does not pass it on to the other threads.
     let set = || unsafe { libc::setfsgid(REPLAY_GID) };
     set();
-    // setfsgid(2): it answers the group before, so the second call tells whether the first one worked.
+    // setfsgid(2): it answers the group before, so the second call shows whether the first one worked.
     if set().cast_unsigned() != REPLAY_GID {
         return Err(io::Error::other("the group cannot be taken on"));
     }
@@ -186,7 +186,7 @@ impl Directory {
         }
     }
 
-    /// With one time the kernel tells of changed contents, with two of changed attributes.
+    /// With one time the kernel reports changed contents, with two changed attributes.
     fn set_times(&self, name: &Path, access: TimeSpec) -> io::Result<()> {
         let file = self.find(name)?;
         let modification = TimeSpec::new(0, 0);

@@ -219,7 +219,7 @@ pub fn configure(settings: &Settings) -> Result<()> {
     Ok(())
 }
 
-/// A guest that has just booted has its time from KVM, more exactly than a message can tell it: only a clock that is
+/// A guest that has just booted has its time from KVM, more exactly than a message can carry it: only a clock that is
 /// wrong is set. It is if it is behind the message, which was sent in the past, or far ahead.
 fn set_clock(nanoseconds: u64) -> io::Result<()> {
     const SECOND: u64 = 1_000_000_000;

@@ -57,7 +57,7 @@ struct Host {
     port: u32,
     secret: [u8; SECRET],
     asking: Semaphore,
-    /// Told when nobody listens any more on the host, nor will.
+    /// Notified when nobody listens any more on the host, nor will.
     refuses: Notify,
 }
 

@@ -124,8 +124,8 @@ pub struct Copies {
 }
 
 impl Copies {
-    /// The process is dead: sends what it left in its pipes and answers how many bytes of standard output and
-    /// standard error the host has got. Children that hold a pipe open can go on writing; their copy goes on too.
+    /// The process is dead: sends what it left in its pipes and answers how many bytes of standard output and standard
+    /// error the host has got. Children that hold a pipe open can continue to write; their copy continues too.
     pub async fn finish(self) -> (u64, u64) {
         if let Some(input) = self.input {
             input.abort();
@@ -179,7 +179,7 @@ impl Output {
                     let now = draining.sent.load(Ordering::Relaxed);
                     if now == before {
                         log::warn!(
-                            "the host takes no output of a dead process; its exit is told without the rest"
+                            "the host takes no output of a dead process; its exit is sent without the rest"
                         );
                         return now;
                     }
@@ -220,7 +220,7 @@ impl CopyOut {
 
     /// Copies what lies in the pipe, or in the terminal, now that the process is dead. True at the end.
     async fn drain(&mut self) -> bool {
-        // A terminal is hung up when its session's leader dies: nobody can go on writing to it for ever.
+        // A terminal is hung up when its session's leader dies: nobody can keep writing to it for ever.
         let terminal = nix::unistd::isatty(&*self.process).unwrap_or(false);
         let goal = if terminal { u64::MAX } else { self.copied + self.process.pending() };
         let mut buffer = vec![0; CHUNK];
@@ -244,8 +244,8 @@ impl CopyOut {
     }
 }
 
-/// Copies a process's output until its end. Tells through `drained` how many bytes were sent when all that lay in
-/// the pipe at the process's death is.
+/// Copies a process's output until its end. Reports through `drained` how many bytes were sent when all that lay in the
+/// pipe at the process's death is.
 async fn copy_out(mut copy: CopyOut, ended: oneshot::Receiver<()>, drained: oneshot::Sender<u64>) {
     let at_end = copy.copy_until(ended).await || copy.drain().await;
     let _ = drained.send(copy.sent.load(Ordering::Relaxed));

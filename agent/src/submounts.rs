@@ -101,7 +101,7 @@ impl Submounts {
         for path in &submounts.paths {
             // Counted first, so that it is not unmounted between.
             *users.counts().entry(path.clone()).or_default() += 1;
-            // A file is no mount of its own; of what is not there, the container will tell.
+            // A file is no mount of its own; the container's creation reports what is missing.
             let _ = path.strip_prefix(GUEST_SHARE).map(enter);
         }
         if !mounts.is_empty() {
@@ -140,7 +140,7 @@ pub async fn follow(users: &Arc<Users>, come: Vec<SharedMount>, gone: Vec<Vec<u8
 async fn forget(users: Arc<Users>, path: PathBuf, device: Device) {
     let (mut pause, longest) = LOOK_AGAIN;
     loop {
-        // Also what has been closed has been told to the host after this.
+        // After this, the host has also been notified of what has been closed.
         tokio::time::sleep(pause).await;
         pause = longest.min(pause * 2);
         match tokio::task::spawn_blocking(move || is_in_use(device)).await {

@@ -1,6 +1,6 @@
-//! Transparent huge pages, used as the host uses them: the shim tells by parameters of the kernel. The kernel turns
-//! them off by itself where it boots with less than 512 MiB, with a part of their settings (Linux, mm/huge_memory.c,
-//! `hugepage_init`), for good, however much memory is plugged later.
+//! Transparent huge pages, used as the host uses them: the shim passes the host's settings as parameters of the kernel.
+//! The kernel turns them off by itself where it boots with less than 512 MiB, with a part of their settings (Linux,
+//! mm/huge_memory.c, `hugepage_init`), for good, however much memory is plugged later.
 
 use std::fs;
 use std::io;

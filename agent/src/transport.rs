@@ -44,7 +44,7 @@ impl Transport {
         matches!(self.place, Place::Vsock)
     }
 
-    /// The host has told by what it knows the agent. Only the first one counts.
+    /// Sets the key by which the host knows the agent. Only the first one counts.
     pub fn set_key(&self, key: [u8; STREAM_KEY]) {
         // Another one would be the same: the host has one.
         let _ = self.key.set(key);

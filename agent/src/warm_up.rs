@@ -21,7 +21,7 @@ const CGROUP: &str = "warm-up";
 const REPORTED_AT_ONCE: u64 = 32 * (4 << 20);
 /// Somebody waits for the first start: the rest of a large memory is left to those that come from the template.
 const MOST_ROUNDS: u64 = 16;
-/// What it may take for that: user space is told nothing of it, and so has nothing to wait for. A template made too
+/// What it may take for that: user space is not notified of it, and so has nothing to wait for. A template made too
 /// early is a little larger, that is all.
 const MOMENT: Duration = Duration::from_millis(20);
 

@@ -116,7 +116,7 @@ impl Loader {
         }
     }
 
-    /// Checks what only the whole can tell.
+    /// Checks the keys against each other.
     pub(crate) fn finish(self) -> Result<Config, Error> {
         let unset = || Place { path: self.config.path.clone(), line: 1 };
         let (section, key) = ("hypervisor.katana", "default_vcpus");

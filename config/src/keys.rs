@@ -25,7 +25,7 @@ pub const MOST_VCPUS: u32 = 254;
 pub(crate) struct Key {
     pub(crate) section: &'static str,
     pub(crate) name: &'static str,
-    /// Sets it, or tells what is wrong with the value.
+    /// Sets it, or returns what is wrong with the value.
     pub(crate) set: fn(&mut Config, &DeValue<'_>) -> Result<(), String>,
 }
 

@@ -174,7 +174,7 @@ impl Default for Runtime {
 }
 
 impl Config {
-    /// What only the whole can tell: the base of a machine's memory is there in any case, its processors are not.
+    /// Checks the keys against each other: the base of a machine's memory is there in any case, its processors are not.
     fn checked(mut self) -> Result<Self, String> {
         let Hypervisor { default_vcpus, default_maxvcpus, default_memory, default_maxmemory, .. } =
             &mut self.hypervisor;

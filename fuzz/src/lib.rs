@@ -5,8 +5,8 @@
 //! `corpus/NAME`, and at random, from a seed; a target fails by a panic, or by not coming to an end. What it failed
 //! with is kept in a file.
 //!
-//! Run by `cargo test`, each target takes a second. `scripts/fuzz` runs them for as long as it is told, with what the
-//! environment says here:
+//! Run by `cargo test`, each target takes a second. `scripts/fuzz` runs them for as long as it is asked to, with what
+//! the environment says here:
 //!
 //! * `KATANA_FUZZ_SECONDS`: how long each target runs
 //! * `KATANA_FUZZ_SEED`: from which number inputs are made

@@ -62,7 +62,7 @@ impl Random {
         }
     }
 
-    /// A number by which inputs are told apart.
+    /// A number by which inputs are distinguished.
     pub fn hash(bytes: &[u8]) -> u64 {
         bytes.iter().fold(bytes.len() as u64, |hash, byte| mix(hash ^ u64::from(*byte)))
     }

@@ -1,9 +1,9 @@
-//! What the agent says after the stream key on a connection that goes on to a socket of the host: the socket's secret,
-//! by which it is one to this socket, and who has connected there. The shim answers with one byte, 0 or an error
-//! number.
+//! What the agent says after the stream key on a connection that is forwarded to a socket of the host: the socket's
+//! secret, by which it is one to this socket, and who has connected there. The shim answers with one byte, 0 or an
+//! error number.
 //!
-//! The shim connects as this user, so that what the host's kernel lets pass, and tells the server (SO_PEERCRED), is
-//! what it would be without a machine in between.
+//! The shim connects as this user, so that what the host's kernel lets pass, and reports to the server (SO_PEERCRED),
+//! is what it would be without a machine in between.
 
 /// Bytes of a socket's secret.
 pub const SECRET: usize = 16;

@@ -1,5 +1,5 @@
-//! What the host's kernel has to have: system calls that came with later versions of Linux, and how it is told that one
-//! of them is missing.
+//! What the host's kernel has to have: system calls that came with later versions of Linux, and the error that names a
+//! missing one.
 //!
 //! The newest of them, mount_setattr(2), has no substitute: what a guest may see is made read-only, private or slave
 //! before it gets its place in the VMM's mount namespace, and no other call changes a mount that has none.

@@ -32,7 +32,7 @@ pub mod bridge {
     pub const WANTED: u8 = 1;
     /// Written: other guests may be restored from here.
     pub const READY: u8 = 1;
-    /// Written: the guest's clocks may go on by [`SKIPPED`] at once.
+    /// Written: the guest's clocks may advance by [`SKIPPED`] at once.
     pub const LATER: u8 = 2;
     /// Seconds. Longer than what the guest's kernel puts off for a while, the report of its free pages above all
     /// (PAGE_REPORTING_DELAY).
@@ -45,7 +45,7 @@ pub const AGENT_PORT: u32 = 1024;
 pub const DEBUG_CONSOLE_PORT: u32 = 1026;
 /// Ports on the host from here on are handed out by the shim for standard streams and the like.
 pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
-/// Bytes of what the agent says first on each connection to one of those ports. The shim tells it in
+/// Bytes of what the agent says first on each connection to one of those ports. The shim sends it in
 /// [`agent::CreateSandboxRequest`]; no other process of the guest has it.
 pub const STREAM_KEY: usize = 16;
 /// Parameters of the guest's kernel that say how it is to use transparent huge pages, each with its file below

@@ -120,7 +120,7 @@ impl Socket {
         Ok(Self(socket))
     }
 
-    /// Opens one that is told of changes of links, and does not block.
+    /// Opens one that is notified of changes of links, and does not block.
     ///
     /// # Errors
     /// When there is none to be had.
@@ -132,7 +132,7 @@ impl Socket {
         Ok(Self(socket))
     }
 
-    /// Forgets the changes that were told so far.
+    /// Discards the notifications received so far.
     pub fn drain(&self) {
         let mut buffer = [0; 256];
         while !matches!(

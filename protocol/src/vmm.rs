@@ -127,7 +127,7 @@ pub enum Request {
     },
 }
 
-/// What the VMM tells the shim.
+/// What the VMM reports to the shim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
     /// The jailed process, by its pid in the shim's pid namespace; a child of the shim. The process that the
@@ -158,7 +158,7 @@ pub enum Event {
     },
     /// The answer to a request to attach or detach, or about a thread or vCPUs: an error text if it failed.
     Done(Option<String>),
-    /// The template has been made; or why it has not, or is of no use. The VM runs in any case.
+    /// The template has been made; or why it cannot be made, or is refused. The VM runs in any case.
     TemplateMade(Option<String>),
     /// The VM ended; the VMM ends as well.
     Exit {
@@ -180,7 +180,7 @@ pub enum ExitReason {
     Panic(String),
     /// A triple fault.
     TripleFault,
-    /// The VMM itself could not go on.
+    /// The VMM itself could not continue.
     Internal(String),
 }
 
@@ -232,7 +232,7 @@ pub fn send<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>]
 }
 
 /// Receives one message with its descriptors. Where this process may not open as many, there are none: a lack of them
-/// is the receiver's, and the sender goes on.
+/// is the receiver's, and the sender continues.
 ///
 /// # Errors
 /// [`Error::Closed`] at the end, [`Error::TooLong`] for a message that was cut, or what the socket says.
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_peer_and_garbage_are_told_apart() {
+    fn a_closed_peer_is_distinguished_from_garbage() {
         let (a, b) = pair();
         nix::sys::socket::send(a.as_raw_fd(), b"{", MsgFlags::empty()).unwrap();
         assert!(matches!(receive::<Request>(&b), Err(Error::Message(_))));

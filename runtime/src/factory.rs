@@ -1,5 +1,5 @@
-//! `kata-runtime factory`: the template from which machines go on. The first pod's start makes it as well; this is for
-//! hosts on which that one is to be as fast as the others.
+//! `kata-runtime factory`: the template from which machines are restored. The first pod's start makes it as well; this
+//! is for hosts on which that one is to be as fast as the others.
 
 use std::ffi::CString;
 use std::fs::File;

@@ -52,7 +52,7 @@ enum Command {
 enum Factory {
     /// Make the template
     Init(Whose),
-    /// Tell whether it is there
+    /// Report whether it is there
     Status(Whose),
     /// Remove all templates
     Destroy,

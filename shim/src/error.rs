@@ -89,7 +89,7 @@ impl From<katana_config::Error> for Error {
     }
 }
 
-/// The reason of an I/O error without Rust's "(os error N)", which tells a user nothing.
+/// The reason of an I/O error without Rust's "(os error N)", which is of no use to users.
 pub fn reason(error: &io::Error) -> String {
     error.raw_os_error().map_or_else(|| error.to_string(), |code| describe(Errno::from_raw(code)).into())
 }
@@ -97,7 +97,7 @@ pub fn reason(error: &io::Error) -> String {
 /// What has run out is to be seen.
 fn describe(errno: Errno) -> &'static str {
     match errno {
-        // Of fork(2) and of threads. Nothing else of which an error is told is tried again.
+        // Of fork(2) and of threads: no other EAGAIN is reported as an error.
         Errno::EAGAIN => "Resource temporarily unavailable (no more processes or threads: pids.max?)",
         errno => errno.desc(),
     }

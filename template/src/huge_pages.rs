@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use katana_protocol::TRANSPARENT_HUGE_PAGES;
 
-/// Where the host tells.
+/// Where the host's settings are.
 const HOST: &str = "/sys/kernel/mm/transparent_hugepage";
 
 /// The guest kernel's parameters, or nothing on a host that has no such pages.

@@ -1,5 +1,5 @@
-//! Templates of machines: files from which the VMM goes on instead of booting. Where they are, for which machine each
-//! of them is, and how one is put there so that nobody ever sees half of it.
+//! Templates of machines: files from which the VMM restores machines instead of booting them. Where they are, for which
+//! machine each of them is, and how one is put there so that nobody ever sees half of it.
 //!
 //! The directory has one file `NAME-VERSION` for each configuration in use. The name stands for the shape of the
 //! machine and the paths of what it is made of, and for those who share it; the version for the contents of these, the
@@ -304,7 +304,7 @@ impl Drop for Draft {
     }
 }
 
-/// What of the host is in a machine's state: its CPU, as it tells itself, and its kernel's KVM.
+/// What of the host is in a machine's state: its CPU, as CPUID reports it, and its kernel's KVM.
 fn add_host(hash: &mut Sha256) {
     const IDENTITY: [(u32, u32); 7] =
         [(0, 0), (1, 0), (7, 0), (0xd, 1), (0x8000_0001, 0), (0x8000_0007, 0), (0x8000_0008, 0)];

@@ -27,13 +27,13 @@ pub(crate) struct Sealed<'a> {
 
 /// Seals a file that is open for reading, or answers nothing if somebody still has it open for writing: for the kernel
 /// that is so until the last descriptor is closed and the last mapping removed that was made of such a one, in whatever
-/// process. A time of modification that no write leaves behind tells those who use the file that it has been here.
+/// process. A time of modification that no write leaves behind shows those who use the file that it was sealed.
 ///
 /// # Errors
 /// When the file system knows no leases.
 pub(crate) fn seal(file: &File) -> io::Result<Option<Sealed<'_>>> {
-    // Whoever opens the file for writing meanwhile waits, and we are told by a signal. This one does nothing; the
-    // default would end the process.
+    // Whoever opens the file for writing meanwhile waits, and a signal notifies this process. SIGURG does nothing; the
+    // default signal would end the process.
     control(file, F_SETSIG, libc::SIGURG)?;
     for _ in 0..TRIES {
         match control(file, libc::F_SETLEASE, libc::F_RDLCK) {

@@ -1,7 +1,7 @@
 use super::*;
 use std::os::unix::fs::FileExt;
 
-/// An Intel CPU without XSAVE, whose last leaf is that of the topology, as processor `number` tells it.
+/// An Intel CPU without XSAVE, whose last leaf is that of the topology, as processor `number` reports it.
 fn lynnfield(number: u32) -> impl Fn(u32, u32) -> CpuidResult {
     move |leaf, _| match leaf {
         0 => CpuidResult { eax: 0xb, ebx: 1, ecx: 2, edx: 3 },

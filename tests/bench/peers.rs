@@ -1,6 +1,6 @@
 //! What else starts containers or virtual machines: gVisor's runsc, and QEMU's smallest machine with Katana's guest
-//! kernel.
-//! `tests/machine/peers` unpacks both; one that is not in PATH, or does not work here, is skipped, and the reason told.
+//! kernel. `tests/machine/peers` unpacks both; one that is not in PATH, or does not work here, is skipped, and named
+//! with the reason.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -31,7 +31,7 @@ impl Runsc {
 }
 
 /// The guest's kernel in `qemu-system-x86_64 -M microvm`, as far as it comes there. That machine's devices are on
-/// virtio-mmio, or on a PCI bus that only ACPI tells of. The guest's kernel knows neither, nor an initramfs: it
+/// virtio-mmio, or on a PCI bus that only ACPI describes. The guest's kernel knows neither, nor an initramfs: it
 /// initializes all that it has, finds no root file system, panics, and so resets the machine. QEMU takes that as the
 /// machine's end.
 pub struct MicroVm {

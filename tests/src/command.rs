@@ -157,8 +157,8 @@ impl Running {
         stderr: Capture,
     ) -> Self {
         let pid = i32::try_from(child.id()).expect("a process id");
-        let (tell, exit) = mpsc::channel();
-        thread::spawn(move || child.wait().map(|status| tell.send(status)));
+        let (sender, exit) = mpsc::channel();
+        thread::spawn(move || child.wait().map(|status| sender.send(status)));
         let (log_start, limit) = (log_length(), environment::hang_limit());
         let log = Containerd::current().log();
         Self {

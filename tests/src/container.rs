@@ -255,16 +255,17 @@ impl Container {
         assert!(crate::host::eventually(|| self.status().is_some()), "{} has no task", self.id);
     }
 
-    /// Deletes its task, which has ended with this exit code. `ctr` tells the code as its own, or in a warning.
+    /// Deletes its task, which has ended with this exit code. `ctr` returns the code as its own, or prints it in a
+    /// warning.
     ///
     /// # Panics
     /// When it cannot be deleted, or has ended otherwise.
     #[track_caller]
     pub fn delete_task(&self, code: i32) {
         let output = self.task("delete", &[]);
-        let told =
+        let reported =
             output.code == code || output.code == 0 && output.errors().contains(&format!("exit code {code}"));
-        assert!(told, "expected the exit code {code}\n{output}");
+        assert!(reported, "expected the exit code {code}\n{output}");
     }
 
     /// A command to be executed in it: `ctr tasks exec`.

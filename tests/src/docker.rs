@@ -11,7 +11,7 @@ use crate::{BUSYBOX, Containerd, Scratch, environment, host};
 
 static DAEMON: Mutex<Option<Arc<Docker>>> = Mutex::new(None);
 
-/// What users are told to put into /etc/docker/daemon.json.
+/// What docs/docker.md has users put into /etc/docker/daemon.json.
 const CONFIGURATION: &str = include_str!("../../config/docker-daemon.json");
 
 /// A daemon that knows the image [`BUSYBOX`]. It ends with the tests.
@@ -100,7 +100,7 @@ impl Docker {
         self.command(options, words).output().ok()
     }
 
-    /// A member of what `docker inspect` tells, such as `.State.Status`.
+    /// A member of what `docker inspect` prints, such as `.State.Status`.
     #[track_caller]
     pub fn inspect(&self, name: &str, member: &str) -> String {
         let output = self.run("inspect --format", &[&format!("{{{{{member}}}}}"), name]);

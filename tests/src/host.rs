@@ -52,9 +52,9 @@ type Things = BTreeMap<&'static str, BTreeSet<String>>;
 /// The host at one moment.
 #[derive(Debug)]
 pub struct Host {
-    /// What the kernel and the file system tell.
+    /// What the kernel and the file system show.
     seen: Things,
-    /// What containerd tells. `ctr` takes longer than a container that does nothing, so it is asked when all else has
+    /// What containerd lists. `ctr` takes longer than a container that does nothing, so it is asked when all else has
     /// been seen.
     listed: Things,
 }

@@ -44,6 +44,6 @@ pub const POSTGRES: &str = "localhost/postgres:1";
 pub const CGROUP_MOUNT: &str = "--mount type=cgroup,src=cgroup,dst=/sys/fs/cgroup";
 
 /// A shell command that goes to the process's cgroup below that mount. Without a cgroup namespace, the mount shows
-/// either the whole tree or a part: the mount's root and the process's path tell which, as programs find it.
+/// either the whole tree or a part: the mount's root and the process's path show which, as programs find it.
 pub const ENTER_CGROUP: &str = "root=$(awk '$5 == \"/sys/fs/cgroup\" {print $4}' /proc/self/mountinfo)
     path=$(sed s/0::// /proc/self/cgroup); cd /sys/fs/cgroup/${path#\"${root%/}\"}";

@@ -44,7 +44,7 @@ impl Terminal {
         Self { master, running }
     }
 
-    /// Changes the terminal's size; the kernel tells the command by SIGWINCH.
+    /// Changes the terminal's size; the kernel notifies the command by SIGWINCH.
     ///
     /// # Panics
     /// When the terminal does not let us.

@@ -15,9 +15,9 @@ use crate::memory::{self, GuestMemory, Range};
 use crate::template::{self, State};
 use crate::vcpus::Maker;
 
-/// What every guest kernel is told: the image is its root (which appears a moment after its driver), the console is
-/// virtio's once it is there, a reset ends the VM, and the hardware need not be searched for what this machine does
-/// not have. Those who wait for a grace period of RCU, which is most of the time that mounts and cgroups take, have it
+/// Parameters of every guest kernel: the image is its root (which appears a moment after its driver), the console is
+/// virtio's once it is there, a reset ends the VM, and the hardware need not be searched for what this machine does not
+/// have. Those who wait for a grace period of RCU, which is most of the time that mounts and cgroups take, have it
 /// expedited: that costs an interrupt of the other vCPUs at work. Each entry of the large hash tables lies on a page of
 /// its own at first, so the tables have few pages. Drivers make no interfaces by themselves, which all containers would
 /// see.
@@ -93,7 +93,7 @@ impl Board {
     /// Restores a template; answers what the devices need of it.
     ///
     /// # Errors
-    /// When there is any doubt about the template. The board is then of no use.
+    /// When there is any doubt about the template. The board is then unusable.
     pub fn restore(&self, shape: &Shape, file: &File) -> Result<State, template::Error> {
         let state = State::read(file, shape)?;
         state.map_memory(file, &self.memory)?;

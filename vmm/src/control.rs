@@ -1,4 +1,4 @@
-//! The control socket: what the shim asks while the VM runs, and what it is told.
+//! The control socket: what the shim asks while the VM runs, and what is reported to it.
 
 use std::collections::HashMap;
 use std::io;
@@ -41,19 +41,19 @@ impl Control {
         Ok(Self(Arc::new(socket)))
     }
 
-    /// Tells the shim.
+    /// Reports an event to the shim.
     ///
     /// # Errors
     /// When it is gone.
-    pub fn tell(&self, event: &Event) -> Result<(), Error> {
+    pub fn report(&self, event: &Event) -> Result<(), Error> {
         send(&*self.0, event, &[])
     }
 
-    /// Tells the shim that the vCPUs run, and gives it a hold on the machine in the kernel.
+    /// Reports to the shim that the vCPUs run, and gives it a descriptor of the machine in the kernel.
     ///
     /// # Errors
     /// When it is gone.
-    pub fn tell_running(&self, vm: BorrowedFd<'_>) -> Result<(), Error> {
+    pub fn report_running(&self, vm: BorrowedFd<'_>) -> Result<(), Error> {
         send(&*self.0, &Event::Running, &[vm])
     }
 
@@ -135,7 +135,7 @@ impl ControlService {
                 self.attach_net(slot, mac, taps, vhosts)
             }
             Request::AddPlaceholder => match self.add_placeholder() {
-                Ok(thread) => return self.control.tell(&Event::PlaceholderAdded { thread }),
+                Ok(thread) => return self.control.report(&Event::PlaceholderAdded { thread }),
                 Err(error) => Err(error),
             },
             Request::RemovePlaceholder { thread } => {
@@ -144,13 +144,14 @@ impl ControlService {
             Request::AddVcpus { count } => {
                 let control = self.control.clone();
                 // The answer comes from the thread that makes them.
-                let tell = move |made: Result<(), vcpus::Error>| {
-                    if let Err(error) = control.tell(&Event::Done(made.err().map(|error| error.to_string())))
+                let answer = move |made: Result<(), vcpus::Error>| {
+                    if let Err(error) =
+                        control.report(&Event::Done(made.err().map(|error| error.to_string())))
                     {
                         log::warn!("control socket: {error}");
                     }
                 };
-                match self.slots.vcpus.send((count, Box::new(tell))) {
+                match self.slots.vcpus.send((count, Box::new(answer))) {
                     Ok(()) => return Ok(()),
                     Err(_) => Err(Refused::NoVcpus),
                 }
@@ -172,7 +173,7 @@ impl ControlService {
                 return Ok(());
             }
         };
-        self.control.tell(&Event::Done(result.err().map(|error| error.to_string())))
+        self.control.report(&Event::Done(result.err().map(|error| error.to_string())))
     }
 
     fn attach_disk(&self, slot: u8, read_only: bool, fd: OwnedFd) -> Result<(), Refused> {

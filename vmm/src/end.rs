@@ -1,4 +1,4 @@
-//! How the VM ended: told once, by the thread that saw it, to the main thread.
+//! How the VM ended: reported once, by the thread that saw it, to the main thread.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -17,11 +17,11 @@ pub enum Ended {
     Stopped,
     /// The vCPU shut down: a triple fault.
     TripleFault,
-    /// KVM or the VMM could not go on.
+    /// KVM or the VMM could not continue.
     Internal(String),
 }
 
-/// The end of the VM, first teller wins.
+/// The end of the VM; the first report wins.
 pub struct End {
     reason: Mutex<Option<Ended>>,
     event: EventFd,

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::pci::Line;
 use crate::sync::lock;
 
-/// A line that tells the kernel the message itself. An irqfd comes to the same with a descriptor, a route, and the time
+/// A line that gives the kernel the message itself. An irqfd comes to the same with a descriptor, a route, and the time
 /// that the kernel takes for both at the start and at the end of the machine: there is one if somebody asks for it.
 pub struct MessageLine {
     vm: Arc<VmFd>,
@@ -60,8 +60,8 @@ impl Line for MessageLine {
     }
 }
 
-/// Events that the kernel turns into messages, without coming back to us, and the routes that tell it into which. It
-/// only takes all routes at once.
+/// Events that the kernel turns into messages, without returning to the VMM, and the routes that say into which. The
+/// kernel only takes all routes at once.
 pub struct Irqfds {
     vm: Arc<VmFd>,
     routes: Mutex<Vec<kvm_irq_routing_entry>>,

@@ -85,10 +85,10 @@ where
     E: Into<io::Error>,
 {
     set_limits()?;
-    let (listen, tell) = pipe2(OFlag::O_CLOEXEC).map_err(step("pipe"))?;
+    let (listen, wake) = pipe2(OFlag::O_CLOEXEC).map_err(step("pipe"))?;
     match clone(cgroup)? {
         0 => {
-            drop(tell);
+            drop(wake);
             // The outer process closes the pipe without a word when it could not do its part.
             let mut word = [0];
             if read(&listen, &mut word).map_err(step("wait for the id maps"))? != 1 {
@@ -99,7 +99,7 @@ where
         pid => {
             map_ids(pid)?;
             announce(pid).map_err(step("announce the process"))?;
-            write(&tell, &[1]).map_err(step("wake the process"))?;
+            write(&wake, &[1]).map_err(step("wake the process"))?;
             Ok(Side::Outside)
         }
     }
@@ -183,7 +183,7 @@ fn lock_up(share: &OwnedFd) -> Result<Jail, Error> {
     prctl("no new privileges", libc::PR_SET_NO_NEW_PRIVS, 1)?;
     prctl("not dumpable", libc::PR_SET_DUMPABLE, 0)?;
     landlock::restrict(share).map_err(step("restrict files to the share (Landlock)"))?;
-    // The end of the control socket tells as well; this also ends a VMM that does not listen any more.
+    // The shim's death closes the control socket as well; this signal also ends a VMM that does not listen any more.
     prctl("parent death signal", libc::PR_SET_PDEATHSIG, libc::SIGKILL as c_ulong)?;
     Ok(Jail { proc_self_fd })
 }

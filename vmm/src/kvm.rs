@@ -116,7 +116,7 @@ impl Vm {
     /// The registers of a vCPU that this KVM knows.
     ///
     /// # Errors
-    /// When the host does not tell.
+    /// When KVM does not list them.
     pub fn msr_indices(&self) -> Result<Vec<u32>, Error> {
         let list = self.kvm.get_msr_index_list().map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
         Ok(list.as_slice().to_vec())
@@ -178,12 +178,12 @@ pub fn create_vcpu(vm: &VmFd, number: u8) -> Result<VcpuFd, Error> {
 /// Nanoseconds of kvm-clock.
 ///
 /// # Errors
-/// When KVM does not tell.
+/// When KVM does not report it.
 pub fn clock(vm: &VmFd) -> Result<u64, Error> {
     Ok(vm.get_clock().map_err(call("KVM_GET_CLOCK"))?.clock)
 }
 
-/// Has kvm-clock go on from `nanoseconds`.
+/// Sets kvm-clock to `nanoseconds`.
 ///
 /// # Errors
 /// When KVM does not take it.

@@ -32,13 +32,13 @@ use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::Console;
 use crate::virtio::fs::Fs;
-use crate::virtio::mem::{Mem, Told};
+use crate::virtio::mem::{Mem, OnPlugged};
 use crate::virtio::net::Net;
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Incoming, Vsock};
 
-/// Is told how the making of a template went.
+/// Called with the result of making a template.
 pub type Made = Box<dyn FnOnce(Result<(), template::Error>) + Send>;
 
 type Loop = EventManager<Box<dyn MutEventSubscriber>>;
@@ -98,9 +98,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Puts the machine together; answers it and what can be attached to. `incoming` is told of every stream that the
-    /// guest opens, `plugged` of the memory that it has plugged, `made` of the template, once it is made, or if it is
-    /// of no use.
+    /// Builds the machine; returns it and what can be attached to. `incoming` is called for every stream that the guest
+    /// opens, `plugged` with the bytes that are plugged, `made` when a template is made, cannot be made, or is refused.
     ///
     /// # Errors
     /// When something is missing or wrong; the text names it.
@@ -109,7 +108,7 @@ impl Machine {
         mut files: Files,
         jail: Jail,
         incoming: Incoming,
-        plugged: Told,
+        plugged: OnPlugged,
         made: Made,
     ) -> Result<(Self, Slots), Error> {
         if !(1..=shape.max_vcpus).contains(&shape.vcpus) || shape.max_vcpus > MOST_VCPUS {
@@ -189,7 +188,7 @@ impl Machine {
         self.events.add_subscriber(Box::new(subscriber));
     }
 
-    /// Where the end of the VM is told.
+    /// Where the end of the VM is reported.
     pub fn end(&self) -> Arc<End> {
         self.end.clone()
     }
@@ -253,9 +252,9 @@ fn board(shape: &Shape, files: &mut Files) -> Result<(Board, Beginning), Error> 
     Ok((board, Beginning::Boot { code, refused }))
 }
 
-/// The agent says that a template can be made before it connects to the host. A guest that has connected is told of a
-/// pod, and a container of it that can reach the register must not make others start from what it has made of its
-/// machine.
+/// The agent says that a template can be made before it connects to the host. A guest that has connected is assigned to
+/// a pod. A container of that pod that can reach the register must not make other guests start from what it has made of
+/// its machine.
 fn after_template(register: Arc<TemplateRegister>, incoming: Incoming) -> Incoming {
     Box::new(move |port, stream| {
         register.close();
@@ -285,7 +284,7 @@ impl Devices {
         Ok(Self { vm, memory, pci, addresses, events, functions: Vec::new(), register })
     }
 
-    /// Has all devices go on where those of a template stopped.
+    /// Restores all devices to where those of a template stopped.
     fn restore(&self, saved: &State) -> Result<(), Error> {
         if saved.functions.len() != self.functions.len() {
             return Err(Error::Restore(RestoreError::Other));

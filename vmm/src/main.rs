@@ -78,7 +78,7 @@ fn main() -> ExitCode {
             let error = error.to_string();
             log::error!("{error}");
             // If the shim is gone, nobody needs to know.
-            let _ = control.tell(&Event::Failed(error));
+            let _ = control.report(&Event::Failed(error));
             ExitCode::FAILURE
         }
     }
@@ -89,7 +89,7 @@ fn run(control: &Control) -> Result<(), Error> {
     close_strangers()?;
     let (shape, files, share, cgroup) = receive_machine(control)?;
     logger::start(shape.debug);
-    let announce = |pid| control.tell(&Event::Jailed { pid }).map_err(io::Error::other);
+    let announce = |pid| control.report(&Event::Jailed { pid }).map_err(io::Error::other);
     let Side::Inside(jail) = jail::enter(&share, cgroup.as_ref(), announce)? else { return Ok(()) };
     drop((share, cgroup));
 
@@ -97,25 +97,25 @@ fn run(control: &Control) -> Result<(), Error> {
     let incoming = Box::new(move |port, stream: OwnedFd| {
         streams.hand_over(port, stream.as_fd()).map_err(io::Error::other)
     });
-    let teller = control.clone();
+    let events = control.clone();
     let plugged = Box::new(move |bytes: u64| {
-        if let Err(error) = teller.tell(&Event::MemoryPlugged { mib: bytes >> 20 }) {
+        if let Err(error) = events.report(&Event::MemoryPlugged { mib: bytes >> 20 }) {
             log::warn!("control socket: {error}");
         }
     });
-    let teller = control.clone();
+    let events = control.clone();
     let made = Box::new(move |made: Result<(), template::Error>| {
         let failed = made.err().map(|error| error.to_string());
-        if let Err(error) = teller.tell(&Event::TemplateMade(failed)) {
+        if let Err(error) = events.report(&Event::TemplateMade(failed)) {
             log::warn!("control socket: {error}");
         }
     });
     let (mut machine, slots) = Machine::build(&shape, files, jail, incoming, plugged, made)?;
     machine.subscribe(ControlService::new(control.clone(), slots, machine.end()));
     machine.start()?;
-    control.tell_running(machine.vm())?;
+    control.report_running(machine.vm())?;
     let (reason, console) = machine.run();
-    Ok(control.tell(&Event::Exit { reason, console })?)
+    Ok(control.report(&Event::Exit { reason, console })?)
 }
 
 /// Descriptors that the shim leaked would be there in the jail as well.

@@ -14,7 +14,7 @@ pub type GuestMemory = vm_memory::GuestMemoryMmap<vhost_user_backend::bitmap::Bi
 
 /// Where low memory ends at the latest: the last GiB below 4 GiB belongs to devices and local APICs.
 pub const HOLE: u64 = 0xc000_0000;
-/// Where memory goes on behind the hole.
+/// Where memory continues behind the hole.
 pub const HIGH: u64 = 1 << 32;
 /// The virtio devices' BARs.
 pub const BARS: u64 = 0xe000_0000;
@@ -24,7 +24,7 @@ pub const LOCAL_APIC: u32 = 0xfee0_0000;
 pub const LOW_END: u64 = 0xa_0000;
 /// The BIOS, of which only the MP table is there.
 pub const BIOS: u64 = 0xf_0000;
-/// Where memory goes on behind the BIOS.
+/// Where memory continues behind the BIOS.
 pub const ONE_MIB: u64 = 0x10_0000;
 
 /// Granularity at which Linux takes persistent memory (sub-sections, mm/sparse.c) and KVM can use large pages.
@@ -70,7 +70,7 @@ pub enum Error {
     Cut {
         /// Bytes that there are.
         is: u64,
-        /// Bytes that the superblock tells of.
+        /// Bytes according to the superblock.
         should: u64,
     },
 }

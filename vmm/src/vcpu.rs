@@ -24,7 +24,7 @@ pub struct Vcpu {
     pub ports: Arc<Bus>,
     /// The machine's addresses that are not memory.
     pub addresses: Arc<Bus>,
-    /// Where the end of the VM is told.
+    /// Where the end of the VM is reported.
     pub end: Arc<End>,
     /// What makes a template when it is time.
     pub maker: Option<Maker>,
@@ -51,7 +51,7 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Runs until the VM ends; answers the reason unless it has been told already.
+    /// Runs until the VM ends; returns the reason unless it has been reported already.
     pub(crate) fn run(&mut self) -> Option<Ended> {
         loop {
             match self.fd.run() {

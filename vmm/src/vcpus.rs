@@ -49,7 +49,7 @@ pub struct Maker {
 }
 
 impl Maker {
-    /// Makes the vCPU with this number, and tells it what it is.
+    /// Makes the vCPU with this number, and sets its CPUID.
     ///
     /// # Errors
     /// When KVM refuses.
@@ -60,7 +60,7 @@ impl Maker {
     }
 }
 
-/// A number of vCPUs that are to be there, and who is told when they are, or why they are not.
+/// A number of vCPUs that are to be there, and the callback that takes the result.
 pub type Wanted = (u8, Box<dyn FnOnce(Result<(), Error>) + Send>);
 
 /// Makes and starts vCPUs while the guest runs, on a thread of its own: no other one may do what that needs.
@@ -71,7 +71,7 @@ pub struct Starter {
     pub ports: Arc<Bus>,
     /// The machine's addresses that are not memory.
     pub addresses: Arc<Bus>,
-    /// Where the end of the VM is told.
+    /// Where the end of the VM is reported.
     pub end: Arc<End>,
     /// How many there are.
     pub started: u8,
@@ -93,7 +93,7 @@ impl Starter {
             return Ok(());
         }
         let body = move || match seccomp::install(Kind::Starter) {
-            Ok(()) => wanted.into_iter().for_each(|(count, tell)| tell(self.grow_to(count))),
+            Ok(()) => wanted.into_iter().for_each(|(count, answer)| answer(self.grow_to(count))),
             // Nobody takes requests then, which those who make them find out.
             Err(error) => log::error!("no more vCPUs can be made: {error}"),
         };

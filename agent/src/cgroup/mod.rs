@@ -106,7 +106,7 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Stops every member, or lets it go on; returns when that is so.
+    /// Freezes or thaws every member; returns when that is so.
     pub async fn freeze(&self, frozen: bool) -> Result<()> {
         let wanted = u64::from(frozen);
         let events = self.watch("cgroup.events")?;

@@ -74,7 +74,7 @@ pub enum Order {
 pub enum Report {
     /// A new user namespace waits for its maps.
     Unmapped,
-    /// The process goes on as a child, in a new pid or time namespace. Descriptor: its pidfd.
+    /// The process continues as a child, in a new pid or time namespace. Descriptor: its pidfd.
     Forked {
         /// In the agent's pid namespace.
         pid: i32,
@@ -190,7 +190,7 @@ impl Control {
         Ok((task, Descriptors { container, stdio }))
     }
 
-    /// Tells the agent. When the agent is gone there is nobody to tell, and nothing to do.
+    /// Sends a report to the agent. When the agent is gone, nobody is there to receive it, and there is nothing to do.
     pub fn report(&self, report: &Report, descriptors: &[BorrowedFd<'_>]) {
         let _ = send(&self.0, report, descriptors);
     }

@@ -45,7 +45,7 @@ const DEFAULT: &[(&str, u64, u64)] = &[
 ];
 
 /// Containers that may use all devices find on a host what `mount -o loop` needs: where a free loop device is asked
-/// for, and the first eight, as many as Linux makes at boot unless it is told otherwise. Here they come when they are
+/// for, and the first eight, as many as Linux makes at boot unless configured otherwise. Here they come when they are
 /// opened. Linux, Documentation/admin-guide/devices.txt.
 const LOOP_CONTROL: (u64, u64) = (10, 237);
 const LOOP_MAJOR: u64 = 7;

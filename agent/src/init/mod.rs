@@ -34,7 +34,7 @@ use crate::seccomp::Filter;
 use control::{Control, Descriptors, Failure, Order, Report, Result, Task, Work};
 use namespaces::Sysctls;
 
-/// Runs until the execve. Comes back only to tell of a failure.
+/// Runs until the execve. Returns only to report a failure.
 pub fn main() -> ExitCode {
     let control = Control::inherited();
     let Err(failure) = control.task().and_then(|(task, descriptors)| run(&control, &task, descriptors));

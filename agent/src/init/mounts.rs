@@ -184,7 +184,7 @@ fn is_proc(fd: &OwnedFd) -> bool {
     fstatfs(fd).is_ok_and(|fs| fs.filesystem_type() == PROC_SUPER_MAGIC)
 }
 
-/// A tmpfs takes the mode of the directory that it covers, unless it is told another, and its contents if asked.
+/// A tmpfs takes the mode of the directory that it covers, unless an option gives another, and its contents if asked.
 fn mount_tmpfs(root: &Root, destination: &Path, options: &Options) -> io::Result<()> {
     let existing = root.open(destination).ok();
     let target = root.ensure(destination, Make::Directory)?;

@@ -88,7 +88,7 @@ impl Wanted {
         let rest = self.new - CloneFlags::CLONE_NEWUSER - CLONE_NEWTIME;
         unshare(rest).map_err(Failure::during(format!("create namespaces ({rest:?})")))?;
         if FOR_CHILDREN.iter().chain([CLONE_NEWTIME]).any(|kind| self.private(kind)) {
-            go_on_as_child(control)?;
+            continue_as_child(control)?;
         }
         Ok(())
     }
@@ -101,7 +101,7 @@ pub fn join(control: &Control, container: &BorrowedFd<'_>, namespaces: i32) -> R
     if namespaces.contains(CloneFlags::CLONE_NEWUSER) {
         become_root()?;
     }
-    if namespaces.intersects(FOR_CHILDREN) { go_on_as_child(control) } else { Ok(()) }
+    if namespaces.intersects(FOR_CHILDREN) { continue_as_child(control) } else { Ok(()) }
 }
 
 fn flag(kind: LinuxNamespaceType) -> CloneFlags {
@@ -125,9 +125,9 @@ fn become_root() -> Result<()> {
     setresuid(uid, uid, uid).map_err(Failure::during("become user 0 of the user namespace"))
 }
 
-/// Forks. The parent tells the agent and ends, so that the agent inherits the child, which goes on once the agent
-/// can know of it.
-fn go_on_as_child(control: &Control) -> Result<()> {
+/// Forks. The parent reports the child to the agent and ends, so that the agent inherits the child, which continues
+/// once the agent can know of it.
+fn continue_as_child(control: &Control) -> Result<()> {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC).map_err(Failure::during("make a pipe"))?;
     // SAFETY: this process has one thread.
     match unsafe { fork() }.map_err(Failure::during("fork"))? {

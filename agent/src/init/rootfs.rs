@@ -137,7 +137,7 @@ impl Rootfs {
             .map_err(Failure::during("detach the old root"))?;
         umount2(".", MntFlags::MNT_DETACH).map_err(Failure::during("unmount the old root"))?;
         chdir("/").map_err(Failure::during("enter /"))?;
-        // The root alone: what is mounted below has been told how to spread.
+        // The root alone: what is mounted below has its propagation already.
         root_propagation(spec)?
             .map_or(Ok(()), |(propagation, _)| set_propagation(Path::new("/"), (propagation, false)))
     }

@@ -47,8 +47,8 @@ fn open_terminal(control: &Control, process: &Process, rootfs: Option<&Rootfs>) 
     Ok(slave)
 }
 
-/// Opens a terminal, makes it this session's, tells the agent. With `rootfs`, before that has become the root, the
-/// terminal is its /dev/console as well (runtime-spec, runtime-linux.md).
+/// Opens a terminal, makes it this session's, and sends its master to the agent. With `rootfs`, before that has become
+/// the root, the terminal is its /dev/console as well (runtime-spec, runtime-linux.md).
 pub fn open_for(control: &Control, process: &Process, rootfs: Option<&Rootfs>) -> Result<OwnedFd> {
     open_terminal(control, process, rootfs).map_err(Failure::during("open a terminal"))
 }

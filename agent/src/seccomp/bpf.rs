@@ -62,7 +62,7 @@ fn jump(code: u16, k: u32, if_true: u8, if_false: u8) -> Instruction {
     Instruction { code, if_true, if_false, k }
 }
 
-/// Goes on behind `body` if the test fails. Conditional jumps reach 255 instructions, a plain one any distance.
+/// Continues behind `body` if the test fails. Conditional jumps reach 255 instructions, a plain one any distance.
 fn unless_skip(test: u16, k: u32, body: &[Instruction]) -> Vec<Instruction> {
     match u8::try_from(body.len()) {
         Ok(length) => vec![jump(test, k, 0, length)],
@@ -110,7 +110,7 @@ pub fn section(blocks: &[Block], default: u32) -> Vec<Instruction> {
     section
 }
 
-/// Returns `action` if every condition holds, goes on behind itself if not.
+/// Returns `action` if every condition holds, continues behind itself if not.
 fn rule(arguments: &[LinuxSeccompArg], action: u32) -> Vec<Instruction> {
     // Built backwards: each condition has to know how far away the end is.
     let mut rule = vec![op(RETURN, action)];
@@ -123,7 +123,7 @@ fn rule(arguments: &[LinuxSeccompArg], action: u32) -> Vec<Instruction> {
     rule
 }
 
-/// Goes on if the condition holds, else jumps over the `behind` instructions that follow.
+/// Continues if the condition holds, else jumps over the `behind` instructions that follow.
 fn condition(argument: &LinuxSeccompArg, behind: u8) -> Vec<Instruction> {
     // struct seccomp_data: nr, arch, instruction_pointer, args; little-endian.
     let low = 16 + 8 * u32::try_from(argument.index()).unwrap_or(0);

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 
 use serde_json::{Value, json};
 
-use super::harness::{Guest, told};
+use super::harness::{Guest, status};
 
 fn add_mount(spec: &mut Value, mount: Value) {
     spec["mounts"].as_array_mut().unwrap().push(mount);
@@ -138,7 +138,7 @@ async fn nothing_is_mounted_over_the_files_of_the_kernel() {
             }
             let at = if first { 0 } else { mounts.len() };
             mounts.insert(at, mount.clone());
-            let error = told(guest.run(&spec).await.unwrap_err()).1;
+            let error = status(guest.run(&spec).await.unwrap_err()).1;
             assert!(error.starts_with("error mounting ") && error.ends_with(why), "{mount}: {error}");
         }
     }
@@ -211,7 +211,7 @@ async fn recursive_attributes_reach_what_is_below() {
 }
 
 #[tokio::test]
-async fn mounts_spread_as_they_are_told() {
+async fn mounts_propagate_as_their_options_say() {
     let guest = Guest::new("propagation").await;
     let volume = guest.directory.join("shared");
     let spread = async |root: &str, option: &str| {
@@ -339,7 +339,7 @@ async fn links_of_an_image_do_not_lead_out() {
     symlink("/home", rootfs.join("proc")).unwrap();
     let error = guest.run(&guest.spec(&["true"])).await.unwrap_err();
     let text = r#"error mounting "proc" to rootfs at "/proc": too many levels of symbolic links"#;
-    assert_eq!(told(error).1, text);
+    assert_eq!(status(error).1, text);
 }
 
 #[tokio::test]

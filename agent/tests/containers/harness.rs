@@ -334,7 +334,7 @@ pub fn process(id: &str, exec_id: &str) -> ProcessRequest {
 }
 
 /// The code and the text of an error.
-pub fn told(error: Error) -> (ttrpc::Code, String) {
+pub fn status(error: Error) -> (ttrpc::Code, String) {
     match error {
         ttrpc::Error::RpcStatus(status) => (status.code.enum_value().unwrap(), status.message),
         other => panic!("not a status: {other}"),

@@ -8,7 +8,7 @@ use katana_protocol::agent::{CreateSandboxRequest, ResizeTerminalRequest, Update
 use serde_json::json;
 use ttrpc::Code;
 
-use super::harness::{Guest, container, ctx, process, told};
+use super::harness::{Guest, container, ctx, process, status};
 
 #[tokio::test]
 async fn exit_codes_and_output() {
@@ -56,10 +56,10 @@ async fn signals_reach_one_or_all() {
     assert_eq!(String::from_utf8(streams.stdout.await.unwrap()).unwrap(), "ready\ngot it\n");
     for all in [false, true] {
         let error = guest.kill("c", "", libc::SIGKILL, all).await.unwrap_err();
-        assert_eq!(told(error), (Code::NOT_FOUND, "process already finished".to_owned()));
+        assert_eq!(status(error), (Code::NOT_FOUND, "process already finished".to_owned()));
     }
     let error = guest.kill("nobody", "", libc::SIGKILL, false).await.unwrap_err();
-    assert_eq!(told(error), (Code::NOT_FOUND, "container \"nobody\" does not exist".to_owned()));
+    assert_eq!(status(error), (Code::NOT_FOUND, "container \"nobody\" does not exist".to_owned()));
     guest.remove("c").await;
 
     for (signal, all, status) in [(libc::SIGKILL, true, 137), (libc::SIGKILL, false, 137), (40, false, 168)] {
@@ -78,7 +78,7 @@ async fn a_container_that_cannot_start_says_why_and_leaves_nothing() {
     let guest = Guest::new("cannot").await;
     let try_to = async |arguments: &[&str]| {
         let error = guest.create("c", &guest.spec(arguments), &Default::default()).await.unwrap_err();
-        told(error)
+        status(error)
     };
     let missing = r#"exec: "nonexistent": executable file not found in $PATH"#;
     assert_eq!(try_to(&["nonexistent"]).await, (Code::NOT_FOUND, missing.to_owned()));
@@ -93,7 +93,7 @@ async fn a_container_that_cannot_start_says_why_and_leaves_nothing() {
     )
     .unwrap();
     let error = guest.run(&guest.spec(&["garbage"])).await.unwrap_err();
-    assert_eq!(told(error).1, "exec /bin/garbage: exec format error");
+    assert_eq!(status(error).1, "exec /bin/garbage: exec format error");
 
     let mut spec = guest.spec(&["true"]);
     spec["mounts"]
@@ -102,7 +102,7 @@ async fn a_container_that_cannot_start_says_why_and_leaves_nothing() {
         .push(json!({"destination": "/x", "source": "/no/such", "options": ["bind"]}));
     let error = guest.create("c", &spec, &Default::default()).await.unwrap_err();
     let text = r#"error mounting "/no/such" to rootfs at "/x": no such file or directory"#;
-    assert_eq!(told(error), (Code::INTERNAL, text.to_owned()));
+    assert_eq!(status(error), (Code::INTERNAL, text.to_owned()));
 
     let cgroup = Path::new("/sys/fs/cgroup/unified").join(guest.directory.file_name().unwrap()).join("c");
     assert!(!cgroup.exists(), "a failed create removes the cgroup");
@@ -115,26 +115,26 @@ async fn hostile_requests_are_refused() {
     let good = guest.spec(&["sleep", "100"]);
     for id in ["", "..", "a/b", ".hidden", "a b"] {
         let error = guest.create(id, &good, &Default::default()).await.unwrap_err();
-        assert_eq!(told(error).0, Code::INVALID_ARGUMENT, "{id:?}");
+        assert_eq!(status(error).0, Code::INVALID_ARGUMENT, "{id:?}");
     }
     let mut request = katana_protocol::agent::CreateContainerRequest::new();
     request.container_id = "c".to_owned();
     for spec in ["", "{", "[]", "{}", r#"{"process":{"cwd":"/"}}"#, r#"{"process":{"user":{},"cwd":"/"}}"#] {
         request.spec = spec.into();
         let error = guest.client.create_container(ctx(), &request).await.unwrap_err();
-        assert_eq!(told(error).0, Code::INVALID_ARGUMENT, "{spec}");
+        assert_eq!(status(error).0, Code::INVALID_ARGUMENT, "{spec}");
     }
     guest.create("c", &good, &Default::default()).await.unwrap();
     let error = guest.create("c", &good, &Default::default()).await.unwrap_err();
-    assert_eq!(told(error), (Code::ALREADY_EXISTS, "container \"c\" already exists".to_owned()));
+    assert_eq!(status(error), (Code::ALREADY_EXISTS, "container \"c\" already exists".to_owned()));
     let error = guest.create("d", &good, &Default::default()).await.unwrap_err();
-    assert_eq!(told(error).0, Code::ALREADY_EXISTS, "another container with the same cgroup");
+    assert_eq!(status(error).0, Code::ALREADY_EXISTS, "another container with the same cgroup");
     let error = guest.kill("c", "", 9999, false).await.unwrap_err();
-    assert_eq!(told(error).0, Code::INVALID_ARGUMENT);
+    assert_eq!(status(error).0, Code::INVALID_ARGUMENT);
     let request =
         ResizeTerminalRequest { container_id: "c".to_owned(), columns: 1, rows: 1, ..Default::default() };
     let error = guest.client.resize_terminal(ctx(), &request).await.unwrap_err();
-    assert_eq!(told(error), (Code::FAILED_PRECONDITION, "the process has no terminal".to_owned()));
+    assert_eq!(status(error), (Code::FAILED_PRECONDITION, "the process has no terminal".to_owned()));
 }
 
 #[tokio::test]
@@ -157,7 +157,7 @@ async fn the_guest_takes_its_settings() {
         "a container may share the pod's name"
     );
     let request = CreateSandboxRequest { share_tag: "none".to_owned(), ..Default::default() };
-    let error = told(guest.client.create_sandbox(ctx(), &request).await.unwrap_err());
+    let error = status(guest.client.create_sandbox(ctx(), &request).await.unwrap_err());
     assert_eq!(error.0, Code::INTERNAL);
     assert!(error.1.starts_with("mount virtio-fs \"none\" on /run/kata-containers/shared: "), "{error:?}");
 }
@@ -178,12 +178,12 @@ async fn a_container_is_started_once_and_removed_in_any_state() {
     guest.start("c").await.unwrap();
     let error = guest.start("c").await.unwrap_err();
     assert_eq!(
-        told(error),
+        status(error),
         (Code::FAILED_PRECONDITION, "cannot start an already running container".to_owned())
     );
     guest.remove("c").await;
     let error = guest.client.wait_process(ctx(), &process("c", "")).await.unwrap_err();
-    assert_eq!(told(error).0, Code::NOT_FOUND);
+    assert_eq!(status(error).0, Code::NOT_FOUND);
 }
 
 #[tokio::test]
@@ -199,20 +199,20 @@ async fn execs_join_the_container() {
 
     let error = guest.run_exec("c", "bad", &guest.process(&["nonexistent"])).await.unwrap_err();
     let text = r#"exec: "nonexistent": executable file not found in $PATH"#;
-    assert_eq!(told(error), (Code::NOT_FOUND, text.to_owned()));
+    assert_eq!(status(error), (Code::NOT_FOUND, text.to_owned()));
     let error = guest.run_exec("c", "bad", &guest.process(&["/bin/none"])).await.unwrap_err();
-    assert_eq!(told(error).1, r#"exec: "/bin/none": stat /bin/none: no such file or directory"#);
+    assert_eq!(status(error).1, r#"exec: "/bin/none": stat /bin/none: no such file or directory"#);
     let mut elsewhere = guest.process(&["true"]);
     elsewhere["cwd"] = json!("/x");
     let error = guest.run_exec("c", "bad", &elsewhere).await.unwrap_err();
     let text = r#"chdir to cwd ("/x") set in config.json failed: no such file or directory"#;
-    assert_eq!(told(error), (Code::NOT_FOUND, text.to_owned()));
+    assert_eq!(status(error), (Code::NOT_FOUND, text.to_owned()));
 
     guest.exec("c", "e", &guest.process(&["sleep", "100"]), &Default::default()).await.unwrap();
     let error = guest.exec("c", "e", &guest.process(&["true"]), &Default::default()).await.unwrap_err();
-    assert_eq!(told(error).0, Code::ALREADY_EXISTS);
+    assert_eq!(status(error).0, Code::ALREADY_EXISTS);
     let error = guest.client.remove_process(ctx(), &process("c", "e")).await.unwrap_err();
-    assert_eq!(told(error).0, Code::FAILED_PRECONDITION);
+    assert_eq!(status(error).0, Code::FAILED_PRECONDITION);
 
     let list = guest.client.list_processes(ctx(), &container("c")).await.unwrap().processes;
     assert_eq!(list.len(), 2);
@@ -222,12 +222,12 @@ async fn execs_join_the_container() {
     assert_eq!(guest.wait("c", "e").await.exit_status, 137);
     guest.client.remove_process(ctx(), &process("c", "e")).await.unwrap();
     let error = guest.client.wait_process(ctx(), &process("c", "e")).await.unwrap_err();
-    assert_eq!(told(error).0, Code::NOT_FOUND);
+    assert_eq!(status(error).0, Code::NOT_FOUND);
 
     guest.kill("c", "", libc::SIGKILL, false).await.unwrap();
     guest.wait("c", "").await;
     let error = guest.exec("c", "late", &guest.process(&["true"]), &Default::default()).await.unwrap_err();
-    assert_eq!(told(error), (Code::FAILED_PRECONDITION, "cannot exec in a stopped container".to_owned()));
+    assert_eq!(status(error), (Code::FAILED_PRECONDITION, "cannot exec in a stopped container".to_owned()));
     guest.remove("c").await;
 }
 
@@ -273,11 +273,11 @@ async fn a_paused_container_stands_still() {
     guest.client.pause_container(ctx(), &container("c")).await.unwrap();
     assert!(!moves().await);
     let error = guest.exec("c", "e", &guest.process(&["true"]), &Default::default()).await.unwrap_err();
-    assert_eq!(told(error), (Code::FAILED_PRECONDITION, "cannot exec in a paused container".to_owned()));
+    assert_eq!(status(error), (Code::FAILED_PRECONDITION, "cannot exec in a paused container".to_owned()));
     guest.client.resume_container(ctx(), &container("c")).await.unwrap();
     assert!(moves().await);
     let error = guest.client.resume_container(ctx(), &container("c")).await.unwrap_err();
-    assert_eq!(told(error), (Code::FAILED_PRECONDITION, "container not paused".to_owned()));
+    assert_eq!(status(error), (Code::FAILED_PRECONDITION, "container not paused".to_owned()));
 
     guest.client.pause_container(ctx(), &container("c")).await.unwrap();
     guest.kill("c", "", libc::SIGKILL, true).await.unwrap();
@@ -320,9 +320,9 @@ async fn statistics_and_updates() {
         guest.client.update_container(ctx(), &request).await
     };
     update(r#"{"devices":[{"allow":true,"access":"rwm"}]}"#).await.unwrap();
-    assert_eq!(told(update("{").await.unwrap_err()).0, Code::INVALID_ARGUMENT);
+    assert_eq!(status(update("{").await.unwrap_err()).0, Code::INVALID_ARGUMENT);
     let error = update(r#"{"unified":{"no.such":"1"}}"#).await.unwrap_err();
-    assert_eq!(told(error).0, Code::INTERNAL);
+    assert_eq!(status(error).0, Code::INTERNAL);
     guest.remove("c").await;
 }
 

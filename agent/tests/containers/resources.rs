@@ -59,7 +59,7 @@ async fn an_update_changes_limits() {
 }
 
 #[tokio::test]
-async fn an_out_of_memory_kill_is_told() {
+async fn an_out_of_memory_kill_is_reported() {
     if !has_controllers() {
         return;
     }
@@ -69,9 +69,9 @@ async fn an_out_of_memory_kill_is_told() {
     let streams = guest.streams(false, false);
     guest.create("c", &spec, &streams.ports).await.unwrap();
     let client = guest.client.clone();
-    let told = tokio::spawn(async move { client.next_oom(ctx(), &Empty::new()).await });
+    let oom = tokio::spawn(async move { client.next_oom(ctx(), &Empty::new()).await });
     guest.start("c").await.unwrap();
-    assert_eq!(told.await.unwrap().unwrap().container_id, "c");
+    assert_eq!(oom.await.unwrap().unwrap().container_id, "c");
     assert_eq!(guest.wait("c", "").await.exit_status, 9);
     assert_eq!(streams.stdout.await.unwrap(), b"137\n");
     guest.remove("c").await;

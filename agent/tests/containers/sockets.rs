@@ -111,7 +111,7 @@ fn talk() -> io::Result<()> {
 }
 
 #[tokio::test]
-async fn a_stand_in_lets_in_whom_the_socket_would_and_tells_who_it_is() {
+async fn a_stand_in_lets_in_whom_the_socket_would_and_reports_who_it_is() {
     let guest = Guest::new("socket").await;
     let host = Host::new(&guest, &[0]);
     start(&guest, socket(0o660, 3000)).await;

@@ -3,7 +3,7 @@
 //!
 //! Two answers, as Kata Containers' tool gives them. *Capable* is what the machine can do: its kernel has the system
 //! calls, KVM is there, has what the VMM needs, and runs a guest's kernel at the CPU's own speed. *Can currently
-//! create* is what the installation can do; only root creates containers, so only root is told.
+//! create* is what the installation can do; only root creates containers, so it is reported to root only.
 //!
 //! The exit code is 0 if and only if containers can be run here. A KVM that interprets ring 0 is not enough: a
 //! guest's kernel would need many minutes to come up, so it is refused, with a warning that says why.

@@ -1,7 +1,7 @@
 //! How fast KVM runs ring 0: the same counted loop in ring 0 of a tiny guest and right here.
 //!
-//! Some KVMs, among them those of hosts without nested virtualization, run only ring 3 on the CPU and
-//! interpret ring 0 one instruction at a time. A ratio tells, not a time: it holds on slow hosts and on emulated ones.
+//! Some KVMs, among them those of hosts without nested virtualization, run only ring 3 on the CPU and interpret ring 0
+//! one instruction at a time. A ratio decides, not a time: it holds on slow hosts and on emulated ones.
 
 use std::arch::asm;
 use std::io;
@@ -178,7 +178,7 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn the_loop_runs_in_ring_0_as_often_as_told() {
+    fn the_loop_runs_in_ring_0_as_often_as_asked() {
         let kvm = match kvm::open(Path::new("/dev/kvm")) {
             Ok(kvm) => kvm,
             Err(error) => {

@@ -120,7 +120,7 @@ mod tests {
     use protobuf::Message;
 
     /// Once more through the bytes, as containerd reads it.
-    fn told() -> Value {
+    fn announced() -> Value {
         let bytes = runtime_info().write_to_bytes().unwrap();
         let info = RuntimeInfo::parse_from_bytes(&bytes).unwrap();
         assert_eq!(info.name, "io.containerd.kata.v2");
@@ -132,24 +132,24 @@ mod tests {
 
     #[test]
     fn recursive_read_only_mounts_are_announced_and_id_mapped_ones_are_not() {
-        let told = told();
-        let options: Vec<_> = told["mountOptions"].as_array().unwrap().iter().collect();
+        let features = announced();
+        let options: Vec<_> = features["mountOptions"].as_array().unwrap().iter().collect();
         for option in ["ro", "rro", "rnosuid", "rbind", "rslave"] {
             assert!(options.contains(&&json!(option)), "{option}");
         }
         assert!(!options.iter().any(|option| option.as_str().unwrap().ends_with("idmap")));
         // containerd takes both together for the user namespaces of pods.
-        assert_eq!(told["linux"]["mountExtensions"]["idmap"]["enabled"], json!(false));
+        assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], json!(false));
     }
 
     #[test]
     fn what_the_guest_has_not_got_is_said() {
-        let told = told();
+        let features = announced();
         for module in ["apparmor", "selinux", "intelRdt"] {
-            assert_eq!(told["linux"][module]["enabled"], json!(false), "{module}");
+            assert_eq!(features["linux"][module]["enabled"], json!(false), "{module}");
         }
-        assert_eq!(told["linux"]["cgroup"]["v2"], json!(true));
-        let actions = told["linux"]["seccomp"]["actions"].to_string();
+        assert_eq!(features["linux"]["cgroup"]["v2"], json!(true));
+        let actions = features["linux"]["seccomp"]["actions"].to_string();
         assert!(actions.contains("SCMP_ACT_ERRNO") && !actions.contains("NOTIFY"), "{actions}");
     }
 

@@ -1,4 +1,4 @@
-//! The shim itself, as `start` spawns it: it serves containerd until it is told to shut down.
+//! The shim itself, as `start` spawns it: it serves containerd until a Shutdown request or a signal.
 
 use std::fs;
 use std::future::pending;
@@ -139,8 +139,8 @@ async fn forgotten(pod: &Pod) {
     }
 }
 
-/// The shim was told to end and nobody else can stop the VM: so the containers end as well, and their ends are
-/// told before the shim's own.
+/// The shim is terminated by a signal, and nobody else can stop the VM. So the containers end as well, and their exit
+/// events are published before the shim ends.
 async fn end_of_pod(pod: &Pod, signal: &str) {
     log::warn!("{signal}: the pod ends");
     pod.abandon().await;

@@ -90,7 +90,7 @@ mod tests {
     use std::os::unix::net;
 
     #[tokio::test]
-    async fn it_is_told_when_the_last_one_is_closed() {
+    async fn gone_returns_when_the_last_one_is_closed() {
         let path = std::env::temp_dir().join(format!("katana-clients-{}", std::process::id()));
         let (_listener, clients) = Clients::listen(UnixListener::bind(&path).unwrap()).unwrap();
         clients.gone().await;

@@ -32,8 +32,8 @@ const TIDY: Duration = Duration::from_secs(8);
 const SIGNAL: Duration = Duration::from_secs(12);
 /// For SIGKILL, after which the machine ends.
 const KILL: Duration = Duration::from_secs(5);
-/// For looking at a container. containerd asks one after the other, so that a guest that does not answer delays what is
-/// told of the others; and as it starts it takes 5 s for a sign that a shim is of no use
+/// For looking at a container. containerd asks one after the other, so that a guest that does not answer delays the
+/// answers about the others; and as it starts it takes 5 s for a sign that a shim is of no use
 /// (`io.containerd.timeout.shim.load`).
 const LOOK: Duration = Duration::from_secs(3);
 /// For so long after an answer that did not come in time, nobody waits to look again.
@@ -43,9 +43,9 @@ const GRACE: Duration = Duration::from_secs(1);
 
 /// The most that is believed of the text of a container's cgroup files, bytes: lines for each disk are the longest.
 const MOST_STATS: usize = 256 * 1024;
-/// The most processes of a container that are told of: those of which an answer to containerd can tell.
+/// The most processes of a container that are listed: as many as an answer to containerd can hold.
 const MOST_PROCESSES: usize = 32 * 1024;
-/// The highest pid that Linux can be told to use (PID_MAX_LIMIT).
+/// The highest pid that Linux can be configured to use (PID_MAX_LIMIT).
 const LAST_PID: u32 = 4 << 20;
 /// The highest exit code, and that of a process that was killed by the highest signal.
 const LAST_STATUS: u32 = 255;
@@ -259,7 +259,7 @@ impl Agent {
         checked_pid(self.call("CreateContainer", Some(LONG), call).await?.pid)
     }
 
-    /// Tells how the mounts in volumes have changed.
+    /// Sends the changes of the mounts in volumes.
     pub async fn follow_mounts(&self, changes: &Changes) -> Result<()> {
         let gone = changes.gone.iter().map(|path| path.as_os_str().as_bytes().to_vec()).collect();
         let come = changes.come.iter().map(mounted).collect();

@@ -3,7 +3,7 @@
 //! Any process of the guest can connect to any port, also one in a container without privileges, and the numbers are
 //! easy to guess. So whoever connects has to say the machine's key first, which only the agent has. Until then, and if
 //! it is another one, the port goes on waiting. The exceptions are ports below [`FIRST_STREAM_PORT`]: the agent
-//! connects there before it is told the key, and before there is any container.
+//! connects there before it gets the key, and before there is any container.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -125,7 +125,7 @@ impl Ports {
         let greeted = tokio::spawn(async move {
             match tokio::time::timeout(PATIENCE, ports.greet(connection)).await {
                 Ok(Ok(Some(connection))) => ports.deliver(port, connection),
-                // Nothing is told of these to the log, which a guest could fill.
+                // Only for debugging: a guest could fill the log with these.
                 _ => log::debug!("a process of the guest connected to port {port} without the key"),
             }
         });
@@ -171,7 +171,7 @@ impl Ports {
         }
     }
 
-    /// The guest is gone: whoever waits is told.
+    /// The guest is gone: whoever waits is notified.
     pub fn close(&self) {
         let mut table = self.table();
         table.closed = true;
@@ -187,7 +187,7 @@ pub fn is_same<const N: usize>(one: &[u8; N], other: &[u8; N]) -> bool {
 }
 
 impl Table {
-    /// Tells of a connection that was closed, or only counts it: a guest can make any number of them.
+    /// Logs a connection that was closed, or only counts it: a guest can make any number of them.
     fn stray(&mut self, why: &str, port: u32) {
         self.strays = self.strays.saturating_add(1);
         if self.strays.is_power_of_two() {
@@ -218,7 +218,7 @@ fn following(port: u32) -> u32 {
 }
 
 impl Listener {
-    /// The number to tell the guest.
+    /// The number to send to the guest.
     pub fn port(&self) -> u32 {
         self.port
     }
@@ -236,7 +236,7 @@ impl Drop for Listener {
 }
 
 impl Waiter {
-    /// The number to tell the guest.
+    /// The number to send to the guest.
     pub fn port(&self) -> u32 {
         self.port
     }
@@ -330,7 +330,7 @@ mod tests {
     #[tokio::test]
     async fn whoever_comes_first_without_the_key_gets_nothing() {
         let ports = Ports::new();
-        // Before the agent is told it, nobody has it.
+        // Before it is sent to the agent, nobody has it.
         let waiter = ports.open_any();
         connect(&ports, waiter.port(), &[0; STREAM_KEY]);
         all_are_known(&ports).await;

@@ -1,4 +1,4 @@
-//! The VMM process: started, told what to boot, listened to until it ends.
+//! The VMM process: started, asked to boot a machine, listened to until it ends.
 
 mod listen;
 
@@ -84,7 +84,7 @@ impl std::fmt::Display for End {
 }
 
 impl Vmm {
-    /// Starts the VMM in a network namespace. `spawned` is called with its pid before it is told anything, so that all
+    /// Starts the VMM in a network namespace. `spawned` is called with its pid before it is sent anything, so that all
     /// it does happens after its pid is written down.
     ///
     /// The VMM ends with the thread that calls this (PR_SET_PDEATHSIG), so it must be the one that serves.
@@ -149,19 +149,19 @@ impl Vmm {
             process,
             Arc::clone(&ports),
             stderr,
-            listen::Told { pids, runs, plugs, makes, asked: Arc::clone(&asked) },
+            listen::Reports { pids, runs, plugs, makes, asked: Arc::clone(&asked) },
         );
         let killed = Arc::new(AtomicBool::new(false));
         let (is_ours, nobody) = (Arc::clone(&killed), Arc::clone(&asked));
         tokio::spawn(async move {
-            let told = listener.run().await;
+            let outcome = listener.run().await;
             if is_ours.load(Ordering::Relaxed) {
                 log::debug!("timeline: VM gone");
             } else {
-                log::warn!("the VM has ended: {told}");
+                log::warn!("the VM has ended: {outcome}");
             }
             ports.close();
-            end.send_replace(Some(Arc::new(told)));
+            end.send_replace(Some(Arc::new(outcome)));
             drop(nobody.lock().unwrap_or_else(PoisonError::into_inner).take());
         });
         Ok(Self {
@@ -177,7 +177,7 @@ impl Vmm {
         })
     }
 
-    /// Tells the VMM to boot a machine.
+    /// Has the VMM boot a machine.
     pub fn boot(&self, machine: Machine, files: &[BorrowedFd<'_>]) -> Result<()> {
         vmm::send(self.control.get_ref(), &Request::Boot(machine), files)
             .map_err(|e| Error::Unavailable(format!("kata-vmm: {e}")))
@@ -335,10 +335,10 @@ impl Drop for Vmm {
     }
 }
 
-/// Waits until the VM has ended, and tells how.
+/// Waits until the VM has ended; returns how.
 pub async fn wait_end(ended: &mut watch::Receiver<Option<Arc<End>>>) -> Arc<End> {
-    let told = ended.wait_for(Option::is_some).await.ok().and_then(|told| told.clone());
-    told.unwrap_or_else(|| Arc::new(End { reason: "the VM is gone".into(), tail: String::new() }))
+    let end = ended.wait_for(Option::is_some).await.ok().and_then(|end| end.clone());
+    end.unwrap_or_else(|| Arc::new(End { reason: "the VM is gone".into(), tail: String::new() }))
 }
 
 fn nonblocking(fd: &OwnedFd) -> io::Result<()> {

@@ -33,7 +33,7 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// A message that is packed with the name of its type.
 ///
-/// The message's own descriptor would tell that name as well, but makes the descriptors of every file that its own
+/// The message's own descriptor has that name as well, but its use makes the descriptors of every file that its own
 /// imports first: half a MiB for the rest of the shim's life.
 pub trait Named: Message {
     /// The full name.
@@ -113,7 +113,8 @@ impl Publisher {
         self.queue_up(self.envelope(event));
     }
 
-    /// Queues an event, unless the same one waits already: for what may be told any number of times, but need not be.
+    /// Queues an event, unless the same one waits already: for what may be published any number of times, but need not
+    /// be.
     pub fn publish_once<E: Topic>(&self, event: &E) {
         let envelope = self.envelope(event);
         let waits = |other: &Envelope| other.topic == envelope.topic && other.event == envelope.event;

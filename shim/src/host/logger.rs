@@ -14,7 +14,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 use super::rate::Sparing;
 use crate::error::cut;
 
-/// The target of lines that the VMM has written. With `enable_debug` the guest's kernel tells its boot there.
+/// The target of lines that the VMM has written. With `enable_debug` the guest's kernel logs its boot there.
 pub const VMM: &str = "kata-vmm";
 /// Of the VMM's lines at once, and of those of any other place in this program.
 const BURSTS: (u32, u32) = (1000, 100);

@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn an_older_kernel_is_told_by_what_it_lacks() {
+    fn the_error_on_an_older_kernel_names_what_it_lacks() {
         use without::without;
         mod without {
             include!("../../../protocol/src/kernel/without.rs");

@@ -39,26 +39,26 @@ impl Rate {
     }
 }
 
-/// Something that is told of at a rate, and counted beyond it.
+/// Something that is reported at a rate, and counted beyond it.
 #[derive(Debug, Clone)]
 pub struct Sparing {
     rate: Rate,
-    untold: u64,
+    unreported: u64,
 }
 
 impl Sparing {
     /// See [`Rate::new`].
     pub fn new(burst: u32, per_second: u32) -> Self {
-        Self { rate: Rate::new(burst, per_second), untold: 0 }
+        Self { rate: Rate::new(burst, per_second), unreported: 0 }
     }
 
-    /// If it is to be told of: how many have not been since the last one.
+    /// If it is to be reported: how many have not been since the last report.
     pub fn admit(&mut self, now: Instant) -> Option<u64> {
         if self.rate.admit(now).is_some() {
-            self.untold = self.untold.saturating_add(1);
+            self.unreported = self.unreported.saturating_add(1);
             return None;
         }
-        Some(std::mem::take(&mut self.untold))
+        Some(std::mem::take(&mut self.unreported))
     }
 }
 
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_told_is_counted() {
+    fn what_is_not_reported_is_counted() {
         let (mut sparing, begin) = (Sparing::new(1, 1), Instant::now());
         assert_eq!(sparing.admit(begin), Some(0));
         assert_eq!([0; 5].map(|_| sparing.admit(begin)), [None; 5]);

@@ -286,7 +286,7 @@ mod tests {
         ceiling.follow(&limits(0, 1024), Size { vcpus: 1, plugged_mib: 1024 }, plugged.clone());
         let most = (512 + 1024 + 256 + 1536) * MIB;
         assert_eq!(memory(), most.to_string());
-        // The guest uses it, and is told to have less.
+        // The guest uses it, and is then to have less.
         plugs.send_replace(1024);
         set("memory.current", &(1200 * MIB).to_string());
         ceiling.follow(&limits(0, 64), Size { vcpus: 1, plugged_mib: 64 }, plugged.clone());

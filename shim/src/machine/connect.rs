@@ -1,4 +1,4 @@
-//! The agent connects, and is told of the pod and its network, then and later.
+//! The agent connects, and is sent the pod and its network; later the network again, when it has changed.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,7 +12,7 @@ use crate::guest::vmm::wait_end;
 use crate::network::Loopback;
 use crate::spec::Spec;
 
-/// How long a VMM may take to tell what was on the console of a guest that did not come up.
+/// How long a VMM may take to report what was on the console of a guest that did not come up.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 impl Machine {
@@ -26,7 +26,7 @@ impl Machine {
         shm_bytes: u64,
         vcpus: Option<u8>,
     ) -> Result<Agent> {
-        let mut told = self.told.lock().await;
+        let mut sent = self.sent_network.lock().await;
         let (agent, network) = if self.becomes_template {
             let agent = self.connect_agent(port, limit).await?;
             let plugged_mib = self.size.lock().await.plugged_mib;
@@ -48,7 +48,7 @@ impl Machine {
         }
         agent.create_sandbox(hostname, shm_bytes, network.clone(), self.ports.key()?).await?;
         log::debug!("timeline: pod introduced");
-        *told = network;
+        *sent = network;
         Ok(agent)
     }
 
@@ -96,11 +96,11 @@ impl Machine {
 
     async fn try_update_network(&self) -> Result<()> {
         let agent = self.agent().await?;
-        let mut told = self.told.lock().await;
+        let mut sent = self.sent_network.lock().await;
         let network = self.network.connect(&self.vmm).await?;
-        if *told != network {
+        if *sent != network {
             agent.update_network(network.clone()).await?;
-            *told = network;
+            *sent = network;
         }
         Ok(())
     }

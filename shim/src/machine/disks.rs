@@ -10,7 +10,7 @@ use crate::spec::OnDisks;
 use crate::storage::disks::{Place, Purpose, Wanted};
 
 impl Machine {
-    /// Gives a container its disks; answers what the agent is told of them, and what the specification.
+    /// Gives a container its disks. Returns the part for the agent, and the part for the specification.
     ///
     /// On a task of its own: it must not stop halfway when containerd drops its request.
     pub async fn attach_disks(

@@ -1,7 +1,6 @@
 //! Later mounts of the host, in volumes that are to show them (propagation `rslave` or `rshared`; HostToContainer).
 //!
-//! The kernel tells when something is mounted or unmounted; nothing is looked at in intervals. See
-//! [`crate::storage::volumes`].
+//! The kernel reports each mount and unmount; nothing is looked at in intervals. See [`crate::storage::volumes`].
 
 use std::fs::File;
 use std::io;

@@ -126,7 +126,8 @@ impl Machine {
 
         let threads = watch::Sender::default();
         tokio::spawn(record.follow(vmm.processes(), threads.subscribe()));
-        let (share, told, started) = (Arc::new(share), tokio::sync::Mutex::default(), AtomicBool::new(false));
+        let (share, sent_network, started) =
+            (Arc::new(share), tokio::sync::Mutex::default(), AtomicBool::new(false));
         let size = tokio::sync::Mutex::new(size);
         let (shared_memory, shm_bytes) = launch.first.shared_memory.clone().unzip();
         let shm_bytes = shm_bytes.unwrap_or(0);
@@ -139,7 +140,7 @@ impl Machine {
             vmm,
             threads,
             network,
-            told,
+            sent_network,
             started,
             layout,
             becomes_template,

@@ -1,4 +1,4 @@
-//! The containers of a machine by their ids, and what its agent tells of them without being asked.
+//! The containers of a machine by their ids, and the agent's reports of a lack of memory in them.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +22,7 @@ impl Members {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The agent is about to be told of a container.
+    /// To be called before a container is sent to the agent.
     pub fn add(&self, id: &str) {
         self.ids().insert(id.to_owned());
     }

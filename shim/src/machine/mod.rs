@@ -65,8 +65,8 @@ pub struct Machine {
     /// The VMM's threads that stand for containers, by the containers' ids.
     threads: Sender<Threads>,
     network: Network,
-    /// The network as the guest knows it.
-    told: tokio::sync::Mutex<api::Network>,
+    /// The network that was last sent to the agent.
+    sent_network: tokio::sync::Mutex<api::Network>,
     /// Whether a container has been started; the pod's network is complete then.
     started: AtomicBool,
     layout: Layout,

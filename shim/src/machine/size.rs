@@ -95,7 +95,7 @@ pub struct Sum {
 }
 
 impl Sum {
-    /// The pod's first container may tell of those that are to come.
+    /// The pod's first container may announce the limits of those that are to come.
     pub fn announce(&mut self, limits: Limits) {
         self.announced = limits;
     }

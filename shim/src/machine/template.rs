@@ -107,7 +107,7 @@ async fn doubt(found: Found, mut word: Word) {
 /// container may have had a hand in, be it by way of the VMM, is not for other pods.
 async fn finish(draft: Draft, mut made: Word, known: impl Future<Output = ()>) {
     let made = tokio::select! {
-        // What the VMM has told is taken up in the order in which it was told.
+        // What the VMM has reported is handled in the order in which it was reported.
         biased;
         made = made.wait_for(Option::is_some) => made.ok().and_then(|made| made.clone()),
         () = known => return log::warn!("no template: the guest's agent has not said that one can be made of it"),

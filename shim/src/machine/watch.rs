@@ -2,7 +2,7 @@
 //!
 //! Watched are volumes that are read-only for the container, and those that kubelet updates (ConfigMaps, Secrets,
 //! projected volumes), by the link `..data` in them. In other volumes the containers themselves make most changes, and
-//! hear of them without this. The kernel tells; nothing is looked at in intervals.
+//! hear of them without this. The kernel reports each change; nothing is looked at in intervals.
 
 use std::collections::HashMap;
 use std::fs;
@@ -53,7 +53,7 @@ impl Watcher {
             queue,
             share,
             state: Mutex::default(),
-            telling: tokio::sync::Mutex::default(),
+            sending: tokio::sync::Mutex::default(),
         });
         let task = tokio::spawn(pass_on(Arc::clone(&watches), agent.clone())).abort_handle();
         Ok(Self { watches, agent, task })
@@ -61,12 +61,12 @@ impl Watcher {
 
     /// Watches volumes and the directories in them, and has the guest remember what is there.
     pub async fn add(&self, volumes: Vec<PathBuf>) -> Result<()> {
-        let _telling = self.watches.telling.lock().await;
+        let _sending = self.watches.sending.lock().await;
         let watches = Arc::clone(&self.watches);
         let added = crate::host::threads::blocking(move || {
             Ok(volumes.iter().flat_map(|volume| watches.add(volume, Path::new("."))).collect())
         });
-        tell(&self.agent, added.await?).await
+        send(&self.agent, added.await?).await
     }
 
     /// Stops watching the volumes below a directory of the share.
@@ -93,15 +93,15 @@ struct Watches {
     queue: AsyncFd<Queue>,
     share: Arc<OwnedFd>,
     state: Mutex<State>,
-    /// What the guest is told, it is told in the order in which it was found.
-    telling: tokio::sync::Mutex<()>,
+    /// Changes are sent to the guest in the order in which they were found.
+    sending: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
 struct State {
     /// Where in the share a watched directory is. The same one may be in several volumes.
     places: HashMap<WatchDescriptor, Vec<PathBuf>>,
-    told_of_limit: bool,
+    limit_reported: bool,
 }
 
 async fn pass_on(watches: Arc<Watches>, agent: Agent) {
@@ -110,18 +110,18 @@ async fn pass_on(watches: Arc<Watches>, agent: Agent) {
             Ok(events) => events,
             Err(e) => return log::error!("changes of files are not passed on any more: {e}"),
         };
-        let _telling = watches.telling.lock().await;
+        let _sending = watches.sending.lock().await;
         let digesting = Arc::clone(&watches);
         let changes =
             crate::host::threads::blocking(move || Ok(digesting.digest(&events))).await.unwrap_or_default();
-        if let Err(e) = tell(&agent, changes).await {
+        if let Err(e) = send(&agent, changes).await {
             return log::debug!("changes of files are not passed on any more: {e}");
         }
     }
 }
 
-/// Tells the guest, and waits until its programs have been told.
-async fn tell(agent: &Agent, changes: Vec<Change>) -> Result<()> {
+/// Sends changes to the guest, and waits until they are replayed there.
+async fn send(agent: &Agent, changes: Vec<Change>) -> Result<()> {
     for batch in changes.chunks(BATCH) {
         match agent.replay_changes(batch.to_vec()).await {
             // What it cannot do once it may do the next time.
@@ -152,9 +152,9 @@ impl Watches {
 
     /// Watches a directory of a volume and all below it that is on the same mount.
     fn add(&self, volume: &Path, directory: &Path) -> Vec<Change> {
-        let mut told = Vec::new();
+        let mut changes = Vec::new();
         let Ok(root) = mounts::open_directory(&mounts::path_of_fd(self.share.as_fd()).join(volume)) else {
-            return told;
+            return changes;
         };
         let mut directories = vec![directory.to_owned()];
         while let Some(directory) = directories.pop() {
@@ -165,14 +165,14 @@ impl Watches {
                 .chain(directory.components().filter(|part| part.as_os_str() != "."))
                 .collect();
             if let Err(e) = self.watch(&opened, &place) {
-                self.tell_of_limit(&place, &e);
+                self.report_limit(&place, &e);
                 break;
             }
-            told.push(change(Kind::WATCHED, &place, b"", true));
+            changes.push(change(Kind::WATCHED, &place, b"", true));
             // Only now, so that nothing comes between.
             directories.extend(children(&opened).into_iter().map(|name| directory.join(name)));
         }
-        told
+        changes
     }
 
     fn watch(&self, directory: &OwnedFd, place: &Path) -> io::Result<()> {
@@ -189,8 +189,8 @@ impl Watches {
         Ok(())
     }
 
-    fn tell_of_limit(&self, place: &Path, error: &io::Error) {
-        if !std::mem::replace(&mut self.state().told_of_limit, true) {
+    fn report_limit(&self, place: &Path, error: &io::Error) {
+        if !std::mem::replace(&mut self.state().limit_reported, true) {
             log::warn!("changes by the host raise no events in {} and others: {error}", place.display());
         }
     }
@@ -206,7 +206,7 @@ impl Watches {
         });
     }
 
-    /// What the guest is to be told. New directories are watched at once.
+    /// The changes to send to the guest. New directories are watched at once.
     fn digest(&self, events: &[InotifyEvent]) -> Vec<Change> {
         let mut changes: Vec<Change> = Vec::new();
         for event in events {

@@ -161,12 +161,12 @@ mod tests {
     fn what_is_no_file_is_not_waited_for() {
         let path = std::env::temp_dir().join(format!("katana-resolv-{}", std::process::id()));
         nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let (source, (told, answer)) = (path.clone(), std::sync::mpsc::channel());
+        let (source, (sender, answer)) = (path.clone(), std::sync::mpsc::channel());
         std::thread::spawn(move || {
             let mount =
                 serde_json::json!({"destination": "/etc/resolv.conf", "type": "bind", "source": source});
             let spec = serde_json::json!({"mounts": [mount]});
-            told.send(servers_of(&serde_json::from_value(spec).unwrap())).unwrap();
+            sender.send(servers_of(&serde_json::from_value(spec).unwrap())).unwrap();
         });
         let servers = answer.recv_timeout(Duration::from_secs(180)).expect("nobody writes into the FIFO");
         assert!(servers.is_empty());

@@ -190,7 +190,7 @@ fn message(snapshot: Snapshot, nics: &[u32]) -> api::Network {
     }
 }
 
-/// Undoes what is left of [`Network::connect`] in a namespace that lives longer than its pod. The VMM is gone, and its
+/// Removes what is left of [`Network::connect`] in a namespace that lives longer than its pod. The VMM is gone, and its
 /// taps with it.
 pub fn remove(record: &Record) {
     let Some(namespace) = Namespace::find(record) else { return };

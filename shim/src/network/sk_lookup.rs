@@ -13,7 +13,7 @@ use katana_protocol::bpf::{self, Instruction, op};
 /// A socket and the program that sends connections to it.
 #[derive(Debug)]
 pub struct Redirected {
-    /// Non-blocking. A connection's own address tells what the client connected to.
+    /// Non-blocking. A connection's own address is what the client connected to.
     pub listener: TcpListener,
     /// Ends the program when dropped.
     pub link: OwnedFd,

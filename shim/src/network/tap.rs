@@ -146,9 +146,8 @@ fn mirred(what: u32, then: u32, to: u32) -> Body {
 }
 
 /// Docker's name server asks others from the container's own namespace and with the container's address: their answers
-/// must stay on the host. They are told from those to the guest by the port: the namespace's sockets get ports from
-/// [`NAME_SERVER_PORTS`] on, the guest's Linux gives smaller ones unless it is told otherwise. Answers of ARP are for
-/// both.
+/// must stay on the host. They are distinguished from those to the guest by the port: the namespace's sockets get ports
+/// from [`NAME_SERVER_PORTS`] on, the guest's Linux gives smaller ones by default. Answers of ARP are for both.
 fn keep_answers(socket: &Socket, interface: u32, tap: u32) -> std::result::Result<(), netlink::Error> {
     fs::write("/proc/sys/net/ipv4/ip_local_port_range", format!("{NAME_SERVER_PORTS} 65535"))?;
     let set = |priority, protocol, options: Body| {

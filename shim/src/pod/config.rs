@@ -165,7 +165,7 @@ fn specification(config: &PodSandboxConfig, request: &CreateSandboxRequest, host
     }
 }
 
-/// What containerd's own sandboxer tells of the sum of the containers' limits.
+/// The annotations in which containerd's own sandboxer announces the sum of the containers' limits.
 fn resource_annotations(linux: &LinuxPodSandboxConfig) -> Vec<(String, String)> {
     let Some(resources) = linux.resources.as_ref() else { return Vec::new() };
     let values = [

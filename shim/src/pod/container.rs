@@ -192,7 +192,7 @@ impl Container {
         .await
     }
 
-    /// Waits for a process's end, as a task, and tells of it.
+    /// Waits for a process's end, as a task, and publishes it.
     fn follow(self: &Arc<Self>, process: &Arc<Process>) {
         let (container, process) = (Arc::clone(self), Arc::clone(process));
         tokio::spawn(async move {
@@ -221,7 +221,7 @@ impl Container {
         let exit = self.init.wait().await;
         log::debug!("timeline: container ended");
         let execs_end = self.execs().values().any(|exec| exec.phase() == Phase::Running);
-        // Delete has to write disks first. After a SIGKILL, the agent may be about to tell of a lack of memory.
+        // Delete has to write disks first. After a SIGKILL, the agent may be about to report a lack of memory.
         if exit.status != KILLED && !execs_end && !self.machine.has_disks(&self.id).await {
             self.machine.kill();
         }

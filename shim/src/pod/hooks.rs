@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn hooks_get_the_state_and_their_failures_are_told() {
+    fn hooks_get_the_state_and_their_failures_are_reported() {
         let check = "read s; case $s in *'\"id\":\"c1\"'*'\"pid\":7'*) [ $A = b ];; *) exit 9;; esac";
         try_run(shell(check, None)).unwrap();
         let error = try_run(shell("echo bad thing >&2; exit 3", None)).unwrap_err().to_string();

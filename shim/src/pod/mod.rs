@@ -445,7 +445,7 @@ impl Pod {
         let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
     }
 
-    /// Ends the machine whatever is in it: the shim was told to end by a signal.
+    /// Ends the machine whatever is in it: the shim is terminated by a signal.
     pub async fn abandon(&self) {
         if let Some(machine) = self.machine.lock().await.take() {
             machine.end().await;

@@ -10,7 +10,7 @@
 //! | pid, ipc, uts | new, or by the path of one of the pod's processes | not listed, as for hostPID or `--pid host`, or
 //! by a path |
 //! | mount | new | not listed |
-//! | cgroup | new, or not listed: privileged pods, `ctr run`, Docker with cgroup v1 | cannot be told from that; see
+//! | cgroup | new, or not listed: privileged pods, `ctr run`, Docker with cgroup v1 | looks the same; see
 //! [`crate::spec::Spec::for_guest`] |
 //! | user, time | not listed, or new | not listed: it says nothing |
 //! | network | by a path, or new | see [`crate::network`] |

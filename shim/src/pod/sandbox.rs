@@ -37,7 +37,7 @@ struct Created {
     stopped: bool,
 }
 
-/// What SandboxStatus tells.
+/// What SandboxStatus reports.
 pub struct Status {
     /// Whether containers can be created.
     pub ready: bool,
@@ -165,7 +165,7 @@ impl PodSandbox {
         Ok(total)
     }
 
-    /// What SandboxStatus tells those who ask for more. containerd passes on, as `crictl inspectp` shows it, what its
+    /// What SandboxStatus reports when `verbose` is set. containerd passes on, as `crictl inspectp` shows it, what its
     /// own sandboxer has names for; the rest is for who asks the shim itself.
     pub async fn details(&self) -> HashMap<String, String> {
         let (shim, bundle) = (std::process::id(), std::env::current_dir().unwrap_or_default());

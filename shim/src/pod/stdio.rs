@@ -138,7 +138,7 @@ impl Streams {
         Ok(())
     }
 
-    /// The ports to tell the guest.
+    /// The ports to send to the guest.
     pub fn ports(&self) -> Ports {
         let (stdin_port, stdout_port, stderr_port) = self.ports;
         Ports { stdin_port, stdout_port, stderr_port, ..Default::default() }
@@ -233,7 +233,7 @@ impl Output {
                     log::warn!("output: {e}");
                 }
             }
-            // Closed before anybody is told, so that a client that waits for the end of the FIFO finds it.
+            // Closed before the end is announced, so that a client that waits for the end of the FIFO finds it.
             drop(sink);
             sender.send_modify(|progress| progress.ended = true);
         });
@@ -241,22 +241,22 @@ impl Output {
     }
 }
 
-/// Waits for the guest's end of a stream, and tells of it.
+/// Waits for the guest's end of a stream, and sends the outcome.
 async fn connect(waiter: Waiter, made: oneshot::Sender<Result<()>>) -> Option<UnixStream> {
     let connection = waiter.connection().await.and_then(|connection| {
         let stream = connection.set_nonblocking(true).and_then(|()| UnixStream::from_std(connection));
         stream.map_err(|e| Error::io("connection of the guest", &e))
     });
-    let (connection, told) = match connection {
+    let (connection, outcome) = match connection {
         Ok(connection) => (Some(connection), Ok(())),
         Err(e) => (None, Err(e)),
     };
     // Nobody asks a second time.
-    let _ = made.send(told);
+    let _ = made.send(outcome);
     connection
 }
 
-/// Tells the guest the end of the input, and waits until it has read all: closing at once would reset the
+/// Signals the end of the input to the guest, and waits until it has read all: closing at once would reset the
 /// connection, and what the guest has not read yet would be gone.
 async fn half_close(guest: &UnixStream) {
     let _ = shutdown(guest.as_raw_fd(), Shutdown::Write);

@@ -178,7 +178,7 @@ fn a_bundle_that_is_none_is_named() {
     }
 }
 
-/// A specification of any shape, up to what the guest is told of it.
+/// A specification of any shape, up to the part that is sent to the guest.
 #[test]
 fn fuzz_spec() {
     katana_fuzz::fuzz("spec", |input| {
@@ -194,7 +194,7 @@ fn fuzz_spec() {
         for spec in [spec.for_pause(), spec] {
             let Ok(guest) = spec.for_guest("c1", true, &sources, &pod, &OnDisks::default()) else { return };
             let guest: Spec =
-                serde_json::from_slice(&guest).expect("what the guest is told is a specification");
+                serde_json::from_slice(&guest).expect("what is sent to the guest is a specification");
             // No name of the host's hierarchy, and no program of the host, gets there.
             assert_eq!(guest.linux.unwrap().cgroups_path.as_deref(), Some("/c1"));
         }

@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn an_older_kernel_is_told_by_what_it_lacks() {
+    fn the_error_on_an_older_kernel_names_what_it_lacks() {
         use katana_protocol::kernel::{
             FSCONFIG, FSMOUNT, FSOPEN, MOUNT_SETATTR, MOVE_MOUNT, OPEN_TREE, OPENAT2,
         };

@@ -7,8 +7,8 @@
 //!
 //! Whatever the source is like, nothing can be executed there with somebody else's rights, and no device can be opened:
 //! it is the guest's kernel that does so, when a container opens a device node or executes a set-user-ID file that it
-//! finds there. To it these are flags of the host's mount all the same, so it is told of those that the source has
-//! itself ([`Hardened`]).
+//! finds there. To it these are flags of the host's mount all the same, so it is sent those that the source has itself
+//! ([`Hardened`]).
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -152,7 +152,7 @@ pub struct Hardened(Mutex<BTreeMap<PathBuf, Vec<&'static str>>>);
 
 impl Hardened {
     /// Hardens a mount that is to get this place, with all that is mounted in it. Whether it is `nosuid` and `nodev` as
-    /// it is, the mount of the host tells that it is a copy of, or its file system, which may have to answer.
+    /// it is, is known from the host's mount that it is a copy of, or from its file system, which may have to answer.
     fn harden(&self, place: &Path, mount: &Detached, original: Option<&Mounted>) -> io::Result<()> {
         let had = match original {
             Some(original) => original.restrictions(),

@@ -236,8 +236,8 @@ fn settle(
     let mut mounts = Vec::new();
     for root in roots {
         let seen = mount_table::tree(&all, &root).into_iter();
-        let told = seen.filter(|mounted| mounted.point != root || !mounted.restrictions().is_empty());
-        mounts.extend(told.map(Mounted::relative));
+        let listed = seen.filter(|mounted| mounted.point != root || !mounted.restrictions().is_empty());
+        mounts.extend(listed.map(Mounted::relative));
     }
     Ok(Added { watched, mounts, follows: false })
 }

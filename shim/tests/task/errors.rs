@@ -96,8 +96,8 @@ async fn containers_that_cannot_be_made() {
     let (_, text) = code_and_text(containerd.client.create(ctx(), &request).await.unwrap_err());
     assert_eq!(text, "open /nowhere/fifo: No such file or directory");
     request.id = "../../etc".into();
-    let told = code_and_text(containerd.client.create(ctx(), &request).await.unwrap_err());
-    assert_eq!(told.0, Code::INVALID_ARGUMENT);
+    let error = code_and_text(containerd.client.create(ctx(), &request).await.unwrap_err());
+    assert_eq!(error.0, Code::INVALID_ARGUMENT);
     containerd.shut_down().await;
 }
 

@@ -37,10 +37,10 @@ async fn a_container_from_create_to_delete() {
     let state = containerd.state("").await.unwrap();
     assert_eq!((state.status(), state.exit_status, state.exited_at.is_some()), (Status::STOPPED, 42, true));
     assert_eq!(containerd.wait("").await, 42);
-    let told = code_and_text(containerd.kill("", 9).await.unwrap_err());
-    assert_eq!(told, (Code::NOT_FOUND, "process already finished: not found".into()));
-    let told = code_and_text(containerd.client.start(ctx(), &start).await.unwrap_err());
-    assert_eq!(told, (Code::FAILED_PRECONDITION, "cannot start a stopped process".into()));
+    let error = code_and_text(containerd.kill("", 9).await.unwrap_err());
+    assert_eq!(error, (Code::NOT_FOUND, "process already finished: not found".into()));
+    let error = code_and_text(containerd.client.start(ctx(), &start).await.unwrap_err());
+    assert_eq!(error, (Code::FAILED_PRECONDITION, "cannot start a stopped process".into()));
     let deleted = containerd.delete("").await.unwrap();
     assert_eq!((deleted.exit_status, deleted.pid), (42, pid));
     assert_eq!(code_and_text(containerd.state("").await.unwrap_err()).0, Code::NOT_FOUND);
@@ -60,8 +60,8 @@ async fn execs_and_their_events() {
     containerd.exec("one", "echo hello; exit 3").await.unwrap();
     assert_eq!(containerd.wait("one").await, 3);
     assert_eq!(containerd.file("one"), "hello\n");
-    let told = code_and_text(containerd.exec("one", "true").await.unwrap_err());
-    assert_eq!(told, (Code::ALREADY_EXISTS, "id one: already exists".into()));
+    let error = code_and_text(containerd.exec("one", "true").await.unwrap_err());
+    assert_eq!(error, (Code::ALREADY_EXISTS, "id one: already exists".into()));
     assert_eq!(containerd.delete("one").await.unwrap().exit_status, 3);
     assert_eq!(code_and_text(containerd.state("one").await.unwrap_err()).0, Code::NOT_FOUND);
 
@@ -73,12 +73,12 @@ async fn execs_and_their_events() {
     let details: Vec<_> = processes.iter().filter_map(|process| process.info.as_ref()).collect();
     assert_eq!(details[0].type_url, "containerd.runc.v1.ProcessDetails");
     assert_eq!(ProcessDetails::parse_from_bytes(&details[0].value).unwrap().exec_id, "two");
-    let told = code_and_text(containerd.delete("two").await.unwrap_err());
-    assert_eq!(told, (Code::FAILED_PRECONDITION, "cannot delete a running process".into()));
+    let error = code_and_text(containerd.delete("two").await.unwrap_err());
+    assert_eq!(error, (Code::FAILED_PRECONDITION, "cannot delete a running process".into()));
     containerd.kill("two", 9).await.unwrap();
     assert_eq!(containerd.wait("two").await, 137);
 
-    // A program that is missing is told at once, and the container lives.
+    // A missing program is reported at once, and the container lives.
     let process =
         json!({"args": ["nowhere"], "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}});
     containerd.client.exec(ctx(), &containerd.exec_request("bad", &process)).await.unwrap();
@@ -87,8 +87,8 @@ async fn execs_and_their_events() {
     assert_eq!(containerd.wait("bad").await, 255);
     containerd.delete("bad").await.unwrap();
     assert_eq!(containerd.state("").await.unwrap().status(), Status::RUNNING);
-    let told = code_and_text(containerd.delete("").await.unwrap_err());
-    assert_eq!(told, (Code::FAILED_PRECONDITION, "cannot delete a running process".into()));
+    let error = code_and_text(containerd.delete("").await.unwrap_err());
+    assert_eq!(error, (Code::FAILED_PRECONDITION, "cannot delete a running process".into()));
 
     containerd.kill("", 15).await.unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -170,12 +170,12 @@ async fn pause_stats_and_update() {
         say_skipped(&format!("no freezer for cgroup v2 here: {e}"));
     } else {
         assert_eq!(containerd.state("").await.unwrap().status(), Status::PAUSED);
-        let told = code_and_text(containerd.client.pause(ctx(), &pause).await.unwrap_err());
-        assert_eq!(told.0, Code::FAILED_PRECONDITION);
-        let told = code_and_text(containerd.exec("e", "true").await.unwrap_err());
-        assert_eq!(told, (Code::FAILED_PRECONDITION, "cannot exec in a paused state".into()));
-        let told = code_and_text(containerd.delete("").await.unwrap_err());
-        assert_eq!(told, (Code::FAILED_PRECONDITION, "cannot delete a paused process".into()));
+        let error = code_and_text(containerd.client.pause(ctx(), &pause).await.unwrap_err());
+        assert_eq!(error.0, Code::FAILED_PRECONDITION);
+        let error = code_and_text(containerd.exec("e", "true").await.unwrap_err());
+        assert_eq!(error, (Code::FAILED_PRECONDITION, "cannot exec in a paused state".into()));
+        let error = code_and_text(containerd.delete("").await.unwrap_err());
+        assert_eq!(error, (Code::FAILED_PRECONDITION, "cannot delete a paused process".into()));
         containerd
             .client
             .resume(ctx(), &ResumeRequest { id: id.clone(), ..Default::default() })
@@ -192,8 +192,8 @@ async fn pause_stats_and_update() {
     let resources = Any { value: b"[".to_vec(), ..Default::default() };
     let update =
         UpdateTaskRequest { id: id.clone(), resources: Some(resources).into(), ..Default::default() };
-    let told = code_and_text(containerd.client.update(ctx(), &update).await.unwrap_err());
-    assert_eq!(told.0, Code::INVALID_ARGUMENT);
+    let error = code_and_text(containerd.client.update(ctx(), &update).await.unwrap_err());
+    assert_eq!(error.0, Code::INVALID_ARGUMENT);
     containerd.kill("", 9).await.unwrap();
     containerd.wait("").await;
     // Not while there is a container.
@@ -210,9 +210,9 @@ async fn a_container_that_never_started_can_be_deleted() {
     }
     let containerd = Containerd::start("created").await;
     containerd.client.create(ctx(), &containerd.create_request()).await.unwrap();
-    let told =
+    let error =
         code_and_text(containerd.client.create(ctx(), &containerd.create_request()).await.unwrap_err());
-    assert_eq!(told.0, Code::ALREADY_EXISTS);
+    assert_eq!(error.0, Code::ALREADY_EXISTS);
     assert_eq!(containerd.delete("").await.unwrap().exit_status, 137);
     containerd.shut_down().await;
     assert_eq!(containerd.topics(), ["create", "exit", "delete"]);
@@ -229,8 +229,8 @@ async fn the_end_of_the_vmm_is_the_end_of_all_processes() {
     let pid = containerd.state("").await.unwrap().pid;
     kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
     assert_eq!((containerd.wait("").await, containerd.wait("e").await), (137, 137));
-    let told = code_and_text(containerd.exec("f", "true").await.unwrap_err());
-    assert_eq!(told.0, Code::FAILED_PRECONDITION);
+    let error = code_and_text(containerd.exec("f", "true").await.unwrap_err());
+    assert_eq!(error.0, Code::FAILED_PRECONDITION);
     containerd.delete("e").await.unwrap();
     assert_eq!(containerd.delete("").await.unwrap().exit_status, 137);
     containerd.shut_down().await;
@@ -307,8 +307,8 @@ async fn the_service_has_two_names_and_one_shim() {
         let mut request = ttrpc::Request::new();
         request.service = service.into();
         request.method = "Checkpoint".into();
-        let told = code_and_text(client.request(request).await.unwrap_err());
-        assert_eq!(told, (Code::UNIMPLEMENTED, "checkpoint is not supported".into()), "{service}");
+        let error = code_and_text(client.request(request).await.unwrap_err());
+        assert_eq!(error, (Code::UNIMPLEMENTED, "checkpoint is not supported".into()), "{service}");
     }
     let pids =
         containerd.client.pids(ctx(), &PidsRequest { id: containerd.id(), ..Default::default() }).await;

@@ -47,13 +47,13 @@ async fn sigkill_ends_a_container_whose_agent_does_not_answer() {
 
     // Looking is answered, if only by an error, or by what the shim knows itself.
     let stats = StatsRequest { id: id.clone(), ..Default::default() };
-    let told = code_and_text(containerd.client.stats(ctx(), &stats).await.unwrap_err());
-    assert_eq!(told.0, Code::DEADLINE_EXCEEDED, "{}", told.1);
+    let error = code_and_text(containerd.client.stats(ctx(), &stats).await.unwrap_err());
+    assert_eq!(error.0, Code::DEADLINE_EXCEEDED, "{}", error.1);
     let pids = containerd.client.pids(ctx(), &PidsRequest { id, ..Default::default() }).await.unwrap();
     assert!(pids.processes.len() == 2 && pids.processes.iter().any(|process| process.pid == pid), "{pids:?}");
     // What is no SIGKILL harms nobody.
-    let told = code_and_text(containerd.kill("", 15).await.unwrap_err());
-    assert_eq!(told.0, Code::DEADLINE_EXCEEDED, "{}", told.1);
+    let error = code_and_text(containerd.kill("", 15).await.unwrap_err());
+    assert_eq!(error.0, Code::DEADLINE_EXCEEDED, "{}", error.1);
     assert_eq!(containerd.state("").await.unwrap().status(), Status::RUNNING);
 
     containerd.kill("", 9).await.unwrap();

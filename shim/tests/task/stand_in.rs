@@ -134,12 +134,12 @@ fn forward(
 
 /// A thread that waits until the sender is dropped.
 fn placeholder() -> (i32, Sender<()>) {
-    let ((tell, told), (end, ended)) = (channel(), channel());
+    let ((sender, id), (end, ended)) = (channel(), channel());
     std::thread::spawn(move || {
-        tell.send(nix::unistd::gettid().as_raw()).unwrap();
+        sender.send(nix::unistd::gettid().as_raw()).unwrap();
         let _ = ended.recv();
     });
-    (told.recv().unwrap(), end)
+    (id.recv().unwrap(), end)
 }
 
 /// Makes this process's mount namespace, which [`script`] has made, look like a guest's, with the share where a guest

@@ -164,8 +164,8 @@ async fn an_exec_whose_stream_is_lost_ends_alone() {
     // The third stream of the pod.
     let containerd = Containerd::start_with("lost", "lose=2").await;
     containerd.run("exec sleep 1000").await;
-    let (_, told) = code_and_text(containerd.exec("e", "exec sleep 1001").await.unwrap_err());
-    assert_eq!(told, "connection of the guest: Too many open files");
+    let (_, text) = code_and_text(containerd.exec("e", "exec sleep 1001").await.unwrap_err());
+    assert_eq!(text, "connection of the guest: Too many open files");
     containerd.exec("f", "exec sleep 1002").await.unwrap();
     assert_eq!(containerd.state("").await.unwrap().status(), Status::RUNNING);
     let request = PidsRequest { id: containerd.id(), ..Default::default() };
@@ -193,10 +193,10 @@ async fn an_exec_whose_machine_ends_says_why() {
         tokio::time::sleep(std::time::Duration::from_millis(300)).await;
         kill(Pid::from_raw(i32::try_from(machine).unwrap()), Signal::SIGKILL).unwrap();
     };
-    let (told, ()) = tokio::join!(containerd.exec("e", "exec sleep 1001"), killed);
-    let (_, told) = code_and_text(told.unwrap_err());
+    let (outcome, ()) = tokio::join!(containerd.exec("e", "exec sleep 1001"), killed);
+    let (_, text) = code_and_text(outcome.unwrap_err());
     // What this stand-in has printed follows.
-    assert!(told.starts_with("kata-vmm was killed by SIGKILL"), "{told}");
+    assert!(text.starts_with("kata-vmm was killed by SIGKILL"), "{text}");
     assert_eq!(containerd.wait("").await, 137);
     containerd.delete("").await.unwrap();
     containerd.shut_down().await;

@@ -10,7 +10,7 @@ use http::{HeaderMap, Request};
 use protobuf::Message;
 use tokio::net::UnixStream;
 
-/// gRPC over HTTP/2: a byte that tells of compression, four of length.
+/// gRPC over HTTP/2: a byte for compression, four for the length.
 const PREFIX: usize = 5;
 
 /// What a server answered instead of a message.

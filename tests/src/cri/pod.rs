@@ -126,7 +126,7 @@ impl Pod {
         self.try_status().unwrap_or_else(|e| panic!("status of pod {}: {e}", self.id))
     }
 
-    /// What its status tells to who asks for more: the JSON that `crictl inspectp` shows as `info`.
+    /// What its status reports when `verbose` is set: the JSON that `crictl inspectp` shows as `info`.
     ///
     /// # Panics
     /// When there is none.

@@ -93,7 +93,7 @@ impl Session {
     /// Reads to the process's end, and gives its exit code.
     ///
     /// # Panics
-    /// When the server tells of another failure, or of none.
+    /// When the server reports another failure, or none.
     #[track_caller]
     pub fn exit_code(&mut self) -> i32 {
         while self.status.is_none() && self.receive() {}

@@ -166,7 +166,7 @@ fn containers_are_restarted_as_their_policies_say() {
     assert_ne!(docker.inspect(&always, ".State.Pid"), first);
     assert_eq!(docker.inspect(&failing, ".State.ExitCode"), "3");
     for (name, times) in [(&always, 2), (&failing, 3)] {
-        let told = || docker.run("logs", &[name]).text() == "started\n".repeat(times);
-        assert!(eventually(told), "{}", docker.run("logs", &[name]));
+        let logged = || docker.run("logs", &[name]).text() == "started\n".repeat(times);
+        assert!(eventually(logged), "{}", docker.run("logs", &[name]));
     }
 }

@@ -81,7 +81,7 @@ fn new_user_namespaces_are_made() {
 }
 
 #[test]
-fn docker_is_told_what_a_machine_cannot_share() {
+fn docker_is_refused_what_a_machine_cannot_share() {
     let _turn = shared();
     let Some(docker) = Docker::get() else { return };
     let run = |options: &str| {

@@ -6,7 +6,7 @@ use katana_tests::{BUSYBOX, Run, Scratch, environment};
 
 const MIB: usize = 1 << 20;
 
-/// Byte for byte is more than a checksum: it tells where the first difference is.
+/// Byte for byte is more than a checksum: it shows where the first difference is.
 #[track_caller]
 fn expect_same(found: &[u8], expected: &[u8], context: &str) {
     let difference = found.iter().zip(expected).position(|(a, b)| a != b);

@@ -76,7 +76,7 @@ fn namespaces_have_templates_of_their_own() {
     factory(&["init", "--namespace", "k8s.io/a"]).ok();
     assert_eq!(files(), 1);
     let run = || Run::new(BUSYBOX).configuration(Path::new(&file)).command(&["true"]).output().ok();
-    // Not a pod of that namespace: it makes its own, from which the next one goes on.
+    // Not a pod of that namespace: it makes its own template, from which the next one is restored.
     for _ in 0..2 {
         run();
         assert_eq!(files(), 2);
@@ -92,7 +92,7 @@ fn namespaces_have_templates_of_their_own() {
 }
 
 #[test]
-fn versions_are_told() {
+fn versions_are_printed() {
     let _turn = shared();
     if environment::is_vm_or_say("these are Katana's own programs") {
         let tool = program("kata-runtime", &["--version"]).output().ok();

@@ -60,7 +60,7 @@ mod leaf8000_0007 {
 /// Leaves that are not there; the processor answers zeros for those below the highest one.
 /// * 0x1F and 0x80000026 are other forms of 0xB; only that one is given.
 /// * 0xA, 0x1C, 0x80000022 and 0x8000001B: counters and samples of what the processor does. KVM has them emulated by
-///   the host's perf, and they tell of neighbours.
+///   the host's perf, and they reveal what neighbours do.
 /// * 0xF and 0x10: shares of caches and memory, which are the host's to give.
 /// * 0x12, 0x14, 0x1D and 0x1E: enclaves, processor trace, and AMX, whose state is not kept (`state.rs`).
 /// * 0x8000000A and 0x8000001F: nested SVM, and memory encryption, which this is not.
@@ -153,7 +153,7 @@ impl Topology {
         leaves
     }
 
-    /// The number of bits of an APIC id that tell cores apart.
+    /// The number of bits of an APIC id that distinguish cores.
     fn core_bits(&self) -> u32 {
         u32::from(self.vcpus).next_power_of_two().trailing_zeros()
     }

@@ -59,7 +59,7 @@ pub enum Error {
     CpuId,
 }
 
-/// Tells vCPU `vcpu` what it is. To be done first.
+/// Sets the CPUID of vCPU `vcpu`. To be done first.
 ///
 /// # Errors
 /// When KVM does not take it.

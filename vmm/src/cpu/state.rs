@@ -1,4 +1,4 @@
-//! All of a vCPU that can be told from outside: taken from one that has stopped between two instructions, given to a
+//! All of a vCPU that can be read from outside: taken from one that has stopped between two instructions, given to a
 //! fresh one. KVM API, 4; the order matters.
 
 use std::os::fd::AsRawFd;
@@ -47,7 +47,7 @@ impl CpuState {
     /// Takes the state of a vCPU whose last exit has been completed. `indices` are the registers that this KVM knows.
     ///
     /// # Errors
-    /// When KVM does not tell.
+    /// When KVM does not report it.
     pub fn take(fd: &VcpuFd, indices: &[u32]) -> Result<Self, Error> {
         let msrs = indices.iter().filter(|index| !CLOCKS.contains(index));
         let msrs = msrs.filter_map(|index| restorable(fd, *index)).collect();
@@ -98,7 +98,7 @@ impl CpuState {
     }
 }
 
-/// Has the guest's clock go on by so many seconds at once. A timer that was to ring in them rings.
+/// Advances the guest's clock by so many seconds at once. A timer that was to expire in them expires.
 ///
 /// # Errors
 /// When KVM does not take it.
@@ -113,8 +113,8 @@ pub fn skip(fd: &VcpuFd, seconds: u64) -> Result<(), Error> {
     }
 }
 
-/// Has the guest's clock go on from `tsc`. A value that is written to the register may be taken for an attempt to keep
-/// vCPUs in step, and not be taken at its word; an offset always is.
+/// Sets the guest's clock to `tsc`. A value that is written to the register may be taken for an attempt to keep vCPUs
+/// in step, and is then not applied as it is; an offset always is.
 fn move_clock(fd: &VcpuFd, tsc: u64) -> Result<(), Error> {
     let mut offset = 0;
     // Linux before 5.16.
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn the_clock_goes_on_from_where_it_is_told_also_at_another_frequency() {
+    fn the_clock_runs_from_the_value_that_was_set_also_at_another_frequency() {
         let Ok(kvm) = std::fs::File::options().read(true).write(true).open("/dev/kvm") else {
             return eprintln!("skipped: cannot open /dev/kvm");
         };
@@ -217,15 +217,15 @@ mod tests {
             if khz == host && offset_attribute(&fd, GET_DEVICE_ATTR, &mut offset) && offset == 0 {
                 return eprintln!("skipped: this KVM has all guests read the host's clock");
             }
-            let told = get(&fd, msr::IA32_TSC).unwrap();
+            let before = get(&fd, msr::IA32_TSC).unwrap();
             assert!(
-                (wanted..wanted + MINUTE * second).contains(&told),
-                "{khz} of {host} kHz: {told} for {wanted}"
+                (wanted..wanted + MINUTE * second).contains(&before),
+                "{khz} of {host} kHz: {before} for {wanted}"
             );
             skip(&fd, 1000).unwrap();
             let after = get(&fd, msr::IA32_TSC).unwrap();
             assert!(
-                (told + 1000 * second..told + (1000 + MINUTE) * second).contains(&after),
+                (before + 1000 * second..before + (1000 + MINUTE) * second).contains(&after),
                 "{khz} kHz: {after}"
             );
         }

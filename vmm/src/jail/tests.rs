@@ -33,18 +33,18 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -> Result<
 fn in_jail(check: Check) -> Option<String> {
     assert!(Uid::effective().is_root(), "only root can map all ids: these tests have to run as root");
     let share = TempDir::new().unwrap();
-    let (report, tell) = pipe2(OFlag::O_CLOEXEC).unwrap();
+    let (report, writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
     // SAFETY: the child only makes system calls and allocates, which fork leaves possible.
     let outer = match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => child,
         ForkResult::Child => {
             drop(report);
-            let code = outside(share.as_path(), File::from(tell), check);
+            let code = outside(share.as_path(), File::from(writer), check);
             // SAFETY: _exit does not come back.
             unsafe { libc::_exit(code) }
         }
     };
-    drop(tell);
+    drop(writer);
     let mut text = String::new();
     File::from(report).read_to_string(&mut text).unwrap();
     let outer = waitpid(outer, None).unwrap();
@@ -56,7 +56,7 @@ fn in_jail(check: Check) -> Option<String> {
     Some(findings.to_owned())
 }
 
-fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
+fn outside(share: &Path, mut writer: File, check: Check) -> i32 {
     let none: Option<&CStr> = None;
     // Nothing of this is to be seen by the rest of the machine. The network is the one that the shim has made.
     unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).unwrap();
@@ -67,10 +67,10 @@ fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
     fs::write(share.join("marker"), "here").unwrap();
 
     let directory = copy_of_mount(share);
-    stand_alone(&[tell.as_raw_fd(), directory.as_raw_fd()]);
+    stand_alone(&[writer.as_raw_fd(), directory.as_raw_fd()]);
     let (mounted, say_mounted) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let (done, say_done) = pipe2(OFlag::O_CLOEXEC).unwrap();
-    let announced = tell.try_clone().unwrap();
+    let announced = writer.try_clone().unwrap();
     let jailed = std::sync::Mutex::new(0);
     let announce = |pid: i32| {
         *jailed.lock().unwrap() = pid;
@@ -98,7 +98,7 @@ fn outside(share: &Path, mut tell: File, check: Check) -> i32 {
             let _ = read(&mounted, &mut [0]);
             // Who dies on the way has not said that all is well.
             let finding = check(&jail).err().unwrap_or_default();
-            tell.write_all(format!("{finding};").as_bytes()).unwrap();
+            writer.write_all(format!("{finding};").as_bytes()).unwrap();
             drop(say_done);
         }
     }
@@ -231,7 +231,7 @@ fn nothing_privileged_is_left() {
 }
 
 #[test]
-fn an_older_kernel_is_told_by_what_it_lacks() {
+fn the_error_names_what_an_older_kernel_lacks() {
     let error = without("clone3", || clone(None)).unwrap_err().to_string();
     let expected = "jail: new namespaces: this host's kernel has no clone3(2), which came with Linux 5.7, or";
     assert!(error.starts_with(expected), "{error}");

@@ -19,7 +19,7 @@ pub mod status {
     pub const FEATURES_OK: u8 = 8;
     /// The driver is ready.
     pub const DRIVER_OK: u8 = 4;
-    /// The device cannot go on.
+    /// The device cannot continue.
     pub const NEEDS_RESET: u8 = 64;
 }
 
@@ -193,7 +193,7 @@ impl CommonConfig {
         self.status & status::DRIVER_OK != 0
     }
 
-    /// The device cannot go on until it is reset.
+    /// The device cannot continue until it is reset.
     pub fn set_needs_reset(&mut self) {
         self.status |= status::NEEDS_RESET;
     }

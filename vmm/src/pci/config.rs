@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bar_tells_its_size_and_stays_where_it_is() {
+    fn a_bar_reports_its_size_and_stays_where_it_is() {
         let mut space = space();
         space.set_bar(0xe000_0000, 0x8000);
         space.write(BAR0, &[0xff; 4]);

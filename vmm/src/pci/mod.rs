@@ -36,11 +36,11 @@ pub trait PciDevice: Send + Sync {
     fn write_config(&self, offset: usize, data: &[u8]);
 }
 
-/// What guest and VMM tell each other about a template ([`bridge`]).
+/// What guest and VMM exchange about a template ([`bridge`]).
 #[derive(Default)]
 pub struct TemplateRegister {
     wanted: AtomicBool,
-    told: AtomicU8,
+    written: AtomicU8,
     closed: AtomicBool,
 }
 
@@ -52,7 +52,7 @@ impl TemplateRegister {
 
     /// What the guest has written last, once; otherwise 0.
     pub fn take(&self) -> u8 {
-        self.told.swap(0, Ordering::AcqRel)
+        self.written.swap(0, Ordering::AcqRel)
     }
 
     /// From now on, whatever the guest writes is not its agent's word.
@@ -84,8 +84,8 @@ impl PciDevice for HostBridge {
         }
     }
     fn write_config(&self, offset: usize, data: &[u8]) {
-        if let (bridge::REGISTER, [told]) = (offset as u64, data) {
-            self.template.told.store(*told, Ordering::Release);
+        if let (bridge::REGISTER, [value]) = (offset as u64, data) {
+            self.template.written.store(*value, Ordering::Release);
         }
     }
 }

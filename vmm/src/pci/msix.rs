@@ -208,29 +208,29 @@ impl Vector {
 pub(crate) mod tests {
     use super::*;
 
-    /// What a line was told.
+    /// A call to a line.
     #[derive(Debug, PartialEq, Eq)]
-    pub enum Told {
+    pub enum Call {
         Message(u64, u32),
         Send,
     }
 
     /// A line that remembers.
     #[derive(Clone, Default)]
-    pub struct Recorder(pub Arc<Mutex<Vec<Told>>>);
+    pub struct Recorder(pub Arc<Mutex<Vec<Call>>>);
 
     impl Recorder {
-        pub fn take(&self) -> Vec<Told> {
+        pub fn take(&self) -> Vec<Call> {
             std::mem::take(&mut lock(&self.0))
         }
     }
 
     impl Line for Recorder {
         fn set_message(&mut self, address: u64, data: u32) {
-            lock(&self.0).push(Told::Message(address, data));
+            lock(&self.0).push(Call::Message(address, data));
         }
         fn send(&self) {
-            lock(&self.0).push(Told::Send);
+            lock(&self.0).push(Call::Send);
         }
     }
 
@@ -254,9 +254,9 @@ pub(crate) mod tests {
         msix.trigger(1);
         assert_eq!((pending(&msix), b.take()), (0b10, vec![]));
         msix.write_table(16 + 12, &0u32.to_le_bytes());
-        assert_eq!((pending(&msix), b.take()), (0, vec![Told::Message(0xfee0_1000, 0x31), Told::Send]));
+        assert_eq!((pending(&msix), b.take()), (0, vec![Call::Message(0xfee0_1000, 0x31), Call::Send]));
         msix.trigger(1);
-        assert_eq!(b.take(), [Told::Send]);
+        assert_eq!(b.take(), [Call::Send]);
         assert_eq!(a.take(), []);
     }
 
@@ -271,7 +271,7 @@ pub(crate) mod tests {
         msix.trigger(0);
         assert_eq!((pending(&msix), a.take()), (1, vec![]));
         msix.set_control(ENABLE);
-        assert_eq!((a.take(), b.take()), (vec![Told::Message(0, 0), Told::Send], vec![Told::Message(0, 0)]));
+        assert_eq!((a.take(), b.take()), (vec![Call::Message(0, 0), Call::Send], vec![Call::Message(0, 0)]));
     }
 
     #[test]
@@ -279,7 +279,7 @@ pub(crate) mod tests {
         let (msix, a, _) = two_vectors();
         msix.set_control(ENABLE);
         msix.write_table(8, &[7, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(a.take(), [Told::Message(0, 7)]);
+        assert_eq!(a.take(), [Call::Message(0, 7)]);
         msix.write_table(12, &1u32.to_le_bytes());
         msix.write_table(12, &0u32.to_le_bytes());
         assert_eq!(a.take(), []);

@@ -63,7 +63,7 @@ pub struct VirtioPci {
     structures: Vec<Structure>,
 }
 
-/// How a queue's two sides tell each other.
+/// How a queue's two sides notify each other.
 struct Ends {
     /// Made when there is such a queue.
     kick: OnceLock<Arc<EventFd>>,
@@ -111,7 +111,7 @@ impl Trigger for Source {
     }
 }
 
-/// What is kept of a function in a template. Its device keeps nothing: all that is going on in it is in the queues.
+/// What is kept of a function in a template. Its device keeps nothing: all its pending work is in the queues.
 #[derive(Serialize, Deserialize)]
 pub struct FunctionState {
     space: Vec<u8>,
@@ -123,7 +123,7 @@ pub struct FunctionState {
     vectors: Vec<u16>,
 }
 
-/// Why a function cannot go on where another one stopped.
+/// Why a function cannot be restored to where another one stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
     /// Another device.
@@ -280,7 +280,7 @@ impl VirtioPci {
         &self.device
     }
 
-    /// Goes on where a function like this one stopped, whose memory this one has.
+    /// Restores this function to where one like it stopped, whose memory this one has.
     ///
     /// # Errors
     /// When it was none like this one.
@@ -303,9 +303,9 @@ impl VirtioPci {
         Ok(())
     }
 
-    /// As [`Self::activate`], with queues that have been in use. Nothing was on its way in them, so where the device
-    /// goes on is where it stopped: behind the last chain that it returned. What the driver made available, or was
-    /// told, in the last moment may not have been noticed, so both sides look again.
+    /// As [`Self::activate`], with queues that have been in use. Nothing was on its way in them, so the device
+    /// continues where it stopped: behind the last chain that it returned. What the driver made available, or was
+    /// notified of, in the last moment may not have been noticed, so both sides look again.
     fn activate_again(&self, common: &CommonConfig) -> std::io::Result<()> {
         let mut queues = common.checked_queues(&self.memory).map_err(std::io::Error::other)?;
         for queue in &mut queues {

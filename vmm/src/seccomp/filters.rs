@@ -55,7 +55,7 @@ const INTERRUPT: u64 = 0x4020_aea5;
 /// KVM_SET_GSI_ROUTING, when the driver moves the interrupt of a queue that vhost-net serves.
 const ROUTE: u64 = 0x4008_ae6a;
 /// KVM's calls of a running VM: KVM_RUN and KVM_GET_REGS of a vCPU, KVM_SIGNAL_MSI and the like of the VM. And
-/// VHOST_NET_SET_BACKEND, since a NIC that is reset is at rest when the driver goes on.
+/// VHOST_NET_SET_BACKEND, since a NIC that is reset is at rest when the driver continues.
 const VCPU_IOCTLS: &[u64] = &[0xae80, 0x8090_ae81, INTERRUPT, ROUTE, 0x4008_af30];
 
 /// The state of a vCPU: KVM_GET_REGS, SREGS, MSRS, LAPIC, XSAVE, MP_STATE, VCPU_EVENTS, DEBUGREGS, XCRS, TSC_KHZ, and
@@ -79,7 +79,8 @@ const TEMPLATE_IOCTLS: &[u64] = &[
 ];
 /// KVM_CREATE_VCPU of the VM; of the vCPU: KVM_SET_CPUID2, MSRS, FPU, KVM_GET_LAPIC, KVM_SET_LAPIC.
 const STARTER_IOCTLS: &[u64] = &[0xae41, 0x4008_ae90, 0x4008_ae89, 0x41a0_ae8d, 0x8400_ae8e, 0x4400_ae8f];
-/// What is written to the template's file, which pages there are, how it is told, and the filter that follows.
+/// Calls that write the template's file, find the pages that are there, report the result, and install the filter that
+/// follows.
 const TEMPLATE: &[c_long] =
     &[libc::SYS_pwrite64, libc::SYS_mincore, libc::SYS_sendmsg, libc::SYS_prctl, libc::SYS_seccomp];
 
@@ -300,8 +301,8 @@ fn usual_rules(
     add(libc::SYS_ioctl, Rule::OneOf(1, ioctls.collect::<Result<_, _>>()?))?;
     if name == "main" {
         add(libc::SYS_socketpair, Rule::OneOf(0, vec![AF_UNIX]))?;
-        // Threads that do nothing, and their filter: a further one only ever takes rights away, and without flags
-        // nobody else is told of calls.
+        // Threads that do nothing, and their filter: a further one only ever takes rights away, and without flags no
+        // other process is notified of calls.
         add(libc::SYS_clone, Rule::OneOf(0, vec![THREAD as u32]))?;
         add(libc::SYS_seccomp, Rule::Without(1, u32::MAX))?;
     }

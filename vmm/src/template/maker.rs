@@ -56,7 +56,7 @@ pub struct Maker {
     pub code: Range,
     /// Empty, to become the template.
     pub file: File,
-    /// Is told how it went.
+    /// Called with the result.
     pub made: Box<dyn FnOnce(Result<(), Error>) + Send>,
 }
 
@@ -71,26 +71,26 @@ impl Maker {
         }
     }
 
-    /// Has the guest's clocks go on by a few seconds at once, so that what its kernel has put off is done before others
+    /// Advances the guest's clocks by a few seconds at once, so that what its kernel has put off is done before others
     /// are restored from it.
     ///
     /// # Errors
-    /// When KVM does not take it. The guest goes on all the same.
+    /// When KVM does not take it. The guest continues all the same.
     pub fn advance_clock(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         kvm::set_clock(&self.vm, kvm::clock(&self.vm)? + bridge::SKIPPED * 1_000_000_000)?;
         Ok(cpu::skip(vcpu, bridge::SKIPPED)?)
     }
 
-    /// Makes the template, closes the file, and tells. The vCPU is the only one that has run, has completed its last
-    /// exit, and goes on afterwards.
+    /// Makes the template, closes the file, and reports the result. The vCPU is the only one that has run, has
+    /// completed its last exit, and continues afterwards.
     pub fn make(self, vcpu: &VcpuFd) {
         let made = self.try_make(vcpu);
-        // Whoever is told makes sure that nobody can write to it any more.
+        // Whoever gets the report makes sure that nobody can write to the file any more.
         drop(self.file);
         (self.made)(made);
     }
 
-    /// Tells that there will be none.
+    /// Reports that there will be none.
     pub fn give_up(self) {
         (self.made)(Err(Error::TooLate));
     }

@@ -2,9 +2,9 @@
 //! restored.
 //!
 //! The file is the guest's memory from its first byte on, with holes where the guest has touched nothing, then
-//! everything else ([`State`]), then a trailer that tells length and hash of that. When the file is complete, its time
-//! of modification is set to one that no write can leave behind ([`SEALED`]): the memory is too large to be looked at
-//! on each start, but a file that was written to afterwards is known by its time.
+//! everything else ([`State`]), then a trailer with the length and hash of that. When the file is complete, its time of
+//! modification is set to one that no write can leave behind ([`SEALED`]): the memory is too large to be looked at on
+//! each start, but a file that was written to afterwards is known by its time.
 
 mod maker;
 

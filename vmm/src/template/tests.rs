@@ -50,7 +50,7 @@ struct Bench {
     register: Arc<TemplateRegister>,
 }
 
-/// A machine whose vCPU has yet to be told where it begins; nothing where there is no KVM.
+/// A machine whose vCPU has yet to be given its entry point; nothing where there is no KVM.
 fn bench() -> Option<Bench> {
     let Ok(dev_kvm) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else {
         let thread = std::thread::current();
@@ -75,7 +75,7 @@ fn bench() -> Option<Bench> {
     Some(Bench { vm, memory, vcpu, console, end, register })
 }
 
-/// Has a template be made in the file when the guest asks for it; where that is told.
+/// Has a template made in the file when the guest asks for it; returns where the result is sent.
 fn employ_maker(bench: &mut Bench, file: File, check: Option<File>) -> mpsc::Receiver<Result<(), Error>> {
     let (sender, made) = mpsc::channel();
     bench.vcpu.maker = Some(Maker {
@@ -111,7 +111,8 @@ fn is_written_to(file: &File) -> bool {
     lease(libc::F_RDLCK) != 0 || lease(libc::F_UNLCK) != 0
 }
 
-/// Runs a guest that tells it is ready, counts and prints the count, up to its end; the template and what it printed.
+/// Runs a guest that reports that it is ready, counts and prints the count, up to its end; the template and what it
+/// printed.
 fn make() -> Option<(File, String)> {
     let mut bench = bench()?;
     // mov eax,0x80000040; mov dx,0xcf8; out dx,eax; mov dx,0xcfc; mov al,1; out dx,al;

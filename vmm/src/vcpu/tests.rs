@@ -93,7 +93,7 @@ fn a_guest_prints_and_resets() {
 }
 
 #[test]
-fn a_triple_fault_is_told_as_one() {
+fn a_triple_fault_is_reported_as_one() {
     // lidt [0 limit at 0x500]; ud2
     let code = b"\x0f\x01\x1c\x25\x00\x05\x00\x00\x0f\x0b";
     let Some(mut bench) = bench(code) else { return };

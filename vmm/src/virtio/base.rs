@@ -136,7 +136,7 @@ pub struct Base {
     name: &'static str,
     sources: Sources,
     active: Option<Active>,
-    /// Whether `active` changed since the sources were told.
+    /// Whether `active` changed since the sources were updated.
     changed: bool,
 }
 
@@ -193,7 +193,7 @@ impl Base {
         Some((&active.memory, active.queues.get_mut(index)?))
     }
 
-    /// Tells the driver that the configuration changed.
+    /// Notifies the driver that the configuration changed.
     pub fn config_changed(&self) {
         if let Some(active) = &self.active {
             active.config_interrupt.trigger();

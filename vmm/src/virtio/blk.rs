@@ -27,8 +27,8 @@ const REQUESTS: usize = 0;
 /// The unit of capacity and position, whatever the block size.
 const SECTOR: u64 = 512;
 const SERIAL_LENGTH: usize = 20;
-/// Data of one request: with less work at once, one disk does not keep the other devices waiting. Linux sends
-/// 1.25 MiB unless it is told otherwise.
+/// Data of one request: with less work at once, one disk does not keep the other devices waiting. Linux sends 1.25 MiB
+/// unless configured otherwise.
 const LONGEST_TRANSFER: usize = 64 << 20;
 
 /// A slot for a disk.
@@ -50,7 +50,7 @@ pub enum AttachError {
     /// One disk for each slot.
     #[error("disk slot: it is in use")]
     InUse,
-    /// The file's size cannot be told.
+    /// The file's size cannot be read.
     #[error("disk: its size cannot be read: {0}")]
     Size(#[source] io::Error),
     /// No file or block device, or an empty one.
@@ -150,7 +150,7 @@ impl Blk {
     }
 }
 
-/// Serves one request; tells how many bytes of its memory were written.
+/// Serves one request; returns how many bytes of its memory were written.
 fn request(mut chain: Chain<'_>, disk: Option<&Disk>, serial: &[u8; SERIAL_LENGTH]) -> Result<u32, Error> {
     // How the parts are spread over descriptors is the driver's business (virtio 1.2, 2.7.4.1): the status is the
     // last byte that can be written.

@@ -44,7 +44,7 @@ pub enum ChainError {
     },
 }
 
-/// A request of the driver: what it wants read, and room for what it wants to be told.
+/// A request of the driver: buffers for the device to read, and buffers for it to write.
 pub struct Chain<'m> {
     head: u16,
     /// Written by the driver.
@@ -174,7 +174,7 @@ impl<'m> Buffers<'m> {
         self.length += other.length;
     }
 
-    /// Copies bytes out until `bytes` is full or nothing is left; tells how many.
+    /// Copies bytes out until `bytes` is full or nothing is left; returns how many.
     pub fn read_bytes(&mut self, bytes: &mut [u8]) -> usize {
         let mut done = 0;
         for piece in &self.split_front(bytes.len()).pieces {
@@ -183,7 +183,7 @@ impl<'m> Buffers<'m> {
         done
     }
 
-    /// Copies bytes in until none is left or there is no more room; tells how many.
+    /// Copies bytes in until none is left or there is no more room; returns how many.
     pub fn write_bytes(&mut self, bytes: &[u8]) -> usize {
         let mut rest = bytes;
         for piece in &self.split_front(bytes.len()).pieces {
@@ -276,7 +276,7 @@ impl<'m> Buffers<'m> {
         Ok(())
     }
 
-    /// Fills the memory with random bytes, up to `limit` of them; tells how many.
+    /// Fills the memory with random bytes, up to `limit` of them; returns how many.
     ///
     /// # Errors
     /// What getrandom(2) says.

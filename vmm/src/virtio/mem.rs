@@ -3,7 +3,7 @@
 //! The host asks for an amount, the guest plugs or unplugs blocks until that is what it has. What is not plugged cannot
 //! be accessed: a guest that tries ends its VM.
 //!
-//! Wiring: `Mem::new(region, told)`, where `region` is a range of guest memory.
+//! Wiring: `Mem::new(region, on_plugged)`, where `region` is a range of guest memory.
 
 use std::io;
 use std::ops::Range;
@@ -46,15 +46,15 @@ mod state {
     pub const MIXED: u16 = 2;
 }
 
-/// Is told how many bytes are plugged, once that is what was asked for.
-pub type Told = Box<dyn FnMut(u64) + Send>;
+/// Called with how many bytes are plugged, once that is what was asked for.
+pub type OnPlugged = Box<dyn FnMut(u64) + Send>;
 
 /// The device.
 pub struct Mem {
     base: Base,
     blocks: Blocks,
-    told: Told,
-    /// Whether that has been told of the last request.
+    on_plugged: OnPlugged,
+    /// Whether it has been called for the last request.
     done: bool,
 }
 
@@ -63,12 +63,12 @@ impl Mem {
     ///
     /// # Errors
     /// When the process is out of descriptors.
-    pub fn new(region: Pluggable, told: Told) -> io::Result<Self> {
+    pub fn new(region: Pluggable, on_plugged: OnPlugged) -> io::Result<Self> {
         let plugged = vec![false; (region.size() / BLOCK) as usize];
         Ok(Self {
             base: Base::new("mem")?,
             blocks: Blocks { region, plugged, requested: 0 },
-            told,
+            on_plugged,
             done: false,
         })
     }
@@ -79,13 +79,13 @@ impl Mem {
         self.blocks.requested = bytes.min(most).next_multiple_of(BLOCK);
         self.done = false;
         self.base.config_changed();
-        self.tell();
+        self.notify();
     }
 
-    fn tell(&mut self) {
+    fn notify(&mut self) {
         let bytes = self.blocks.plugged_bytes();
         if bytes == self.blocks.requested && !std::mem::replace(&mut self.done, true) {
-            (self.told)(bytes);
+            (self.on_plugged)(bytes);
         }
     }
 }
@@ -219,7 +219,7 @@ impl MutEventSubscriber for Mem {
             {
                 let blocks = &mut self.blocks;
                 queue.serve(memory, |chain| blocks.serve(chain));
-                self.tell();
+                self.notify();
             }
         }
     }
@@ -241,12 +241,12 @@ mod tests {
     fn bench() -> (Bench<Mem>, u64, Arc<Mutex<Vec<u64>>>) {
         let range = memory::pluggable_range(32, MIB, 128).unwrap();
         let region = Pluggable::new(memory::create(32, Some(range)).unwrap(), range).unwrap();
-        let told = Arc::new(Mutex::new(Vec::new()));
-        let list = told.clone();
+        let reported = Arc::new(Mutex::new(Vec::new()));
+        let list = reported.clone();
         let mut bench =
             Bench::new(Mem::new(region, Box::new(move |bytes| list.lock().unwrap().push(bytes))).unwrap());
         bench.activate(UNPLUGGED_INACCESSIBLE);
-        (bench, range.0, told)
+        (bench, range.0, reported)
     }
 
     /// Response and state.
@@ -269,14 +269,14 @@ mod tests {
 
     #[test]
     fn memory_comes_and_goes_as_it_is_asked_for() {
-        let (mut bench, start, told) = bench();
+        let (mut bench, start, reported) = bench();
         assert_eq!(ask(&mut bench, request::PLUG, start, 1).0, response::NACK);
         bench.device().request(5 * MIB);
         assert_eq!((bench.config_interrupts(), config(&bench, 6)), (1, 6 * MIB));
         assert_eq!(ask(&mut bench, request::PLUG, start, 2).0, response::ACK);
-        assert_eq!(*told.lock().unwrap(), [0]);
+        assert_eq!(*reported.lock().unwrap(), [0]);
         assert_eq!(ask(&mut bench, request::PLUG, start + 4 * MIB, 1).0, response::ACK);
-        assert_eq!(*told.lock().unwrap(), [0, 6 * MIB]);
+        assert_eq!(*reported.lock().unwrap(), [0, 6 * MIB]);
         assert_eq!(config(&bench, 5), 6 * MIB);
         assert_eq!(ask(&mut bench, request::PLUG, start + 6 * MIB, 1).0, response::NACK);
         assert_eq!(ask(&mut bench, request::STATE, start, 3), (response::ACK, state::PLUGGED));
@@ -284,7 +284,7 @@ mod tests {
         assert_eq!(ask(&mut bench, request::STATE, start + 8 * MIB, 4), (response::ACK, state::UNPLUGGED));
         bench.device().request(2 * MIB);
         assert_eq!(ask(&mut bench, request::UNPLUG, start, 2).0, response::ACK);
-        assert_eq!(*told.lock().unwrap(), [0, 6 * MIB, 2 * MIB]);
+        assert_eq!(*reported.lock().unwrap(), [0, 6 * MIB, 2 * MIB]);
         assert_eq!(ask(&mut bench, request::UNPLUG_ALL, 0, 0).0, response::ACK);
         assert_eq!(config(&bench, 5), 0);
         bench.device().request(u64::MAX);

@@ -1,4 +1,4 @@
-//! virtio-pmem (virtio 1.2, 5.19): tells the guest where its image lies in its physical memory.
+//! virtio-pmem (virtio 1.2, 5.19): announces to the guest where its image lies in its physical memory.
 //!
 //! Wiring: `Pmem::new(start, size)`, where `size` bytes from guest address `start` are a read-only KVM slot of the
 //! mapped image.

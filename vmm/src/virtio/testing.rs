@@ -124,7 +124,7 @@ impl Ring {
     }
 
     /// What another processor of the guest does all the time: makes the chain at 0 available as often as there is room
-    /// for it, until it is told to stop or has done so very often; answers whether it was told.
+    /// for it, until it is stopped or has done so very often; returns whether it was stopped.
     pub fn publish_for_ever(&self, stop: Arc<AtomicBool>) -> impl FnOnce() -> bool + Send + use<> {
         let (memory, size, avail, used) = (self.memory.clone(), self.size, self.avail, self.used);
         move || {

@@ -121,7 +121,7 @@ impl Vhost {
         // SAFETY: the call reads eight bytes.
         unsafe { self.call(VHOST_SET_FEATURES, &raw const features) }?;
         let table = memory_table(&activation.memory)?;
-        // SAFETY: the call reads a table of as many regions as it tells of.
+        // SAFETY: the call reads a table of as many regions as its count says.
         unsafe { self.call(VHOST_SET_MEM_TABLE, &raw const table) }?;
         for (number, queue) in (0..).zip(queues) {
             self.set_up(number, queue, &activation.memory)?;

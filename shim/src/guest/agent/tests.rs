@@ -105,17 +105,17 @@ fn name() -> ProcessName {
 async fn a_silent_agent_delays_nobody_twice() {
     let (_server, agent, count, _end) = hostile().await;
     let begin = Instant::now();
-    let told = agent.container_stats("silent").await.unwrap_err();
-    assert_eq!(told.to_string(), "the agent did not answer ContainerStats within 3 s");
+    let error = agent.container_stats("silent").await.unwrap_err();
+    assert_eq!(error.to_string(), "the agent did not answer ContainerStats within 3 s");
     assert!(begin.elapsed() <= LOOK + GRACE, "{:?}", begin.elapsed());
     // The other containers of the pod, which are asked about next.
     let begin = Instant::now();
-    let told = agent.container_stats("other").await.unwrap_err();
-    assert!(matches!(told, Error::DeadlineExceeded(_)) && begin.elapsed().is_zero(), "{told}");
+    let error = agent.container_stats("other").await.unwrap_err();
+    assert!(matches!(error, Error::DeadlineExceeded(_)) && begin.elapsed().is_zero(), "{error}");
     assert_eq!(count.load(Ordering::Relaxed), 1);
     let begin = Instant::now();
-    let told = agent.signal_process(&name(), libc::SIGKILL.unsigned_abs(), true).await.unwrap_err();
-    assert!(matches!(told, Error::DeadlineExceeded(_)) && begin.elapsed() <= KILL + GRACE, "{told}");
+    let error = agent.signal_process(&name(), libc::SIGKILL.unsigned_abs(), true).await.unwrap_err();
+    assert!(matches!(error, Error::DeadlineExceeded(_)) && begin.elapsed() <= KILL + GRACE, "{error}");
     // Once it answers anything, it is asked again.
     agent.pause_container("c").await.unwrap_err();
     agent.container_stats("other").await.unwrap();
@@ -125,16 +125,16 @@ async fn a_silent_agent_delays_nobody_twice() {
 async fn answers_that_make_no_sense_are_refused() {
     let (_server, agent, _count, _end) = hostile().await;
     for container in ["long", "terminal"] {
-        let told = agent.container_stats(container).await.unwrap_err().to_string();
-        assert_eq!(told, "the agent's answer to ContainerStats makes no sense");
+        let error = agent.container_stats(container).await.unwrap_err().to_string();
+        assert_eq!(error, "the agent's answer to ContainerStats makes no sense");
     }
     assert_eq!(agent.container_stats("fine").await.unwrap()["memory.stat"], "anon 1\n");
     assert_eq!(agent.list_processes("many").await.unwrap().len(), MOST_PROCESSES);
     agent.list_processes("zero").await.unwrap_err();
     agent.exec_process(&name(), Vec::new(), api::Stdio::new()).await.unwrap_err();
     assert_eq!(agent.wait_process(&name()).await.unwrap().exit_status, LAST_STATUS);
-    let told = agent.pause_container("c").await.unwrap_err().to_string();
-    assert!(told.starts_with("no\\u{1b}[31m; xxx") && told.len() < 5000, "{}", told.len());
+    let error = agent.pause_container("c").await.unwrap_err().to_string();
+    assert!(error.starts_with("no\\u{1b}[31m; xxx") && error.len() < 5000, "{}", error.len());
 }
 
 #[tokio::test(start_paused = true)]

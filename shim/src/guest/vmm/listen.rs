@@ -38,8 +38,8 @@ const RATE: (u32, u32) = (500, 2000);
 /// The last lines of the VMM's standard error.
 type Said = Arc<Mutex<VecDeque<String>>>;
 
-/// Where that goes which may be.
-pub(super) struct Told {
+/// Where accepted messages are reported.
+pub(super) struct Reports {
     pub pids: watch::Sender<Vec<ProcessId>>,
     pub runs: watch::Sender<bool>,
     pub plugs: watch::Sender<u64>,
@@ -57,7 +57,7 @@ pub(super) struct Listener {
     /// The machine in the kernel, once it runs.
     machine: Option<OwnedFd>,
     jailed: bool,
-    told: Told,
+    reports: Reports,
     rate: Rate,
     dropped: u64,
 }
@@ -68,16 +68,16 @@ impl Listener {
         process: PidFd,
         ports: Arc<Ports>,
         stderr: Option<pipe::Receiver>,
-        told: Told,
+        reports: Reports,
     ) -> Self {
         let said = Said::default();
         let log = stderr.map(|stderr| tokio::spawn(log_lines(stderr, Arc::clone(&said))));
         let rate = Rate::new(RATE.0, RATE.1);
-        Self { control, process, ports, said, log, machine: None, jailed: false, told, rate, dropped: 0 }
+        Self { control, process, ports, said, log, machine: None, jailed: false, reports, rate, dropped: 0 }
     }
 
     pub async fn run(mut self) -> End {
-        let told = loop {
+        let announced = loop {
             self.rate.wait().await;
             match receive(&self.control).await {
                 // The last words; the process ends now.
@@ -107,7 +107,7 @@ impl Listener {
             // To its end, unless somebody else holds the pipe.
             let _ = tokio::time::timeout(Duration::from_millis(500), log).await;
         }
-        told.unwrap_or_else(|| self.unannounced(status))
+        announced.unwrap_or_else(|| self.unannounced(status))
     }
 
     /// Takes a message, unless it may not come or say what it says.
@@ -121,20 +121,20 @@ impl Listener {
                 }
                 Ok(())
             }
-            Event::Running if *self.told.runs.borrow() => Err("the machine runs already"),
+            Event::Running if *self.reports.runs.borrow() => Err("the machine runs already"),
             Event::Running => {
                 log::debug!("timeline: guest runs");
                 self.machine = fds.into_iter().next();
-                self.told.runs.send_replace(true);
+                self.reports.runs.send_replace(true);
                 Ok(())
             }
             Event::MemoryPlugged { mib } => {
-                self.told.plugs.send_replace(mib);
+                self.reports.plugs.send_replace(mib);
                 Ok(())
             }
-            Event::TemplateMade(_) if self.told.makes.borrow().is_some() => Err("a second template"),
+            Event::TemplateMade(_) if self.reports.makes.borrow().is_some() => Err("a second template"),
             Event::TemplateMade(failed) => {
-                self.told.makes.send_replace(Some(failed.map_or(Ok(()), |why| Err(one_line(&why)))));
+                self.reports.makes.send_replace(Some(failed.map_or(Ok(()), |why| Err(one_line(&why)))));
                 Ok(())
             }
             Event::Done(outcome) => self.answer(false, outcome.map_or(Ok(0), |why| Err(one_line(&why)))),
@@ -144,7 +144,7 @@ impl Listener {
     }
 
     fn answer(&self, added: bool, answer: Answer) -> Result<(), &'static str> {
-        let mut asked = self.told.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut asked = self.reports.asked.lock().unwrap_or_else(PoisonError::into_inner);
         match &*asked {
             None => return Err("an answer to nothing"),
             // A request for a thread can fail, but not be done without one.
@@ -161,10 +161,9 @@ impl Listener {
     }
 
     /// The VMM has forked into its jail: its first process ends, the second one is ours to wait for. Only before it has
-    /// begun with its guest, and only of a child of this process: it will be killed some day, and clients are told its
-    /// pid.
+    /// begun with its guest, and only of a child of this process: it will be killed some day, and clients get its pid.
     fn jailed(&mut self, pid: i32) -> Result<(), &'static str> {
-        if std::mem::replace(&mut self.jailed, true) || *self.told.runs.borrow() {
+        if std::mem::replace(&mut self.jailed, true) || *self.reports.runs.borrow() {
             return Err("it is in its jail already");
         }
         let process = PidFd::open(pid).map_err(|_| "there is no process of this id")?;
@@ -173,7 +172,7 @@ impl Listener {
         let id = ProcessId::of_child(pid).map_err(|_| "a process that is no child of the shim")?;
         let first = std::mem::replace(&mut self.process, process);
         tokio::spawn(async move { end_of(&first).await });
-        self.told.pids.send_modify(|ids| ids.push(id));
+        self.reports.pids.send_modify(|ids| ids.push(id));
         Ok(())
     }
 
@@ -191,7 +190,7 @@ impl Listener {
     }
 }
 
-/// A connection, if it is one: of another descriptor, reading may block although it is told not to.
+/// A connection, if it is one: a read from another kind of descriptor may block in spite of O_NONBLOCK.
 fn stream(fd: OwnedFd) -> Result<UnixStream, &'static str> {
     let is_stream = getsockopt(&fd, sockopt::SockType) == Ok(SockType::Stream);
     let is_unix = getsockname::<nix::sys::socket::SockaddrStorage>(fd.as_fd().as_raw_fd())

@@ -155,7 +155,7 @@ fn hostile() -> (Vmm, OwnedFd, std::process::Child, Arc<Ports>) {
     (vmm, theirs, child, ports)
 }
 
-/// Whatever was told before has been heard when this returns: memory is told of in the order of messages.
+/// Whatever was sent before has been heard when this returns: memory is reported in the order of messages.
 async fn heard(vmm: &Vmm, theirs: &OwnedFd, mark: u64) {
     vmm::send(theirs, &Event::MemoryPlugged { mib: mark }, &[]).unwrap();
     let mut plugged = vmm.plugged();
@@ -257,9 +257,9 @@ async fn answers_that_nobody_has_asked_for_are_dropped() {
 async fn a_vmm_that_does_not_answer_is_not_waited_for_for_ever() {
     let (vmm, theirs, mut child, _ports) = hostile();
     tokio::time::pause();
-    let told =
+    let error =
         tokio::time::timeout(LIMIT * 10, vmm.detach_disk(0)).await.expect("it is given up").unwrap_err();
-    assert!(matches!(told, Error::DeadlineExceeded(_)), "{told}");
+    assert!(matches!(error, Error::DeadlineExceeded(_)), "{error}");
     drop(theirs);
     vmm.kill();
     let _ = child.wait();

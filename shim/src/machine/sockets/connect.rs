@@ -29,7 +29,7 @@ pub struct Place {
     file: OwnedFd,
     /// For messages.
     path: PathBuf,
-    /// Whether it was told that this is no stream.
+    /// Whether it was logged that this is no stream.
     complained: AtomicBool,
 }
 

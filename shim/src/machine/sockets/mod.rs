@@ -3,9 +3,9 @@
 //! guest, and each connection there is one here.
 //!
 //! The guest reaches the sockets that the client has mounted and nothing else, while their container lives. The agent
-//! says who has connected, and the connection is made as that user: the host's kernel checks and tells the server the
-//! same as if the process were on the host. A guest that lies is a root of its container; one in a user namespace
-//! cannot get beyond that namespace's ids.
+//! says who has connected, and the connection is made as that user: the host's kernel checks permissions and reports
+//! the user to the server as if the process were on the host. A guest that lies is a root of its container; one in a
+//! user namespace cannot get beyond that namespace's ids.
 
 mod connect;
 mod relay;
@@ -50,7 +50,7 @@ pub struct Sockets(JoinSet<()>);
 struct Socket {
     place: Arc<Place>,
     kind: Kind,
-    /// What the agent is told of it, but for the port.
+    /// What is sent to the agent, but for the port.
     message: api::HostSocket,
 }
 

@@ -19,11 +19,11 @@ fn watches(name: &str) -> (Scratch, Watches) {
     let queue = unsafe { AsyncFd::register_with_interest(queue, Interest::READABLE) }.unwrap();
     let scratch = Scratch(share);
     let share = Arc::new(mounts::open_directory(&scratch.0).unwrap());
-    (scratch, Watches { queue, share, state: Mutex::default(), telling: tokio::sync::Mutex::default() })
+    (scratch, Watches { queue, share, state: Mutex::default(), sending: tokio::sync::Mutex::default() })
 }
 
 /// As (kind, directory, name).
-fn told(changes: &[Change]) -> Vec<(Kind, String, String)> {
+fn reported(changes: &[Change]) -> Vec<(Kind, String, String)> {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     changes.iter().map(|c| (c.kind.enum_value().unwrap(), text(&c.directory), text(&c.name))).collect()
 }
@@ -33,18 +33,18 @@ fn what(kind: Kind, directory: &str, name: &str) -> (Kind, String, String) {
 }
 
 #[tokio::test]
-async fn an_update_as_kubelet_makes_it_is_told_of() {
+async fn an_update_as_kubelet_makes_it_is_reported() {
     let (scratch, watches) = watches("update");
     let volume = scratch.0.join("c/1");
     fs::create_dir(volume.join("..old")).unwrap();
     symlink("..old", volume.join("..data")).unwrap();
     let added = watches.add(Path::new("c/1"), Path::new("."));
-    assert_eq!(told(&added), [what(Kind::WATCHED, "c/1", ""), what(Kind::WATCHED, "c/1/..old", "")]);
+    assert_eq!(reported(&added), [what(Kind::WATCHED, "c/1", ""), what(Kind::WATCHED, "c/1/..old", "")]);
     fs::create_dir(volume.join("..new")).unwrap();
     symlink("..new", volume.join("..tmp")).unwrap();
     fs::rename(volume.join("..tmp"), volume.join("..data")).unwrap();
     fs::remove_dir(volume.join("..old")).unwrap();
-    let changes = told(&watches.digest(&watches.events().await.unwrap()));
+    let changes = reported(&watches.digest(&watches.events().await.unwrap()));
     assert_eq!(
         changes,
         [
@@ -60,7 +60,7 @@ async fn an_update_as_kubelet_makes_it_is_told_of() {
 }
 
 #[tokio::test]
-async fn a_removed_container_is_told_of_nothing() {
+async fn nothing_is_reported_for_a_removed_container() {
     let (scratch, watches) = watches("removed");
     assert_eq!(watches.add(Path::new("d/1"), Path::new(".")).len(), 3);
     assert_eq!(watches.add(Path::new("c/1"), Path::new(".")).len(), 1);
@@ -69,7 +69,7 @@ async fn a_removed_container_is_told_of_nothing() {
     fs::write(scratch.0.join("c/1/file"), "x").unwrap();
     let mut changes = Vec::new();
     while changes.len() < 3 {
-        changes.extend(told(&watches.digest(&watches.events().await.unwrap())));
+        changes.extend(reported(&watches.digest(&watches.events().await.unwrap())));
     }
     let place = "c/1";
     assert_eq!(changes, [Kind::CREATED, Kind::MODIFIED, Kind::WRITTEN].map(|kind| what(kind, place, "file")),);
@@ -82,7 +82,7 @@ async fn there_is_a_limit() {
         fs::create_dir(scratch.0.join(format!("c/1/{number}"))).unwrap();
     }
     assert_eq!(watches.add(Path::new("c/1"), Path::new(".")).len(), MOST_DIRECTORIES);
-    assert!(watches.state().told_of_limit);
+    assert!(watches.state().limit_reported);
 }
 
 #[tokio::test]

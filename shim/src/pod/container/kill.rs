@@ -62,7 +62,7 @@ impl Container {
         }
     }
 
-    /// Ends a process that nobody is told of: an exec, or the container if it is its first.
+    /// Ends a process whose start is reported to nobody: an exec, or the container if it is its first.
     async fn withdraw(&self, process: &Process) {
         let name = &process.name;
         let is_init = name.exec.is_empty();

@@ -204,7 +204,7 @@ fn hardened(pod: &Machine) -> Vec<(PathBuf, bool)> {
     all
 }
 
-/// The guest is told what the host's mounts are like; in the VMM's namespace no device can be opened in any of them.
+/// The guest gets the flags of the host's mounts; in the VMM's namespace no device can be opened in any of them.
 #[test]
 fn devices_of_the_host_cannot_be_opened_where_a_guest_sees_them() {
     in_namespace("devices", |top| {
@@ -231,21 +231,22 @@ fn devices_of_the_host_cannot_be_opened_where_a_guest_sees_them() {
             {"destination": "/data", "type": "bind", "source": data, "options": ["rbind"]},
             {"destination": "/dev/node", "type": "bind", "source": node, "options": ["bind", "rprivate"]}]));
         let pod = Machine::new(top);
-        let told = |id: &str| {
+        let reported = |id: &str| {
             let added = pod.add(id, &bundle, &spec, &mut spec.sources(&bundle, &Pod::default())).unwrap();
-            let told = added.mounts.iter().map(|mount| (mount.point.clone(), mount.restrictions().join(",")));
-            told.collect::<Vec<_>>()
+            let mounts =
+                added.mounts.iter().map(|mount| (mount.point.clone(), mount.restrictions().join(",")));
+            mounts.collect::<Vec<_>>()
         };
         let expected = [(".volumes/0/open", "nodev"), (".volumes/0/open/inner", "nosuid,nodev,noexec")];
         let expected = expected.map(|(point, flags)| (PathBuf::from(point), flags.to_owned()));
-        assert_eq!(told("c1"), expected);
+        assert_eq!(reported("c1"), expected);
         for place in ["c1/rootfs/zero", ".volumes/0/zero", ".volumes/0/open/inner/zero", ".volumes/1"] {
             let opened = fs::File::open(pod.at(place)).unwrap_err();
             assert_eq!(opened.raw_os_error(), Some(libc::EACCES), "{place}");
             assert_eq!(fs::metadata(pod.at(place)).unwrap().rdev(), libc::makedev(1, 5));
         }
-        // The same volumes, and the same is told.
-        assert_eq!(told("c2"), expected);
+        // The same volumes, and the same is reported.
+        assert_eq!(reported("c2"), expected);
         // What comes later as well.
         mounted("later", MsFlags::empty());
         zero(&data.join("later/zero"));
@@ -258,7 +259,7 @@ fn devices_of_the_host_cannot_be_opened_where_a_guest_sees_them() {
             later
         );
         assert!(hardened(&pod).iter().all(|(_, both)| *both), "{:?}", hardened(&pod));
-        assert_eq!(told("c3"), [later, expected.to_vec()].concat());
+        assert_eq!(reported("c3"), [later, expected.to_vec()].concat());
         pod.end();
     });
 }

@@ -122,7 +122,7 @@ fn nor_where_the_shim_is_the_sandbox() {
     }
 }
 
-/// The guest's agent and kernel can be told by them to be open to others.
+/// They can open the guest's agent and kernel to others.
 #[test]
 fn kernel_parameters_are_not_a_pods_to_set() {
     let _turn = turn::shared();

@@ -31,7 +31,7 @@ cases! {
     /// Also by a program that handles it and has not got there yet
     2: a_stop_right_after_the_start_is_heard,
     /// What `crictl inspectp` shows
-    2: the_details_of_a_pod_are_told,
+    2: the_details_of_a_pod_are_reported,
     /// What `kubectl describe` shows.
     errors_are_readable,
 }
@@ -149,7 +149,7 @@ fn a_stop_right_after_the_start_is_heard(handler: &str) {
     }
 }
 
-fn the_details_of_a_pod_are_told(handler: &str) {
+fn the_details_of_a_pod_are_reported(handler: &str) {
     let info = shared_pod(handler).info();
     let pid = info["pid"].as_i64().unwrap_or_default();
     assert!(Process::all().iter().any(|process| i64::from(process.pid) == pid), "{info:#}");

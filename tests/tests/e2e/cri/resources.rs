@@ -18,7 +18,7 @@ cases! {
     /// CPU, memory, processes, writable layer
     2: statistics_are_not_zero,
     /// reason: OOMKilled
-    too_much_memory_is_told,
+    too_much_memory_is_reported,
     /// The pod's cgroup is kubelet's: it makes it before the pod and removes it after it.
     2: kubelets_cgroups_are_used_and_left_empty,
 }
@@ -72,7 +72,7 @@ fn statistics_are_not_zero(handler: &str) {
     assert_eq!(linux.containers.len(), 1, "{stats}");
 }
 
-fn too_much_memory_is_told(handler: &str) {
+fn too_much_memory_is_reported(handler: &str) {
     let container = shared_pod(handler).start(json!({
         "command": ["sh", "-c", "dd if=/dev/zero of=/dev/null bs=200M count=1"],
         "linux": {"resources": {"memory_limit_in_bytes": 32 << 20, "memory_swap_limit_in_bytes": 32 << 20}},

@@ -13,7 +13,7 @@ cases! {
     2: a_pid_namespace_is_shared_by_the_pod,
     /// An ephemeral container looks at another container's processes.
     a_pid_namespace_of_another_container_is_joined,
-    /// It is told which, also after one was restarted.
+    /// The request names which, also after one was restarted.
     2: the_pid_namespace_of_one_of_several_containers_is_joined,
     /// Network, ipc and uts are the pod's; mounts, pids and cgroups the container's.
     2: namespaces_are_the_pods_or_the_containers,

@@ -76,7 +76,7 @@ fn a_client_goes_away(handler: &str) {
     assert_eq!(container.status().exit_code, 137);
 }
 
-/// Pages on localhost of either kind and on all addresses, and a program that tells who asks.
+/// Pages on localhost of either kind and on all addresses, and a program that prints who asks.
 const SERVERS: &str = "cd /www; mkdir cgi-bin
     printf '#!/bin/sh\necho; echo client=$REMOTE_ADDR.\n' >cgi-bin/client; chmod +x cgi-bin/client
     for at in 127.0.0.1:7101 '[::1]:7102' 7103; do httpd -p $at; done

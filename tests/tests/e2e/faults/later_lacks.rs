@@ -46,7 +46,7 @@ fn expect_named(
         let shim = Process::shim_of(container.id());
         for operation in [Operation::Exec, Operation::Pause, Operation::Delete] {
             let output = limited(&shim, amount, &|| operation.done(&container));
-            // Whoever is deleted by force is told to have been killed.
+            // A container that is deleted by force is reported as killed.
             let killed = operation == Operation::Delete && output.code == 137;
             if output.code != 0 && !killed {
                 println!("{operation:?} with {amount} {what}: {}", output.errors().trim());

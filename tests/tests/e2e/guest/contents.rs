@@ -144,7 +144,7 @@ fn sparse_files_stay_sparse() {
     let mut hole = [1; 100];
     file.read_exact_at(&mut hole, GIB).expect("pread");
     assert_eq!(hole, [0; 100]);
-    // A file system that knows its holes tells; one that does not says that all is data. See lseek(2).
+    // A file system that knows its holes reports them; one that does not reports all as data. See lseek(2).
     // SAFETY: the descriptor is the file's.
     let next = checked(unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_DATA) }).expect("SEEK_DATA");
     assert!(next == 0 || next == 4 << 30, "the next data is at {next}");

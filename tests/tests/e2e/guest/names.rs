@@ -94,8 +94,8 @@ fn every_kind_of_file_keeps_its_kind() {
         .expect("list")
         .map(|entry| entry.expect("an entry"))
         .map(|entry| {
-            // Twice: as the directory tells it, and as the file does.
-            let (told, own) = (
+            // Twice: as the directory lists it, and as the file itself is.
+            let (listed, own) = (
                 entry.file_type().expect("kind"),
                 entry.path().symlink_metadata().expect("lstat").file_type(),
             );
@@ -107,7 +107,7 @@ fn every_kind_of_file_keeps_its_kind() {
                 "fifo" => own.is_fifo(),
                 _ => own.is_socket(),
             };
-            (name, right && told == own)
+            (name, right && listed == own)
         })
         .collect();
     kinds.sort();

@@ -12,8 +12,8 @@ const DIRECTORY_EVENTS: AddWatchFlags = AddWatchFlags::IN_CREATE
     .union(AddWatchFlags::IN_MODIFY)
     .union(AddWatchFlags::IN_CLOSE_WRITE);
 
-/// Watches each directory below the one it is told of, and each file `key` in them: whatever the name leads to. Writes
-/// a line for each event, and what `key` says after an update. Ends when a file `end` comes.
+/// Watches each directory below the one that it is given, and each file `key` in them: whatever the name leads to.
+/// Writes a line for each event, and what `key` says after an update. Ends when a file `end` comes.
 #[test]
 #[ignore = "runs inside a container"]
 fn prints_what_happens() {

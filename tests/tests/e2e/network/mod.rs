@@ -83,7 +83,7 @@ struct Peer {
 }
 
 impl Peer {
-    /// With `vhost`, the host's kernel moves the packets if it can, as it does unless it is told otherwise.
+    /// With `vhost`, the host's kernel moves the packets if it can, as it does by default.
     fn start(namespace: &Namespace, vhost: bool, cpus: usize) -> Self {
         let (id, scratch) = (new_id(), Scratch::new());
         let options = format!("{} --cpus {cpus}", namespace.option());
@@ -237,7 +237,7 @@ fn expect_same(container: &Container, namespace: &Namespace, commands: &[(&str, 
         let outside = namespace.output(&["busybox", "sh", "-c", command]).ok();
         assert_eq!(lines(&inside.text()), lines(&outside.text()), "{command}: inside and outside");
         for part in *expected {
-            assert!(inside.text().contains(part), "{command} should tell of {part:?}\n{inside}");
+            assert!(inside.text().contains(part), "{command} should show {part:?}\n{inside}");
         }
     }
 }

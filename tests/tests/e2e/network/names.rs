@@ -34,7 +34,7 @@ fn dns_answer(question: &[u8]) -> Vec<u8> {
 /// A name server on the namespace's loopback interface, as Docker has for its user networks.
 fn serve_names(namespace: &Namespace) {
     let path = format!("/run/netns/{}", namespace.name());
-    let (tell, ready) = std::sync::mpsc::channel();
+    let (sender, ready) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let namespace = std::fs::File::open(path).expect("the namespace");
         // SAFETY: setns takes two integers.
@@ -42,7 +42,7 @@ fn serve_names(namespace: &Namespace) {
         assert_eq!(entered, 0, "{}", std::io::Error::last_os_error());
         let udp = UdpSocket::bind("127.0.0.11:53").expect("bind");
         let tcp = TcpListener::bind("127.0.0.11:53").expect("bind");
-        tell.send(()).expect("the test");
+        sender.send(()).expect("the test");
         std::thread::spawn(move || {
             for mut connection in tcp.incoming().flatten() {
                 let mut length = [0; 2];

@@ -1,5 +1,5 @@
 use super::super::common::{Effect, QueueError, TRANSPORT_FEATURES, status};
-use super::super::msix::tests::{Recorder, Told};
+use super::super::msix::tests::{Call, Recorder};
 use super::*;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use std::io;
@@ -137,10 +137,10 @@ fn a_driver_brings_the_device_up_and_resets_it() {
         assert_eq!((queue.size(), queue.max_size(), queue.event_idx_enabled()), (128, 256, true));
         assert_eq!([queue.desc_table(), queue.avail_ring(), queue.used_ring()], GOOD);
         active.queues[1].interrupt.trigger();
-        assert_eq!(bench.lines[1].take(), [Told::Message(0xfee0_0000, 0x41), Told::Send]);
+        assert_eq!(bench.lines[1].take(), [Call::Message(0xfee0_0000, 0x41), Call::Send]);
         active.config_interrupt.trigger();
     }
-    assert_eq!(bench.lines[2].take().last(), Some(&Told::Send));
+    assert_eq!(bench.lines[2].take().last(), Some(&Call::Send));
     assert_eq!(bench.get::<1>(0x15), [1], "the configuration's generation");
 
     bench.function.write(0x14, &[0]);
@@ -152,7 +152,7 @@ fn a_driver_brings_the_device_up_and_resets_it() {
 }
 
 #[test]
-fn without_msix_the_interrupt_status_tells_until_it_is_read() {
+fn without_msix_the_interrupt_status_is_set_until_it_is_read() {
     let bench = bench();
     bench.negotiate(ALL);
     bench.set_up_queue(0, 128, GOOD);
@@ -204,7 +204,7 @@ fn bad_queues_stop_the_device() {
         bench.driver_ok();
         assert_eq!(bench.status() & status::NEEDS_RESET, status::NEEDS_RESET, "{rings:#x?}");
         assert!(lock(&bench.device).active.is_none());
-        assert_eq!(bench.lines[2].take().last(), Some(&Told::Send));
+        assert_eq!(bench.lines[2].take().last(), Some(&Call::Send));
     }
 }
 
@@ -405,7 +405,7 @@ fn fuzz_pci() {
             drop(device);
             bench.lines.iter().for_each(|line| drop(line.take()));
         }
-        // Where it is now, another one goes on.
+        // Another one is restored to where it is now.
         let saved = bench.function.save();
         let other = self::bench();
         let _ = (other.function.restore(&saved), reached);

@@ -28,8 +28,8 @@ pub fn is_one(name: &CStr) -> bool {
     name == ACCESS || name == DEFAULT
 }
 
-/// What the guest is told of one. It takes every error but ENODATA for a refusal of the access, and EAGAIN for there
-/// being no ACL (`check_acl` in fs/namei.c).
+/// The answer to the guest's request for an ACL. The guest takes every error but ENODATA for a refusal of the access,
+/// and EAGAIN for there being no ACL (`check_acl` in fs/namei.c).
 pub fn answer(found: io::Result<GetxattrReply>) -> io::Result<GetxattrReply> {
     found.map_err(|error| {
         let number = match error.raw_os_error() {
@@ -44,7 +44,7 @@ pub fn answer(found: io::Result<GetxattrReply>) -> io::Result<GetxattrReply> {
 
 /// The groups to which a directory's ACL gives the right to make something in it.
 ///
-/// The guest has found that somebody may, but tells only of the directory's own group (`get_create_supp_group` in
+/// The guest has found that somebody may, but reports only the directory's own group (`get_create_supp_group` in
 /// fs/fuse/dir.c). Of a member of one of these, the host finds the same; of all others, what it found without: only
 /// entries that grant are in here, and it suffices that one does.
 pub fn groups_that_make(acl: &[u8]) -> Vec<GuestGid> {
@@ -97,7 +97,7 @@ mod tests {
     fn no_error_reads_as_there_being_no_acl() {
         let number =
             |number| answer(Err(io::Error::from_raw_os_error(number))).err().and_then(|e| e.raw_os_error());
-        for (found, told) in [
+        for (found, expected) in [
             (libc::ENODATA, libc::ENODATA),
             (libc::EOPNOTSUPP, libc::ENODATA),
             (libc::ENOSYS, libc::ENODATA),
@@ -105,7 +105,7 @@ mod tests {
             (libc::EACCES, libc::EACCES),
             (libc::ERANGE, libc::ERANGE),
         ] {
-            assert_eq!(number(found), Some(told));
+            assert_eq!(number(found), Some(expected));
         }
     }
 }

@@ -20,7 +20,7 @@ const MOST_COPIED: u64 = 16 << 20;
 const LONGEST_NAME: usize = 255;
 /// Bytes of the longest extended attribute (linux/limits.h: XATTR_SIZE_MAX and XATTR_LIST_MAX).
 const LONGEST_ATTRIBUTE: usize = 65536;
-/// What a file is opened with for the guest. The others make files, or a descriptor that is of no use, or are for the
+/// What a file is opened with for the guest. The others make files, or a descriptor without access, or are for the
 /// process that has it: linux/fuse.h has them taken off by the guest's kernel (`fuse_send_open` in fs/fuse/file.c).
 const OPEN_FLAGS: i32 = libc::O_ACCMODE
     | libc::O_TRUNC

@@ -92,8 +92,8 @@ impl Host {
         result
     }
 
-    /// What statx(2) says, with the time of birth where the library's handles can tell it: not of links and special
-    /// files, which it does not open.
+    /// What statx(2) says, with the time of birth where it can be read through the library's handles: not of links and
+    /// special files, which it does not open.
     pub fn statx(
         &self,
         ctx: Context,

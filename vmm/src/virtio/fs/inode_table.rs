@@ -1,4 +1,4 @@
-//! What a directory held when the guest was last told: names and their inodes, with a reference to each.
+//! What a directory held when it was last reported to the guest: names and their inodes, with a reference to each.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};

@@ -144,8 +144,8 @@ impl Messages {
         let [flags, _, low, high, ..]: [u32; 6] = reader.read_obj()?;
         let fh = u64::from(high) << 32 | u64::from(low);
         let (ctx, inode) = (Context::from(header), header.nodeid);
-        if let Some(told) = replay::attributes(&self.host, ctx, inode) {
-            let (attr, valid) = told?;
+        if let Some(shown) = replay::attributes(&self.host, ctx, inode) {
+            let (attr, valid) = shown?;
             return Ok(statx_out(&attr, None, valid));
         }
         let (attr, birth) = self.host.statx(ctx, inode, (flags & GETATTR_FH != 0).then_some(fh))?;

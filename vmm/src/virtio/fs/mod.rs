@@ -52,7 +52,7 @@ use crate::sync::lock;
 const QUEUE_SIZES: [u16; 2] = [128, 1024];
 const REQUESTS: usize = 1;
 const TAG_LENGTH: usize = 36;
-/// Threads: as many requests may block while others go on.
+/// Threads: as many requests may block while others continue.
 const THREADS: usize = 4;
 /// Bytes of a thread's stack. Small ones lie next to each other, which saves page tables.
 const STACK: usize = 256 * 1024;
@@ -305,9 +305,9 @@ impl Shared {
     }
 }
 
-/// Tells libcap-ng what this thread may do. It would find out by itself when virtiofsd first drops CAP_FSETID for a
-/// write, but from /proc, which is not there in the jail; the write would then go on with the capability
-/// and leave set-user-ID bits in place.
+/// Loads this thread's capabilities into libcap-ng. It would do so by itself when virtiofsd first drops CAP_FSETID for
+/// a write, but from /proc, which is not there in the jail; the write would then continue with the capability and leave
+/// set-user-ID bits in place.
 fn know_capabilities() -> io::Result<()> {
     use capng::{Action, CUpdate, Set, Type};
     // linux/capability.h: struct __user_cap_header_struct, version 3, the calling thread; and effective, permitted,

@@ -2,9 +2,9 @@
 //!
 //! FUSE has no message that says "this has changed", so watchers in a guest never hear of what the host does. But they
 //! hear what a process of the guest does: the agent does again what the host has done, as far as the guest's kernel can
-//! tell, and this layer above the host's files sees to it that nothing happens on the host. All requests
-//! of the group [`REPLAY_GID`] are such replays. A container that takes on this group deceives nobody but its own
-//! machine: it can look up what it could look up anyway, and all else it asks for is answered and not done.
+//! see, and this layer above the host's files sees to it that nothing happens on the host. All requests of the group
+//! [`REPLAY_GID`] are such replays. A container that takes on this group deceives nobody but its own machine: it can
+//! look up what it could look up anyway, and all else it asks for is answered and not done.
 //!
 //! For the guest's kernel to do its part, a replay must find things as they were before: a name that was removed must
 //! be there to be removed, with the inode that somebody may watch, and one that came must not be there yet. So what
@@ -47,7 +47,7 @@ pub fn is_one(ctx: &Context) -> bool {
     ctx.gid == REPLAY_GID.into()
 }
 
-/// The attributes that are told of an inode if they are not simply those on the host, and for how long.
+/// The attributes that are reported of an inode if they are not simply those on the host, and for how long.
 pub fn attributes(host: &Host, ctx: Context, inode: Inode) -> Option<io::Result<(Attr, Duration)>> {
     if let Some(attr) = made_up(inode) {
         return Some(Ok((attr, Duration::ZERO)));
@@ -120,7 +120,7 @@ impl Replaying {
     fn learn(&self, ctx: Context, directory: Inode) -> io::Result<()> {
         let mut found = HashMap::new();
         for name in self.names(ctx, directory)? {
-            // What is gone meanwhile will be told of.
+            // What is gone meanwhile will be reported.
             if let Ok(entry) = self.inner.lookup(ctx, directory, &name) {
                 found.insert(name, entry.inode);
             }

@@ -28,7 +28,7 @@ pub fn made_up(inode: Inode) -> Option<Attr> {
 }
 
 /// Each replay that takes a link away takes it from what the guest's kernel believes: one more than there is on the
-/// host, where it is gone already. At 0 the kernel tells those who watch the file itself.
+/// host, where it is gone already. At 0 the kernel notifies those who watch the file itself.
 pub fn before(mut attr: Attr) -> Attr {
     attr.nlink = attr.nlink.saturating_add(1);
     attr

@@ -192,7 +192,7 @@ fn status(file: &File) -> io::Result<libc::stat64> {
     Ok(unsafe { status.assume_init() })
 }
 
-/// Its attributes, as the library tells them of others.
+/// Its attributes, as the library reports those of others.
 pub fn attributes(file: &File) -> io::Result<Attr> {
     let same_user = |user: virtiofsd::soft_idmap::HostUid| Ok(user.into_inner().into());
     let same_group = |group: virtiofsd::soft_idmap::HostGid| Ok(group.into_inner().into());

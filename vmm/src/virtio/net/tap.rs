@@ -113,7 +113,7 @@ impl Tap {
         while self.readable {
             if !buffers.grow(memory, queue, mergeable) {
                 // Buffers that come from now on are announced; a packet waits in the tap until then. Those that have
-                // come meanwhile may be of no use either, and others are to have their turn.
+                // come meanwhile may not suffice either, and others are to have their turn.
                 if queue.sleep(memory) {
                     queue.kick_again();
                 }
@@ -154,7 +154,7 @@ impl Tap {
                 queue.complaints().add(&format_args!("a packet of {length} bytes"));
             } else if let Err(error) = chain.readable.write_to(self.fd.as_fd()) {
                 if error.kind() == io::ErrorKind::WouldBlock {
-                    // The tap's event goes on here.
+                    // Sending continues at the tap's next event.
                     queue.unpop(1);
                     queue.interrupt(memory);
                     return;

@@ -236,7 +236,7 @@ fn a_tap_without_the_header_is_refused() {
 
 const MANY: u64 = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
 
-/// What the driver is told when it asks with these bytes for so many pairs.
+/// What the device answers when the driver asks with these bytes for so many pairs.
 fn command(bench: &mut Bench<Net>, queue: usize, bytes: &[u8]) -> Option<u8> {
     let (at, answer) = (bench.data(bytes), bench.data(&[0xff]));
     bench.offer(queue, &[(at, bytes.len() as u32, READ), (answer, 1, WRITE)]);

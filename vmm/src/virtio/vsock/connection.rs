@@ -18,15 +18,15 @@ use crate::virtio::chain::Buffers;
 
 /// How much the guest may send before the host's end has taken it.
 pub const BUFFER: u32 = 256 * 1024;
-/// How much is taken before the guest is told without being asked.
+/// How much is taken before it is credited to the guest without a request.
 const UPDATE_AFTER: u32 = BUFFER / 4;
 
 /// What becomes of a connection after a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It goes on.
+    /// It continues.
     Keep,
-    /// It ends; the guest must be told by a reset.
+    /// It ends; the guest must be sent a reset.
     Reset,
     /// It ends; the guest knows.
     Close,
@@ -66,9 +66,9 @@ pub struct Connection {
 
     /// Flags of the SHUTDOWNs that the guest has sent.
     guest_shutdown: u32,
-    /// Bytes that the socket has taken, and how many of them the guest knows of.
+    /// Bytes that the socket has taken, and how many of them were credited to the guest (`fwd_cnt`).
     taken: Wrapping<u32>,
-    told: Wrapping<u32>,
+    credited: Wrapping<u32>,
 
     /// Whether it is in the round of connections with something to send.
     pub queued: bool,
@@ -108,7 +108,7 @@ impl Connection {
             asked: false,
             guest_shutdown: 0,
             taken: Wrapping(0),
-            told: Wrapping(0),
+            credited: Wrapping(0),
             queued: false,
             watched: EventSet::empty(),
         }
@@ -128,7 +128,7 @@ impl Connection {
     pub fn take_credit(&mut self, header: &Header) {
         self.guest_room = header.buf_alloc.to_native();
         self.guest_taken = Wrapping(header.fwd_cnt.to_native());
-        // A guest that has no room says so once; asking again would be polling. It tells when it has some.
+        // A guest that has no room says so once; asking again would be polling. It sends an update when it has some.
         self.asked &= self.credit() == 0;
     }
 
@@ -169,7 +169,7 @@ impl Connection {
     fn count_taken(&mut self, count: usize) {
         // Never more than BUFFER at once.
         self.taken += Wrapping(count as u32);
-        if (self.taken - self.told).0 >= UPDATE_AFTER {
+        if (self.taken - self.credited).0 >= UPDATE_AFTER {
             self.due.credit_update = true;
         }
         if self.outlet.broken {
@@ -289,9 +289,9 @@ impl Connection {
         }
     }
 
-    /// A header of this connection; each tells the guest what the socket has taken.
+    /// A header of this connection; each announces to the guest what the socket has taken.
     fn header(&mut self, op: u16) -> Header {
-        self.told = self.taken;
+        self.credited = self.taken;
         self.due.credit_update = false;
         Header { buf_alloc: BUFFER.into(), fwd_cnt: self.taken.0.into(), ..self.key.header(op) }
     }
@@ -330,8 +330,8 @@ impl Outlet {
         self.backlog.is_empty()
     }
 
-    /// Sends data and keeps what is not taken now; tells how much was taken. None if the guest sent more than it
-    /// had credit for.
+    /// Sends data and keeps what is not taken now; returns how much was taken. None if the guest sent more than it had
+    /// credit for.
     fn send(&mut self, mut data: Buffers<'_>) -> Option<usize> {
         let length = data.len();
         while self.backlog.is_empty() && !self.broken && !data.is_empty() {
@@ -356,7 +356,7 @@ impl Outlet {
         Some(taken)
     }
 
-    /// Sends from the backlog; tells how much was taken.
+    /// Sends from the backlog; returns how much was taken.
     pub fn flush(&mut self) -> usize {
         let before = self.backlog.len();
         while !self.backlog.is_empty() {
@@ -406,7 +406,7 @@ impl Outlet {
     fn shut_down(&mut self, half: u32, how: Shutdown) {
         if self.shut & half == 0 {
             self.shut |= half;
-            // If it fails, the other end is gone and needs to be told nothing.
+            // If it fails, the other end is gone and needs no notification.
             let _ = self.socket.shutdown(how);
         }
     }

@@ -5,8 +5,8 @@
 //! neither block nor call the device. `connect(port, fd)`, on the device thread, connects `fd`, one end of a Unix
 //! stream pair, to a port in the guest; it is closed if the guest refuses.
 //!
-//! Connections take turns, one packet each, at the guest's receive buffers. When these run out, the next kick of
-//! the queue goes on where it stopped; nothing is polled.
+//! Connections take turns, one packet each, at the guest's receive buffers. When these run out, sending continues at
+//! the next kick of the queue; nothing is polled.
 
 mod connection;
 mod packet;
@@ -41,9 +41,9 @@ pub struct Vsock {
     base: Base,
     incoming: Incoming,
     streams: Streams,
-    /// Whether the driver reset the device since the streams were told.
+    /// Whether the driver has reset the device and the streams have yet to be ended.
     reset: bool,
-    /// Whether the guest has yet to be told that its context id is another one.
+    /// Whether the guest has yet to be notified that its context id is another one.
     moved: bool,
 }
 
@@ -57,14 +57,14 @@ impl Vsock {
         Ok(Self { base, incoming, streams, reset: false, moved: false })
     }
 
-    /// The guest comes from a template, in which it had another context id: tells it as soon as its driver is there.
+    /// The guest comes from a template, in which it had another context id: notifies it as soon as its driver is there.
     pub fn moved_from(&mut self, cid: u32) {
         self.streams.set_former_cid(u64::from(cid));
         self.moved = true;
         self.base.sources().wake();
     }
 
-    fn tell_move(&mut self) {
+    fn notify_move(&mut self) {
         if let Some((memory, queue)) = self.base.queue(EVENTS).filter(|_| self.moved)
             && let Some(mut chain) = queue.pop(memory)
         {
@@ -78,7 +78,7 @@ impl Vsock {
     /// Connects `socket` to a port in the guest, as soon as its driver is ready.
     ///
     /// # Errors
-    /// When there are too many connections or the descriptor is of no use.
+    /// When there are too many connections or the descriptor is unusable.
     pub fn connect(&mut self, port: u32, socket: OwnedFd) -> Result<(), ConnectError> {
         self.catch_up();
         self.streams.connect(port, socket, self.base.sources())?;
@@ -118,7 +118,7 @@ impl Vsock {
                 break;
             }
             let Some(mut chain) = queue.pop(memory) else {
-                // The kick for the next buffer goes on here.
+                // Sending continues at the kick for the next buffer.
                 if queue.sleep(memory) {
                     continue;
                 }
@@ -180,7 +180,7 @@ impl VirtioDevice for Vsock {
 impl MutEventSubscriber for Vsock {
     fn process(&mut self, _events: Events, _ops: &mut EventOps<'_>) {
         self.catch_up();
-        self.tell_move();
+        self.notify_move();
         for event in self.base.events() {
             match event {
                 Event::Queue(TRANSMIT) => self.transmit(),

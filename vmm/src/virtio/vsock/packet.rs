@@ -29,7 +29,7 @@ pub mod op {
     pub const SHUTDOWN: u16 = 4;
     /// Carries data.
     pub const RW: u16 = 5;
-    /// Tells how much room there is.
+    /// Announces how much room there is.
     pub const CREDIT_UPDATE: u16 = 6;
     /// Asks how much room there is.
     pub const CREDIT_REQUEST: u16 = 7;

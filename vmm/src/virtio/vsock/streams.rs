@@ -106,7 +106,7 @@ impl Streams {
     /// Asks the guest to connect `socket` to a port of its.
     ///
     /// # Errors
-    /// When there are too many connections or the descriptor is of no use.
+    /// When there are too many connections or the descriptor is unusable.
     pub fn connect(&mut self, port: u32, socket: OwnedFd, sources: &Sources) -> Result<(), ConnectError> {
         if self.is_full() {
             return Err(ConnectError::TooMany);

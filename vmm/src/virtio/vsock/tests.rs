@@ -262,11 +262,11 @@ fn credit_comes_back_as_the_host_reads() {
     for _ in 0..8 {
         guest.send(header(op::RW), &[3; 50 << 10]);
     }
-    let mut told = 0;
+    let mut fwd_cnt = 0;
     while let Some((header, _)) = guest.receive() {
-        told = header.fwd_cnt.to_native();
+        fwd_cnt = header.fwd_cnt.to_native();
     }
-    assert!(told < 400 << 10);
+    assert!(fwd_cnt < 400 << 10);
     let mut bytes = vec![0; 400 << 10];
     let reader = thread::spawn(move || host.read_exact(&mut bytes).map(|()| host).unwrap());
     while !reader.is_finished() {
@@ -275,9 +275,9 @@ fn credit_comes_back_as_the_host_reads() {
     guest.bench.run();
     while let Some((header, _)) = guest.receive() {
         assert_eq!(header.op.to_native(), op::CREDIT_UPDATE);
-        told = header.fwd_cnt.to_native();
+        fwd_cnt = header.fwd_cnt.to_native();
     }
-    assert!(told > (400 << 10) - BUFFER / 4, "{told}");
+    assert!(fwd_cnt > (400 << 10) - BUFFER / 4, "{fwd_cnt}");
 }
 
 #[test]

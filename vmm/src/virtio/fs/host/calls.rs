@@ -27,8 +27,8 @@ impl FileSystem for Host {
     type DirIter = <PassthroughFs as FileSystem>::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        // Without it, inode numbers collide. The library goes on, and says so on standard error each time, past the log
-        // and its limits.
+        // Without it, inode numbers collide. The library continues, and says so on standard error each time, past the
+        // log and its limits.
         if !capable.contains(FsOptions::SUBMOUNTS) {
             return error(libc::EPROTO);
         }
@@ -274,7 +274,7 @@ impl FileSystem for Host {
 
     fn flush(&self, ctx: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()> {
         match self.unnamed.opened(inode, handle)? {
-            // A close that is not the last one: there is nothing by which the host could be told.
+            // A close that is not the last one: there is no call that reports it to the host.
             Some(_) => Ok(()),
             None => self.inner.flush(ctx, inode, handle, lock_owner),
         }

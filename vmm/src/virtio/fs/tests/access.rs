@@ -140,7 +140,7 @@ fn acl_owner(permissions: u16) -> Vec<u8> {
     [&1_u16.to_le_bytes()[..], &permissions.to_le_bytes(), &NOBODY.to_le_bytes()].concat()
 }
 
-/// The guest tells of none of its user's further groups but the directory's own.
+/// The guest reports none of its user's further groups but the directory's own.
 #[test]
 fn members_of_groups_in_an_acl_make_files() {
     let mut guest = guest();

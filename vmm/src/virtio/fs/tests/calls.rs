@@ -175,8 +175,8 @@ fn files_have_a_time_of_birth() {
         let word = |at: usize| u32::from_le_bytes(answer[32 + at..][..4].try_into().unwrap());
         let long = |at: usize| u64::from_le_bytes(answer[32 + at..][..8].try_into().unwrap());
         assert_eq!((answer[0], word(0) & libc::STATX_BASIC_STATS), (1, libc::STATX_BASIC_STATS));
-        let told = (word(0) & libc::STATX_BTIME != 0).then(|| Duration::new(long(80), word(88)));
-        assert_eq!(told, born.filter(|_| birth));
+        let reported = (word(0) & libc::STATX_BTIME != 0).then(|| Duration::new(long(80), word(88)));
+        assert_eq!(reported, born.filter(|_| birth));
         if node == file {
             assert_eq!((long(32), long(40), word(16)), (metadata.ino(), 8, 1));
             assert_eq!((word(28) & 0xffff, long(112)), (metadata.mode(), metadata.mtime() as u64));

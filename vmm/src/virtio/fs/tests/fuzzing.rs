@@ -34,13 +34,13 @@ const NAMES: [&[u8]; 16] = [
     b"\xff\x01",
 ];
 
-/// What the guest has been told.
-struct Told {
+/// Nodes and handles that the guest has seen in answers.
+struct Seen {
     nodes: Vec<u64>,
     handles: Vec<u64>,
 }
 
-impl Told {
+impl Seen {
     fn node(&self, input: &mut Input<'_>) -> u64 {
         match input.below(16) {
             0 => input.edge(),
@@ -152,20 +152,20 @@ fn shape(opcode: u32) -> &'static str {
     }
 }
 
-fn step(guest: &mut Guest, told: &mut Told, input: &mut Input<'_>) {
+fn step(guest: &mut Guest, seen: &mut Seen, input: &mut Input<'_>) {
     let opcode = if input.once_in(64) { input.u32() } else { input.below(OPCODES) as u32 };
-    // A driver does not destroy its session and go on.
+    // A driver does not destroy its session and continue.
     if opcode == Opcode::Destroy as u32 {
         return;
     }
-    let payload = told.payload(opcode, input);
+    let payload = seen.payload(opcode, input);
     let length = (size_of::<InHeader>() + payload.len()) as u32;
     let id = input.one_of(&[0, 0, 0, 1000, REPLAY_GID, u32::MAX]);
     let header = InHeader {
         len: if input.once_in(32) { input.edge() as u32 } else { length },
         opcode,
         unique: 7,
-        nodeid: told.node(input),
+        nodeid: seen.node(input),
         uid: if id == REPLAY_GID { 0 } else { id }.into(),
         gid: id.into(),
         ..InHeader::default()
@@ -193,7 +193,7 @@ fn step(guest: &mut Guest, told: &mut Told, input: &mut Input<'_>) {
         assert!(out.len == written && out.error <= 0 && out.unique == header.unique, "{out:?} {header:?}");
         if out.error == 0 {
             let payload = written as usize - size_of::<OutHeader>();
-            told.learn(opcode, &guest.bench.bytes(answer + size_of::<OutHeader>() as u64, payload));
+            seen.learn(opcode, &guest.bench.bytes(answer + size_of::<OutHeader>() as u64, payload));
         }
     }
 }
@@ -217,14 +217,14 @@ fn fuzz_fuse() {
         std::fs::write(share.join("directory/file"), "contents").unwrap();
         std::os::unix::fs::symlink("../secret", share.join("link")).unwrap();
         guest.init();
-        let mut told = Told { nodes: vec![ROOT], handles: vec![0] };
+        let mut seen = Seen { nodes: vec![ROOT], handles: vec![0] };
         for name in [b"file".as_slice(), b"directory", b"link"] {
-            told.nodes.push(guest.lookup(name).nodeid);
+            seen.nodes.push(guest.lookup(name).nodeid);
         }
-        told.handles.push(guest.open(told.nodes[1], libc::O_RDWR));
-        told.handles.push(guest.open(ROOT, libc::O_RDONLY | libc::O_DIRECTORY));
+        seen.handles.push(guest.open(seen.nodes[1], libc::O_RDWR));
+        seen.handles.push(guest.open(ROOT, libc::O_RDONLY | libc::O_DIRECTORY));
         while !input.is_empty() {
-            step(&mut guest, &mut told, input);
+            step(&mut guest, &mut seen, input);
         }
         let mut beside: Vec<_> = top.read_dir().unwrap().flatten().map(|entry| entry.path()).collect();
         beside.sort();
