@@ -12,6 +12,7 @@ mod cpus;
 mod device_filter;
 mod disks;
 mod dns;
+mod early_signals;
 mod forward;
 mod hooks;
 mod huge_pages;
@@ -38,7 +39,6 @@ mod syscalls;
 mod transparent_huge_pages;
 mod transport;
 mod warm_up;
-mod young;
 
 use std::process::ExitCode;
 

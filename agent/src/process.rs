@@ -8,6 +8,7 @@ use nix::unistd::Pid;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::early_signals;
 use crate::init::control::{Failure, Task};
 use crate::init::resize;
 use crate::launch::{self, Gate, IdMaps, Launched, Spares};
@@ -16,7 +17,6 @@ use crate::stream::Stream;
 use crate::streams::{ConnectError, Connected, Ports};
 use crate::syscalls::signal_process;
 use crate::transport::Transport;
-use crate::young;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,7 +154,7 @@ impl Process {
     /// Waits until it can take the signal, if it has only just been started.
     pub async fn ready_for(&self, signal: u32) {
         if let Some(start) = self.started.get() {
-            young::wait_until_ready(self.pid, *start, signal, || self.exit().is_some()).await;
+            early_signals::wait_until_ready(self.pid, *start, signal, || self.exit().is_some()).await;
         }
     }
 

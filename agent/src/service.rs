@@ -1,4 +1,4 @@
-//! The agent's ttrpc service: messages in, calls into the rooms, errors out as codes.
+//! The agent's ttrpc service: messages in, calls to containers and processes, errors out as codes.
 
 use std::io;
 use std::pin::Pin;

@@ -15,13 +15,13 @@ use crate::stream::Stream;
 /// The way to the host's ports. Clones share the key.
 #[derive(Debug, Clone)]
 pub struct Transport {
-    place: Place,
+    address: Address,
     key: Arc<OnceLock<[u8; STREAM_KEY]>>,
 }
 
 /// Where the host's ports are.
 #[derive(Debug, Clone)]
-enum Place {
+enum Address {
     /// Ports of the host, CID 2.
     Vsock,
     /// Sockets `<port>.sock` in this directory.
@@ -31,17 +31,17 @@ enum Place {
 impl Transport {
     /// Out of a guest.
     pub fn vsock() -> Self {
-        Self { place: Place::Vsock, key: Arc::default() }
+        Self { address: Address::Vsock, key: Arc::default() }
     }
 
     /// To sockets `<port>.sock` in this directory.
     pub fn unix(directory: PathBuf) -> Self {
-        Self { place: Place::Unix(directory), key: Arc::default() }
+        Self { address: Address::Unix(directory), key: Arc::default() }
     }
 
     /// Whether this is a guest.
     pub fn is_guest(&self) -> bool {
-        matches!(self.place, Place::Vsock)
+        matches!(self.address, Address::Vsock)
     }
 
     /// Sets the key by which the host knows the agent. Only the first one counts.
@@ -52,11 +52,11 @@ impl Transport {
 
     /// Connects to a port of the host, and says the key once there is one.
     pub async fn connect(&self, port: u32) -> io::Result<Stream> {
-        let mut stream = match &self.place {
-            Place::Vsock => {
+        let mut stream = match &self.address {
+            Address::Vsock => {
                 connect(AddressFamily::Vsock, &VsockAddr::new(libc::VMADDR_CID_HOST, port)).await?
             }
-            Place::Unix(directory) => {
+            Address::Unix(directory) => {
                 let address = UnixAddr::new(&directory.join(format!("{port}.sock")))?;
                 connect(AddressFamily::Unix, &address).await?
             }

@@ -28,7 +28,7 @@ const SHORT: Duration = Duration::from_secs(20);
 /// (`handleEventTimeout` of its CRI plugin).
 const TIDY: Duration = Duration::from_secs(8);
 /// For a signal. The agent lets one wait so long for a young program that has no handler yet (`GROWN` in
-/// agent/src/young.rs, 10 s), and drops what it has not done in time.
+/// agent/src/early_signals.rs, 10 s), and drops what it has not done in time.
 const SIGNAL: Duration = Duration::from_secs(12);
 /// For SIGKILL, after which the machine ends.
 const KILL: Duration = Duration::from_secs(5);

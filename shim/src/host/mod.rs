@@ -1,6 +1,6 @@
 //! What all rooms need of the host's kernel and of containerd: threads, descriptors, processes, cgroups, log, events.
 //!
-//! Uses no other room.
+//! May use [`crate::error`].
 
 pub mod cgroup;
 pub mod events;

@@ -7,7 +7,7 @@ use katana_protocol::agent as api;
 use super::Machine;
 use crate::error::{Error, Result};
 use crate::spec::OnDisks;
-use crate::storage::disks::{Place, Purpose, Wanted};
+use crate::storage::disks::{DiskSlot, Purpose, Wanted};
 
 impl Machine {
     /// Gives a container its disks. Returns the part for the agent, and the part for the specification.
@@ -36,7 +36,7 @@ impl Machine {
             let (path, is_needed) = (wanted.path.clone(), wanted.is_needed());
             let disk = crate::host::threads::blocking(move || wanted.open()).await?;
             let mut slots = self.disks.lock().await;
-            let Some(Place { slot, shared }) = slots.take(container, &disk) else {
+            let Some(DiskSlot { slot, shared }) = slots.take(container, &disk) else {
                 if !is_needed {
                     log::info!("{} is mounted on the host: all disk slots are in use", path.display());
                     continue;

@@ -11,7 +11,7 @@ use katana_config::Config;
 use katana_protocol::AGENT_PORT;
 use tokio::sync::watch;
 
-use super::ceiling::{self, Ceiling};
+use super::host_limits::{self, HostLimits};
 use super::layout::{Identity, Layout};
 use super::record::Record;
 use super::size::{Bounds, Limits};
@@ -108,10 +108,10 @@ impl Machine {
         log::info!("a VM with {vcpus} vCPUs and {mib} MiB, {} more to be plugged", size.plugged_mib);
         let directory = share.root();
         let cgroup = record.cgroup.as_deref().map(cgroup::make).transpose()?;
-        let ceiling = record.cgroup.clone().map(|cgroup| {
+        let host_limits = record.cgroup.clone().map(|cgroup| {
             let alone = cgroup::is_ours(&cgroup);
-            let machine = ceiling::Machine { base_mib: mib, is_pod: spec.is_sandbox(), alone };
-            Ceiling::new(cgroup, machine, &launch.limits, size)
+            let machine = host_limits::Machine { base_mib: mib, is_pod: spec.is_sandbox(), alone };
+            HostLimits::new(cgroup, machine, &launch.limits, size)
         });
         let [kvm, kernel, image] = &files;
         let files = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()];
@@ -147,7 +147,7 @@ impl Machine {
             agent,
             bounds,
             size,
-            ceiling,
+            host_limits,
             disks: Slots::new(disk_slots).into(),
             watcher: tokio::sync::Mutex::default(),
             follower: tokio::sync::Mutex::default(),

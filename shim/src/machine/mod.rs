@@ -3,11 +3,11 @@
 //!
 //! May use [`crate::network`], [`crate::storage`] and what is below them.
 
-mod ceiling;
 pub mod cleanup;
 mod connect;
 mod disks;
 mod follow;
+mod host_limits;
 mod launch;
 pub mod layout;
 pub mod members;
@@ -29,8 +29,8 @@ use katana_config::HostNamespaces;
 use katana_protocol::agent as api;
 use tokio::sync::watch::{Receiver, Sender};
 
-use self::ceiling::Ceiling;
 use self::follow::Follower;
+use self::host_limits::HostLimits;
 pub use self::launch::{First, Launch};
 use self::layout::Layout;
 use self::members::Members;
@@ -77,7 +77,7 @@ pub struct Machine {
     bounds: Bounds,
     size: tokio::sync::Mutex<Size>,
     /// On a host with cgroup v2.
-    ceiling: Option<Arc<Ceiling>>,
+    host_limits: Option<Arc<HostLimits>>,
     disks: tokio::sync::Mutex<Slots>,
     /// For the first volume that is watched.
     watcher: tokio::sync::Mutex<Option<Watcher>>,

@@ -16,22 +16,22 @@ const PLUG_LIMIT: Duration = Duration::from_secs(10);
 impl Machine {
     /// A container is about to come that can write to these volumes and layers. Blocks.
     pub fn see_sources(&self, spec: &Spec, sources: &[Source], layers: &[Layer]) {
-        let Some(ceiling) = &self.ceiling else { return };
+        let Some(host_limits) = &self.host_limits else { return };
         let upper = layers.iter().flat_map(|layer| &layer.options);
         let upper = upper.filter_map(|option| option.strip_prefix("upperdir=")).map(Path::new);
         let binds = spec.mounts.iter().zip(sources).filter_map(|(mount, source)| match source {
             Source::Host(path) if volumes::access(&mount.options).lets_write() => Some(path.as_path()),
             _ => None,
         });
-        ceiling.see(binds.chain(upper));
+        host_limits.see(binds.chain(upper));
     }
 
     /// Grows or shrinks the machine to what these limits need. Does not wait for memory to be given back.
     pub async fn fit(&self, limits: &Limits) -> Result<()> {
         let wanted = self.bounds.size(limits);
         let mut size = self.size.lock().await;
-        if let Some(ceiling) = &self.ceiling {
-            ceiling.follow(limits, wanted, self.vmm.plugged());
+        if let Some(host_limits) = &self.host_limits {
+            host_limits.follow(limits, wanted, self.vmm.plugged());
         }
         if size.vcpus != wanted.vcpus {
             if size.vcpus < wanted.vcpus {

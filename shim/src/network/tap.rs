@@ -14,7 +14,7 @@ use nix::errno::Errno;
 
 use super::scan::Interface;
 use crate::error::{Error, Result};
-use crate::storage::handed;
+use crate::storage::vmm_files;
 
 const IFLA_MTU: u16 = 4;
 // linux/rtnetlink.h, linux/pkt_sched.h, linux/pkt_cls.h, linux/tc_act/tc_mirred.h
@@ -83,7 +83,7 @@ pub fn vhosts(queues: usize) -> Vec<OwnedFd> {
 
 fn vhost() -> Option<OwnedFd> {
     const PATH: &str = "/dev/vhost-net";
-    match handed::open(Path::new(PATH), File::options().read(true).write(true)) {
+    match vmm_files::open(Path::new(PATH), File::options().read(true).write(true)) {
         Ok(file) => Some(file.into()),
         Err(e) => {
             // Without the module there is no such file, or no device behind it.
@@ -107,7 +107,7 @@ fn create(name: &str, queues: u8) -> io::Result<Vec<OwnedFd>> {
 /// A queue of a tap; its first one makes it.
 fn open(name: &str, flags: libc::c_int) -> io::Result<OwnedFd> {
     const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
-    let file = handed::open(Path::new("/dev/net/tun"), File::options().read(true).write(true))?;
+    let file = vmm_files::open(Path::new("/dev/net/tun"), File::options().read(true).write(true))?;
     // SAFETY: struct ifreq holds plain integers and pointers, for all of which zero is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {

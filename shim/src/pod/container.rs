@@ -94,11 +94,11 @@ impl Container {
     async fn try_create(parts: Parts, machine: Arc<Machine>, events: Arc<Publisher>) -> Result<Arc<Self>> {
         let Parts { id, namespace, bundle, spec, layers, paths, pod, first, limits } = parts;
         let pause = spec.is_sandbox();
-        let ceiling = Arc::clone(&machine);
+        let host_limits = Arc::clone(&machine);
         let (found, mut sources, wanted) = crate::host::threads::blocking(move || {
             let sources = spec.sources(&bundle, &pod);
             if !pause {
-                ceiling.see_sources(&spec, &sources, &layers);
+                host_limits.see_sources(&spec, &sources, &layers);
             }
             let wanted = if pause { Vec::new() } else { disks::wanted(&spec, &sources, &layers)? };
             Ok(((spec, bundle, layers, pod), sources, wanted))

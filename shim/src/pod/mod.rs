@@ -37,8 +37,8 @@ use crate::pod::stdio::Paths;
 use crate::spec::{self, Spec};
 use crate::storage::rootfs::Layer;
 
-/// A container's place; nothing in it while the container is being created.
-type Place = Option<Arc<Container>>;
+/// A container by its id; nothing while the container is being created.
+type Entry = Option<Arc<Container>>;
 
 /// The pod.
 pub struct Pod {
@@ -49,7 +49,7 @@ pub struct Pod {
     events: Arc<Publisher>,
     /// There for a pod of the Sandbox service: its machine is not launched for a container, nor ended after one.
     sandboxed: OnceLock<PodFiles>,
-    containers: Mutex<HashMap<String, Place>>,
+    containers: Mutex<HashMap<String, Entry>>,
     machine: tokio::sync::Mutex<Option<Arc<Machine>>>,
     /// Changed by one at a time, for as long as the machine follows.
     limits: tokio::sync::Mutex<Sum>,
@@ -110,7 +110,7 @@ impl Pod {
         self.sandboxed.get().is_none() && self.containers().is_empty()
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Place>> {
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -203,7 +203,7 @@ impl Pod {
             }
         };
         if request.id != self.identity.sandbox {
-            asked.settle(machine.host_namespaces)?;
+            asked.resolve(machine.host_namespaces)?;
         }
         let pod = spec::Pod {
             sandbox_pid: self.sandbox_pid(&request.id),
@@ -327,7 +327,7 @@ impl Pod {
         let annotations = &first.spec.annotations;
         let common = katana_config::load(explicit.as_deref())?.chosen(annotations)?;
         let config: Config = common.clone().annotated(annotations)?;
-        asked.settle(config.runtime.host_namespaces)?;
+        asked.resolve(config.runtime.host_namespaces)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
         let (identity, run) = (&self.identity, Path::new(RUN));
         let launch = Launch { identity, run, first, limits, config: &config, own: config != common };

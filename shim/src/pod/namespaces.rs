@@ -76,7 +76,7 @@ impl Asked {
     }
 
     /// Whether the container can do with the machine's instead.
-    pub fn settle(&self, how: HostNamespaces) -> Result<()> {
+    pub fn resolve(&self, how: HostNamespaces) -> Result<()> {
         let Some(Kind { name, asked }) = self.0.first() else { return Ok(()) };
         match how {
             HostNamespaces::Refuse => Err(Error::InvalidArgument(format!(

@@ -11,8 +11,8 @@ use katana_protocol::agent as api;
 use nix::sys::stat::{major, minor};
 use serde_json::{Map, Value};
 
-use super::handed;
 use super::rootfs::Layer;
+use super::vmm_files;
 use crate::error::{Error, Result};
 use crate::spec::{Device, Source, Spec};
 
@@ -152,7 +152,7 @@ impl Wanted {
     /// Opens it. Blocks.
     pub fn open(self) -> Result<Opened> {
         let failed = |e: &io::Error| Error::io(format_args!("disk {}", self.path.display()), e);
-        let file = handed::open(&self.path, File::options().read(true).write(!self.read_only));
+        let file = vmm_files::open(&self.path, File::options().read(true).write(!self.read_only));
         let file = file.map_err(|e| failed(&e))?;
         let status = file.metadata().map_err(|e| failed(&e))?;
         if self.checked.is_some() && self.checked != numbers(&status) {
@@ -224,7 +224,7 @@ struct Use {
 
 /// A slot, and whether its disk is there already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+pub struct DiskSlot {
     /// Its number.
     pub slot: u8,
     /// Whether another container has brought the disk.
@@ -240,7 +240,7 @@ impl Slots {
     /// Takes a slot for a container. A disk that another one has is shared with it, so that both see what either
     /// writes;
     /// `None` when all slots are in use.
-    pub fn take(&mut self, container: &str, disk: &Opened) -> Option<Place> {
+    pub fn take(&mut self, container: &str, disk: &Opened) -> Option<DiskSlot> {
         let fits = |used: &Use| used.identity == disk.identity && (disk.read_only || !used.read_only);
         let shared = self.slots.iter().position(|slot| slot.as_ref().is_some_and(fits));
         let number = shared.or_else(|| self.slots.iter().position(Option::is_none))?;
@@ -252,7 +252,7 @@ impl Slots {
         });
         used.users += 1;
         self.taken.entry(container.to_owned()).or_default().push(slot);
-        Some(Place { slot, shared: shared.is_some() })
+        Some(DiskSlot { slot, shared: shared.is_some() })
     }
 
     /// A container is gone; the answer is the slots that nobody uses any more, to be passed to [`Slots::free`].

@@ -1,4 +1,4 @@
-//! File systems of the host, made for a container's root: mounts without a place, see [`crate::storage::mounts`].
+//! File systems of the host, made for a container's root: detached mounts, see [`crate::storage::mounts`].
 
 use std::ffi::CString;
 use std::io;
@@ -246,12 +246,13 @@ mod tests {
         }
         let root = crate::storage::mounts::open_directory(Path::new("/")).unwrap();
         let namespace = std::fs::File::open("/proc/self/ns/mnt").unwrap();
-        let settle = |namespace: &std::fs::File, root: &OwnedFd, at: &str| {
-            let hardened = crate::storage::mounts::Hardened::default();
-            let mut place = crate::storage::mounts::Place::new(namespace.as_fd(), root.as_fd(), &hardened);
+        let attach = |namespace: &std::fs::File, root: &OwnedFd, at: &str| {
+            let added_flags = crate::storage::mounts::AddedFlags::default();
+            let mut mounts =
+                crate::storage::mounts::Attachments::new(namespace.as_fd(), root.as_fd(), &added_flags);
             let copy = Detached::copy(Path::new("/tmp"), false);
-            let added = copy.and_then(|copy| place.add(at.into(), copy));
-            added.and_then(|()| place.settle()).map(drop).map_err(|e| crate::error::reason(&e))
+            let added = copy.and_then(|copy| mounts.add(at.into(), copy));
+            added.and_then(|()| mounts.attach_all()).map(drop).map_err(|e| crate::error::reason(&e))
         };
         let bound = || {
             let bound =
@@ -259,8 +260,8 @@ mod tests {
             bound.map(drop).map_err(|e| crate::error::reason(&e))
         };
         let made = || make("tmpfs", "tmpfs", &[], Path::new("/nowhere")).map(drop).map_err(|e| e.to_string());
-        // A place that is not there: the first thing that is looked up in the namespace.
-        let found = || settle(&namespace, &root, "nowhere");
+        // A target that is not there: the first thing that is looked up in the namespace.
+        let found = || attach(&namespace, &root, "nowhere");
         // One that is: in a mount namespace of this thread's.
         let attached = || {
             unshare(CloneFlags::CLONE_NEWNS).map_err(|e| e.to_string())?;
@@ -268,7 +269,7 @@ mod tests {
             mount(None::<&str>, "/", None::<&str>, private, None::<&str>).map_err(|e| e.to_string())?;
             let namespace = std::fs::File::open("/proc/thread-self/ns/mnt").map_err(|e| e.to_string())?;
             let root = crate::storage::mounts::open_directory(Path::new("/")).map_err(|e| e.to_string())?;
-            settle(&namespace, &root, "tmp")
+            attach(&namespace, &root, "tmp")
         };
         type Work<'a> = &'a (dyn Fn() -> std::result::Result<(), String> + Sync);
         let cases: [(kernel::Call, Work<'_>); 7] = [

@@ -2,13 +2,12 @@
 //!
 //! What the guest sees is mounted in the VMM's mount namespace only. In the host's it would keep directories busy that
 //! others want to remove, and a copy of what is mounted there would be one more for everybody. So each mount is made
-//! without a place, in the host's namespace, where its source is; then a thread that goes into the VMM's namespace
-//! gives it its place.
+//! detached, in the host's namespace, where its source is; then a thread that enters the VMM's namespace attaches it.
 //!
 //! Whatever the source is like, nothing can be executed there with somebody else's rights, and no device can be opened:
 //! it is the guest's kernel that does so, when a container opens a device node or executes a set-user-ID file that it
 //! finds there. To it these are flags of the host's mount all the same, so it is sent those that the source has itself
-//! ([`Hardened`]).
+//! ([`AddedFlags`]).
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
@@ -62,7 +61,7 @@ pub fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// A mount that is attached nowhere yet. It is gone with its last descriptor unless it gets a place. Its flags are set
+/// A mount that is attached nowhere yet. It is gone with its last descriptor unless it is attached. Its flags are set
 /// before anybody can see it.
 #[derive(Debug)]
 pub struct Detached(OwnedFd);
@@ -143,39 +142,38 @@ impl Detached {
 }
 
 /// What every mount for a VMM is.
-const HARDENED: [(&str, FsFlags); 2] = [("nosuid", FsFlags::ST_NOSUID), ("nodev", FsFlags::ST_NODEV)];
+const ADDED: [(&str, FsFlags); 2] = [("nosuid", FsFlags::ST_NOSUID), ("nodev", FsFlags::ST_NODEV)];
 
 /// The flags that mounts of a namespace have beyond those of the host's mounts that they are copies of, by their
 /// places.
 #[derive(Debug, Default)]
-pub struct Hardened(Mutex<BTreeMap<PathBuf, Vec<&'static str>>>);
+pub struct AddedFlags(Mutex<BTreeMap<PathBuf, Vec<&'static str>>>);
 
-impl Hardened {
-    /// Hardens a mount that is to get this place, with all that is mounted in it. Whether it is `nosuid` and `nodev` as
+impl AddedFlags {
+    /// Sets the flags of a mount for this target, and of all that is mounted in it. Whether it is `nosuid` and `nodev` as
     /// it is, is known from the host's mount that it is a copy of, or from its file system, which may have to answer.
-    fn harden(&self, place: &Path, mount: &Detached, original: Option<&Mounted>) -> io::Result<()> {
+    fn set(&self, target: &Path, mount: &Detached, original: Option<&Mounted>) -> io::Result<()> {
         let had = match original {
             Some(original) => original.restrictions(),
             None => {
                 let flags = fstatvfs(mount)?.flags();
-                let had = HARDENED.iter().filter(|(_, flag)| flags.contains(*flag));
+                let had = ADDED.iter().filter(|(_, flag)| flags.contains(*flag));
                 had.map(|(name, _)| (*name).to_owned()).collect()
             }
         };
         mount.set(libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV, 0, 0, true)?;
-        self.note(Path::new("/").join(place), &had);
+        self.note(Path::new("/").join(target), &had);
         Ok(())
     }
 
     fn note(&self, point: PathBuf, had: &[String]) {
-        let added =
-            HARDENED.map(|(name, _)| name).into_iter().filter(|name| !had.iter().any(|had| had == name));
+        let added = ADDED.map(|(name, _)| name).into_iter().filter(|name| !had.iter().any(|had| had == name));
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(point, added.collect());
     }
 
-    /// A place of a tree, and the directory of the host that it is a copy of: notes the mounts in it.
-    fn note_tree(&self, all: &[Mounted], place: &Path, source: &Path) -> io::Result<()> {
-        let root = Path::new("/").join(place);
+    /// Notes the mounts in a tree at `target`, which is a copy of the host's directory `source`.
+    fn note_tree(&self, all: &[Mounted], target: &Path, source: &Path) -> io::Result<()> {
+        let root = Path::new("/").join(target);
         let inner = |mounted: &&Mounted| mounted.point != root;
         let mut seen = mount_table::tree(all, &root).into_iter().filter(inner).peekable();
         if seen.peek().is_none() {
@@ -194,7 +192,7 @@ impl Hardened {
         Ok(())
     }
 
-    /// The mounts of the namespace as they would be if none had been hardened.
+    /// The mounts of the namespace as they would be without the added flags.
     fn reverted(&self, all: &[Mounted]) -> Vec<Mounted> {
         let noted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let reverted = |mounted: &Mounted| {
@@ -204,9 +202,9 @@ impl Hardened {
         all.iter().map(reverted).collect()
     }
 
-    /// What was at or in a place is gone.
-    pub fn forget(&self, place: &Path) {
-        let root = Path::new("/").join(place);
+    /// What was mounted at a target, or below it, is gone.
+    pub fn forget(&self, target: &Path) {
+        let root = Path::new("/").join(target);
         self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|point, _| !point.starts_with(&root));
     }
 }
@@ -214,91 +212,91 @@ impl Hardened {
 /// What is to be done in a mount namespace, at a path relative to its root.
 enum Step {
     Mount(PathBuf, Detached),
-    /// The same, where the place may be gone.
+    /// The same, where the target may be gone.
     Try(PathBuf, Detached),
     /// With all below it; if it is there.
     Unmount(PathBuf),
 }
 
-/// The mount namespace of a pod's VMM, and what is to be done in it.
-pub struct Place<'a> {
+/// Mounts to be attached in the mount namespace of a pod's VMM, and others to be removed from it.
+pub struct Attachments<'a> {
     /// The VMM's process (a pidfd), or the namespace itself.
     namespace: BorrowedFd<'a>,
     /// Its root, the share.
     root: BorrowedFd<'a>,
-    hardened: &'a Hardened,
+    added_flags: &'a AddedFlags,
     steps: Vec<Step>,
-    /// Places of whole trees, and what they are copies of.
+    /// Targets of whole trees, and what they are copies of.
     trees: Vec<(PathBuf, PathBuf)>,
-    /// Whether what is recursive is to be copied mount by mount, see [`Place::add_tree`].
+    /// Whether what is recursive is to be copied mount by mount, see [`Attachments::add_tree`].
     piecewise: bool,
 }
 
-impl<'a> Place<'a> {
+impl<'a> Attachments<'a> {
     /// Nothing is to be done yet.
-    pub fn new(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>, hardened: &'a Hardened) -> Self {
-        Self { namespace, root, hardened, steps: Vec::new(), trees: Vec::new(), piecewise: false }
+    pub fn new(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>, added_flags: &'a AddedFlags) -> Self {
+        Self { namespace, root, added_flags, steps: Vec::new(), trees: Vec::new(), piecewise: false }
     }
 
     /// The same, for a second attempt after the kernel has refused a tree with ELOOP: a mount namespace takes none in
     /// which there is a file that stands for an older mount namespace (`check_for_nsfs_mounts` in fs/namespace.c).
-    pub fn piecewise(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>, hardened: &'a Hardened) -> Self {
-        Self { piecewise: true, ..Self::new(namespace, root, hardened) }
+    pub fn piecewise(namespace: BorrowedFd<'a>, root: BorrowedFd<'a>, added_flags: &'a AddedFlags) -> Self {
+        Self { piecewise: true, ..Self::new(namespace, root, added_flags) }
     }
 
-    /// Has a private copy of `source` wait for its place.
+    /// Adds a private copy of `source`.
     pub fn add_tree(
         &mut self,
-        place: PathBuf,
+        target: PathBuf,
         source: &Path,
         recursive: bool,
         access: Access,
     ) -> io::Result<()> {
         if !(self.piecewise && recursive) {
-            return self.add_copy(place, source, Detached::bound(source, recursive, false, access)?);
+            return self.add_copy(target, source, Detached::bound(source, recursive, false, access)?);
         }
         // As the kernel does where it copies mounts by itself, without such files.
         let source = std::fs::canonicalize(source)?;
-        self.add(place.clone(), Detached::bound(&source, false, false, access)?)?;
+        self.add(target.clone(), Detached::bound(&source, false, false, access)?)?;
         let access = if access == Access::ReadOnly { Access::Inherited } else { access };
         for mounted in mount_table::tree(&mount_table::host()?, &source) {
             let Ok(below) = mounted.point.strip_prefix(&source) else { continue };
             if !below.as_os_str().is_empty() && !mounted.is_mount_namespace() {
                 let copy = Detached::bound(&mounted.point, false, false, access)?;
-                self.try_to_add(place.join(below), copy, mounted)?;
+                self.try_to_add(target.join(below), copy, mounted)?;
             }
         }
         Ok(())
     }
 
-    /// Has a copy of a directory or file of the host, with what is mounted there, wait for its place.
-    pub fn add_copy(&mut self, place: PathBuf, source: &Path, mount: Detached) -> io::Result<()> {
-        self.trees.push((place.clone(), source.to_owned()));
-        self.add(place, mount)
+    /// Adds a copy of a directory or file of the host, with what is mounted there.
+    pub fn add_copy(&mut self, target: PathBuf, source: &Path, mount: Detached) -> io::Result<()> {
+        self.trees.push((target.clone(), source.to_owned()));
+        self.add(target, mount)
     }
 
-    /// Has a mount wait for its place, a path relative to the share.
-    pub fn add(&mut self, place: PathBuf, mount: Detached) -> io::Result<()> {
-        self.hardened.harden(&place, &mount, None)?;
-        self.steps.push(Step::Mount(place, mount));
+    /// Adds a mount; the target is a path relative to the share.
+    pub fn add(&mut self, target: PathBuf, mount: Detached) -> io::Result<()> {
+        self.added_flags.set(&target, &mount, None)?;
+        self.steps.push(Step::Mount(target, mount));
         Ok(())
     }
 
-    /// The same for a copy of a mount of the host, and a place that is in a volume, where it may be gone.
-    pub fn try_to_add(&mut self, place: PathBuf, mount: Detached, original: &Mounted) -> io::Result<()> {
-        self.hardened.harden(&place, &mount, Some(original))?;
-        self.steps.push(Step::Try(place, mount));
+    /// The same for a copy of a mount of the host, and a target that is in a volume, where it may be gone.
+    pub fn try_to_add(&mut self, target: PathBuf, mount: Detached, original: &Mounted) -> io::Result<()> {
+        self.added_flags.set(&target, &mount, Some(original))?;
+        self.steps.push(Step::Try(target, mount));
         Ok(())
     }
 
     /// Has a mount be unmounted, with all below it.
-    pub fn remove(&mut self, place: PathBuf) {
-        self.steps.push(Step::Unmount(place));
+    pub fn remove(&mut self, target: PathBuf) {
+        self.steps.push(Step::Unmount(target));
     }
 
     /// Does all that is to be done. The answer is what is mounted in the namespace then, as the host's mounts are.
     /// Blocks.
-    pub fn settle(&mut self) -> io::Result<Vec<Mounted>> {
+    pub fn attach_all(&mut self) -> io::Result<Vec<Mounted>> {
         let steps = std::mem::take(&mut self.steps);
         // Whoever has entered a mount namespace has its root and working directory, which threads otherwise share. This
         // one ends.
@@ -309,15 +307,15 @@ impl<'a> Place<'a> {
             setns(self.namespace, CloneFlags::CLONE_NEWNS)?;
             for step in &steps {
                 match step {
-                    Step::Mount(place, mount) => mount.attach(&self.find(place)?)?,
-                    Step::Try(place, mount) => {
-                        if let Err(e) = self.find(place).and_then(|target| mount.attach(&target)) {
-                            log::info!("mount {}: {e}", place.display());
+                    Step::Mount(target, mount) => mount.attach(&self.find(target)?)?,
+                    Step::Try(target, mount) => {
+                        if let Err(e) = self.find(target).and_then(|found| mount.attach(&found)) {
+                            log::info!("mount {}: {e}", target.display());
                         }
                     }
-                    Step::Unmount(place) => {
-                        if let Err(e) = self.unmount(place) {
-                            log::debug!("unmount {}: {e}", place.display());
+                    Step::Unmount(target) => {
+                        if let Err(e) = self.unmount(target) {
+                            log::debug!("unmount {}: {e}", target.display());
                         }
                     }
                 }
@@ -326,23 +324,23 @@ impl<'a> Place<'a> {
             mount_table::read(File::from(openat(&thread, "mountinfo", flags, Mode::empty())?))
         };
         let all = on_own_thread(work)?;
-        for (place, source) in self.trees.drain(..) {
-            if let Err(e) = self.hardened.note_tree(&all, &place, &source) {
+        for (target, source) in self.trees.drain(..) {
+            if let Err(e) = self.added_flags.note_tree(&all, &target, &source) {
                 log::warn!("what is mounted in {}: {e}", source.display());
             }
         }
-        Ok(self.hardened.reverted(&all))
+        Ok(self.added_flags.reverted(&all))
     }
 
     /// What is in volumes is the guest's to change: no link is followed.
-    fn find(&self, place: &Path) -> io::Result<OwnedFd> {
+    fn find(&self, target: &Path) -> io::Result<OwnedFd> {
         let resolve = ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS;
         let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC).resolve(resolve);
-        openat2(self.root, place, how).map_err(|e| kernel::OPENAT2.explain(e))
+        openat2(self.root, target, how).map_err(|e| kernel::OPENAT2.explain(e))
     }
 
-    fn unmount(&self, place: &Path) -> io::Result<()> {
-        let (Some(parent), Some(name)) = (place.parent(), place.file_name()) else { return Ok(()) };
+    fn unmount(&self, target: &Path) -> io::Result<()> {
+        let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else { return Ok(()) };
         fchdir(self.find(parent)?)?;
         Ok(umount2(name, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?)
     }
@@ -369,7 +367,7 @@ pub fn unmount_all(directory: &Path) -> io::Result<()> {
     Err(io::Error::other(format!("{} mounts are left below {}", left.len(), directory.display())))
 }
 
-/// Opens a directory as a mere place.
+/// Opens a directory by path alone (O_PATH).
 pub fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     use std::os::unix::fs::OpenOptionsExt;
     let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;

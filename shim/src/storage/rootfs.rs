@@ -6,7 +6,7 @@ use std::path::Path;
 use containerd_shim_protos::api::Mount;
 
 use super::file_system;
-use super::mounts::{Access, Detached, Place};
+use super::mounts::{Access, Attachments, Detached};
 use crate::error::{Error, Result};
 use crate::spec::Spec;
 
@@ -43,11 +43,11 @@ pub fn mount(
     spec: &Spec,
     point: &Path,
     target: &Path,
-    place: &mut Place<'_>,
+    mounts: &mut Attachments<'_>,
 ) -> Result<()> {
     if layers.is_empty() {
         let root = spec.root.as_ref().map_or(Path::new("rootfs"), |root| &root.path);
-        bind(&bundle.join(root), true, false, target, place)?;
+        bind(&bundle.join(root), true, false, target, mounts)?;
     }
     for layer in layers {
         if !layer.target.is_empty() {
@@ -59,19 +59,25 @@ pub fn mount(
         }
         let has = |name: &str| layer.options.iter().any(|option| option == name);
         if layer.kind == "bind" || has("bind") || has("rbind") {
-            bind(Path::new(&layer.source), has("rbind"), has("ro"), target, place)?;
+            bind(Path::new(&layer.source), has("rbind"), has("ro"), target, mounts)?;
         } else {
             let made = file_system::make(&layer.kind, &layer.source, &layer.options, point)?;
-            place.add(target.to_owned(), made).map_err(|e| failed(&layer.source, &e))?;
+            mounts.add(target.to_owned(), made).map_err(|e| failed(&layer.source, &e))?;
         }
     }
     Ok(())
 }
 
-fn bind(source: &Path, recursive: bool, read_only: bool, target: &Path, place: &mut Place<'_>) -> Result<()> {
+fn bind(
+    source: &Path,
+    recursive: bool,
+    read_only: bool,
+    target: &Path,
+    mounts: &mut Attachments<'_>,
+) -> Result<()> {
     let access = if read_only { Access::ReadOnly } else { Access::Inherited };
     let bound = Detached::bound(source, recursive, true, access);
-    let added = bound.and_then(|bound| place.add_copy(target.to_owned(), source, bound));
+    let added = bound.and_then(|bound| mounts.add_copy(target.to_owned(), source, bound));
     added.map_err(|e| failed(&source.display(), &e))
 }
 

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use katana_protocol::SHARED_VOLUMES;
 
 use super::mount_table::{self, Mounted};
-use super::mounts::{self, Detached, Hardened, Place};
+use super::mounts::{self, AddedFlags, Attachments, Detached};
 use super::rootfs;
 use super::volumes::{self, Changes, Volumes};
 use crate::error::{Error, Result};
@@ -26,7 +26,7 @@ pub struct Share {
     path: PathBuf,
     /// The read-only mount of it, which becomes the VMM's root.
     root: Arc<OwnedFd>,
-    hardened: Hardened,
+    added_flags: AddedFlags,
     volumes: Mutex<Volumes>,
 }
 
@@ -44,7 +44,7 @@ pub struct Added {
 }
 
 impl Share {
-    /// Makes the directory and its mount, which has no place yet. Blocks.
+    /// Makes the directory and its mount, which is not attached yet. Blocks.
     pub fn create(path: &Path) -> Result<Self> {
         Self::try_create(path).map_err(|e| Error::io(format_args!("shared directory {}", path.display()), &e))
     }
@@ -60,7 +60,12 @@ impl Share {
         mount.set(libc::MOUNT_ATTR_RDONLY | nothing, 0, libc::MS_PRIVATE, false)?;
         fs::create_dir(path.join(SHARED_VOLUMES))?;
         let root = Arc::new(OwnedFd::from(mount));
-        Ok(Self { path: path.to_owned(), root, hardened: Hardened::default(), volumes: Mutex::default() })
+        Ok(Self {
+            path: path.to_owned(),
+            root,
+            added_flags: AddedFlags::default(),
+            volumes: Mutex::default(),
+        })
     }
 
     /// For the VMM, whose root it becomes: what is mounted in it is found below it ever after.
@@ -80,12 +85,12 @@ impl Share {
         namespace: BorrowedFd<'_>,
     ) -> Result<Added> {
         let wanted = sources.to_vec();
-        let mut place = Place::new(namespace, self.root.as_fd(), &self.hardened);
-        match self.try_add(id, bundle, spec, layers, sources, &mut place) {
+        let mut mounts = Attachments::new(namespace, self.root.as_fd(), &self.added_flags);
+        match self.try_add(id, bundle, spec, layers, sources, &mut mounts) {
             Err(Failed::Loop) => {
                 sources.clone_from_slice(&wanted);
-                let mut place = Place::piecewise(namespace, self.root.as_fd(), &self.hardened);
-                Ok(self.try_add(id, bundle, spec, layers, sources, &mut place)?)
+                let mut mounts = Attachments::piecewise(namespace, self.root.as_fd(), &self.added_flags);
+                Ok(self.try_add(id, bundle, spec, layers, sources, &mut mounts)?)
             }
             added => Ok(added?),
         }
@@ -98,14 +103,14 @@ impl Share {
         spec: &Spec,
         layers: Option<&[rootfs::Layer]>,
         sources: &mut [Source],
-        place: &mut Place<'_>,
+        mounts: &mut Attachments<'_>,
     ) -> std::result::Result<Added, Failed> {
-        let added = self.add_root(id, bundle, spec, layers, place).map_err(Failed::from).and_then(|()| {
-            // Until all have their places: another container that finds a volume is to find it there.
+        let added = self.add_root(id, bundle, spec, layers, mounts).map_err(Failed::from).and_then(|()| {
+            // Until all are attached: another container that finds a volume is to find it there.
             let mut volumes = self.volumes();
-            let watched = self.add_volumes(id, spec, sources, &mut volumes, place)?;
+            let watched = self.add_volumes(id, spec, sources, &mut volumes, mounts)?;
             let follows = volumes.any_follows();
-            Ok(Added { follows, ..settle(id, watched, sources, place)? })
+            Ok(Added { follows, ..attach(id, watched, sources, mounts)? })
         });
         if added.is_err() {
             self.remove(id);
@@ -119,14 +124,14 @@ impl Share {
         bundle: &Path,
         spec: &Spec,
         layers: Option<&[rootfs::Layer]>,
-        place: &mut Place<'_>,
+        mounts: &mut Attachments<'_>,
     ) -> Result<()> {
         let (directory, target) = (self.path.join(id), Path::new(id).join("rootfs"));
         let point = directory.join("rootfs");
         for part in [&directory, &point] {
             fs::create_dir(part).map_err(|e| Error::io(format_args!("create {}", part.display()), &e))?;
         }
-        layers.map_or(Ok(()), |layers| rootfs::mount(layers, bundle, spec, &point, &target, place))
+        layers.map_or(Ok(()), |layers| rootfs::mount(layers, bundle, spec, &point, &target, mounts))
     }
 
     fn add_volumes(
@@ -135,7 +140,7 @@ impl Share {
         spec: &Spec,
         sources: &mut [Source],
         volumes: &mut Volumes,
-        place: &mut Place<'_>,
+        mounts: &mut Attachments<'_>,
     ) -> Result<Vec<PathBuf>> {
         let (point, target) = (self.path.join(SHARED_VOLUMES), Path::new(SHARED_VOLUMES));
         let mut wanted: Vec<_> = spec.mounts.iter().zip(sources).collect();
@@ -144,7 +149,7 @@ impl Share {
         let mut watched = Vec::new();
         for (mount, source) in wanted {
             let Source::Host(path) = source else { continue };
-            let bound = volumes.bind(id, mount, path, &point, target, place)?;
+            let bound = volumes.bind(id, mount, path, &point, target, mounts)?;
             let updated = || path.join("..data").is_symlink();
             if bound.new && path.is_dir() && (bound.read_only || updated()) {
                 watched.push(Path::new(SHARED_VOLUMES).join(bound.number.to_string()));
@@ -160,10 +165,10 @@ impl Share {
         if !volumes.any_follows() {
             return Ok(Changes::default());
         }
-        let mut place = Place::new(namespace, self.root.as_fd(), &self.hardened);
-        let changes = volumes.follow(&mount_table::host()?, Path::new(SHARED_VOLUMES), &mut place);
+        let mut mounts = Attachments::new(namespace, self.root.as_fd(), &self.added_flags);
+        let changes = volumes.follow(&mount_table::host()?, Path::new(SHARED_VOLUMES), &mut mounts);
         if changes != Changes::default() {
-            place.settle()?;
+            mounts.attach_all()?;
         }
         Ok(changes)
     }
@@ -191,7 +196,7 @@ impl Share {
             .iter()
             .map(PathBuf::as_path)
             .chain([Path::new(id)])
-            .for_each(|place| self.hardened.forget(place));
+            .for_each(|place| self.added_flags.forget(place));
         released
     }
 }
@@ -201,7 +206,7 @@ impl Share {
 enum Failed {
     #[error(transparent)]
     For(#[from] Error),
-    /// See [`Place::piecewise`].
+    /// See [`Attachments::piecewise`].
     #[error("a root has files in it that stand for mount namespaces")]
     Loop,
 }
@@ -215,19 +220,19 @@ impl From<Failed> for Error {
     }
 }
 
-/// Gives a container's mounts their places.
-fn settle(
+/// Attaches a container's mounts.
+fn attach(
     id: &str,
     watched: Vec<PathBuf>,
     sources: &[Source],
-    place: &mut Place<'_>,
+    mounts: &mut Attachments<'_>,
 ) -> std::result::Result<Added, Failed> {
-    // What has its place refuses nothing; it is gone if the VMM is.
+    // The namespace refuses nothing by itself; it is gone if the VMM is.
     let failed = |e: io::Error| match e.raw_os_error() {
         Some(libc::ELOOP) => Failed::Loop,
         _ => Failed::For(Error::Unavailable(format!("mount in the VMM's namespace: {e}"))),
     };
-    let all = place.settle().map_err(failed)?;
+    let all = mounts.attach_all().map_err(failed)?;
     let volumes = sources.iter().filter_map(|source| match source {
         Source::Volume(number) => Some(Path::new("/").join(SHARED_VOLUMES).join(number.to_string())),
         _ => None,

@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::mount_table::{self, Mounted, Sight};
-use super::mounts::{Access, Detached, Place};
+use super::mounts::{Access, Attachments, Detached};
 use crate::error::{Error, Result};
 use crate::spec::Mount;
 
@@ -95,7 +95,7 @@ pub struct Bound {
 }
 
 impl Volumes {
-    /// Binds the `source` of a container's mount to a place of its own, or finds it bound already. `point` and `target`
+    /// Binds the `source` of a container's mount to a target of its own, or finds it bound already. `point` and `target`
     /// are the same directory, the first on the host and the second in the share. Blocks.
     pub fn bind(
         &mut self,
@@ -104,7 +104,7 @@ impl Volumes {
         source: &Path,
         point: &Path,
         target: &Path,
-        place: &mut Place<'_>,
+        mounts: &mut Attachments<'_>,
     ) -> Result<Bound> {
         let failed = |what: &str, e: &io::Error| {
             let (source, destination) = (source.display(), mount.destination.display());
@@ -122,7 +122,7 @@ impl Volumes {
             follows: follows(&mount.options),
         };
         let access = access(&mount.options);
-        let found = self.find(&manner, access, source, target, place);
+        let found = self.find(&manner, access, source, target, mounts);
         if let Some(volume) = found.map_err(|e| failed("mount", &e))? {
             volume.users.push(id.to_owned());
             return Ok(Bound { number: volume.number, new: false, read_only: !volume.access.lets_write() });
@@ -139,7 +139,7 @@ impl Volumes {
         // First: what is mounted between is found to be new then.
         let followed = (manner.follows && kind.is_dir()).then(|| Followed::of(source)).transpose();
         let copied = followed.and_then(|followed| {
-            place.add_tree(target, source, manner.recursive, access)?;
+            mounts.add_tree(target, source, manner.recursive, access)?;
             Ok(followed)
         });
         let followed = match copied {
@@ -161,7 +161,7 @@ impl Volumes {
         access: Access,
         source: &Path,
         target: &Path,
-        place: &mut Place<'_>,
+        mounts: &mut Attachments<'_>,
     ) -> io::Result<Option<&mut Volume>> {
         let serves = |volume: &&mut Volume| {
             volume.manner == *manner
@@ -173,7 +173,7 @@ impl Volumes {
             return Ok(None);
         }
         let source = fs::canonicalize(source)?;
-        let (host, mounted) = (mount_table::host()?, place.settle()?);
+        let (host, mounted) = (mount_table::host()?, mounts.attach_all()?);
         let source = Sight { place: &source, all: &host };
         Ok(able.find(|volume| {
             let place = Path::new("/").join(target).join(volume.number.to_string());
@@ -189,16 +189,16 @@ impl Volumes {
 
     /// Makes the volumes that follow the host have the mounts that it has now. `target` is their directory in the
     /// share.
-    pub fn follow(&mut self, host: &[Mounted], target: &Path, place: &mut Place<'_>) -> Changes {
+    pub fn follow(&mut self, host: &[Mounted], target: &Path, mounts: &mut Attachments<'_>) -> Changes {
         let mut changes = Changes::default();
         for Volume { number, followed, access, .. } in &mut self.bound {
-            let Some(Followed { source, mounts }) = followed else { continue };
+            let Some(Followed { source, mounts: known }) = followed else { continue };
             let root = target.join(number.to_string());
             let now = below(host, source);
-            mounts.retain(|path, id| {
+            known.retain(|path, id| {
                 let stays = now.get(path).is_some_and(|mounted| mounted.id == *id);
                 if !stays {
-                    place.remove(root.join(path));
+                    mounts.remove(root.join(path));
                     changes.gone.push(root.join(path));
                 }
                 stays
@@ -207,19 +207,19 @@ impl Volumes {
             for (path, mounted) in now {
                 // As by propagation, only from mounts that are shared, and with what comes itself.
                 let spreads = |parent: &Mounted| parent.id == mounted.parent && parent.shared;
-                if mounts.contains_key(&path) || !(come.contains(&mounted.parent) || host.iter().any(spreads))
+                if known.contains_key(&path) || !(come.contains(&mounted.parent) || host.iter().any(spreads))
                 {
                     continue;
                 }
                 come.push(mounted.id);
                 let access = if *access == Access::RecursivelyReadOnly { *access } else { Access::Inherited };
                 let copied = Detached::bound(&mounted.point, false, false, access);
-                if let Err(e) = copied.and_then(|copy| place.try_to_add(root.join(&path), copy, mounted)) {
+                if let Err(e) = copied.and_then(|copy| mounts.try_to_add(root.join(&path), copy, mounted)) {
                     log::info!("{}: {e}", mounted.point.display());
                     continue;
                 }
                 changes.come.push(mounted.at(root.join(&path)));
-                mounts.insert(path, mounted.id);
+                known.insert(path, mounted.id);
             }
         }
         changes

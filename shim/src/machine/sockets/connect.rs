@@ -25,7 +25,7 @@ const STACK: usize = 64 * 1024;
 
 /// A socket's file.
 #[derive(Debug)]
-pub struct Place {
+pub struct HostSocket {
     file: OwnedFd,
     /// For messages.
     path: PathBuf,
@@ -44,7 +44,7 @@ pub enum Kind {
     Nobody,
 }
 
-impl Place {
+impl HostSocket {
     /// Takes a descriptor that stands for the file of this path.
     pub fn new(file: OwnedFd, path: &Path) -> Self {
         Self { file, path: path.to_owned(), complained: AtomicBool::new(false) }
@@ -96,21 +96,21 @@ impl Place {
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for HostSocket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.path.display().fmt(f)
     }
 }
 
 /// Connects as this user.
-pub async fn connect(place: &Arc<Place>, caller: Caller) -> io::Result<UnixStream> {
+pub async fn connect(socket: &Arc<HostSocket>, caller: Caller) -> io::Result<UnixStream> {
     let (sender, connected) = oneshot::channel();
-    let place = Arc::clone(place);
+    let socket = Arc::clone(socket);
     // A thread of its own, which ends, so that nothing else ever runs as somebody else.
     std::thread::Builder::new().name("connect".into()).stack_size(STACK).spawn(move || {
-        let connected = become_user(&caller).and_then(|()| place.connect());
+        let connected = become_user(&caller).and_then(|()| socket.connect());
         if let Err(e) = &connected {
-            log::debug!("connect to {place} as {}:{}: {}", caller.uid, caller.gid, reason(e));
+            log::debug!("connect to {socket} as {}:{}: {}", caller.uid, caller.gid, reason(e));
         }
         // Nobody waits any more when the container is gone.
         let _ = sender.send(connected);

@@ -28,7 +28,7 @@ use tokio::net::UnixStream;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use self::connect::{Kind, Place};
+use self::connect::{HostSocket, Kind};
 use crate::error::{Error, Result, reason};
 use crate::guest::ports::{Listener, Ports, is_same};
 use crate::spec::{Source, Spec};
@@ -45,10 +45,10 @@ const LONGEST_ATTRIBUTE: usize = 64 * 1024;
 #[derive(Debug, Default)]
 pub struct Sockets(JoinSet<()>);
 
-/// A socket, open as a place. It is this file whatever gets its name later, as with a mount.
+/// A socket, opened by path alone (O_PATH). It is this file whatever gets its name later, as with a mount.
 #[derive(Debug)]
 struct Socket {
-    place: Arc<Place>,
+    socket: Arc<HostSocket>,
     kind: Kind,
     /// What is sent to the agent, but for the port.
     message: api::HostSocket,
@@ -57,7 +57,7 @@ struct Socket {
 /// Where connections go.
 #[derive(Debug)]
 struct Target {
-    place: Arc<Place>,
+    socket: Arc<HostSocket>,
     secret: [u8; SECRET],
     ids: Ids,
 }
@@ -80,7 +80,7 @@ pub async fn open(
                 Error::Host(format!("error mounting \"{source}\" to rootfs at \"{destination}\": {reason}"))
             })
         });
-        let Socket { place, kind, message } = socket.await?;
+        let Socket { socket, kind, message } = socket.await?;
         let (listener, secret) = (ports.listen_any(), crate::host::random()?);
         *source = Source::StandIn(listener.port());
         messages.push(api::HostSocket {
@@ -90,7 +90,7 @@ pub async fn open(
             ..message
         });
         if kind == Kind::Streams {
-            sockets.0.spawn(serve(listener, Arc::new(Target { place, secret, ids: Ids::of(spec) })));
+            sockets.0.spawn(serve(listener, Arc::new(Target { socket, secret, ids: Ids::of(spec) })));
         }
     }
     Ok((messages, sockets))
@@ -99,8 +99,8 @@ pub async fn open(
 impl Socket {
     /// Blocks.
     fn open(path: &Path) -> io::Result<Self> {
-        let place: OwnedFd = File::options().read(true).custom_flags(libc::O_PATH).open(path)?.into();
-        let status = std::fs::metadata(mounts::path_of_fd(place.as_fd()))?;
+        let file: OwnedFd = File::options().read(true).custom_flags(libc::O_PATH).open(path)?.into();
+        let status = std::fs::metadata(mounts::path_of_fd(file.as_fd()))?;
         if !status.file_type().is_socket() {
             return Err(io::Error::other("it was a socket and is none any more"));
         }
@@ -108,15 +108,15 @@ impl Socket {
             mode: status.mode() & 0o7777,
             uid: status.uid(),
             gid: status.gid(),
-            acl: access_list(&mounts::path_of_fd(place.as_fd()))?,
+            acl: access_list(&mounts::path_of_fd(file.as_fd()))?,
             ..Default::default()
         };
-        let place = Arc::new(Place::new(place, path));
-        let kind = place.kind();
+        let socket = Arc::new(HostSocket::new(file, path));
+        let kind = socket.kind();
         if kind == Kind::Datagrams {
             log::warn!("{}: a socket for datagrams is not connected with the guest", path.display());
         }
-        Ok(Self { place, kind, message })
+        Ok(Self { socket, kind, message })
     }
 }
 
@@ -139,20 +139,20 @@ fn access_list(path: &Path) -> io::Result<Vec<u8>> {
 
 /// Passes connections on until the guest is gone.
 async fn serve(mut listener: Listener, target: Arc<Target>) {
-    let (places, mut connections) = (Arc::new(Semaphore::new(MOST_AT_ONCE)), JoinSet::new());
-    while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+    let (slots, mut connections) = (Arc::new(Semaphore::new(MOST_AT_ONCE)), JoinSet::new());
+    while let Ok(slot) = Arc::clone(&slots).acquire_owned().await {
         let Some(guest) = listener.connection().await else { return };
         while connections.try_join_next().is_some() {}
         let target = Arc::clone(&target);
         connections.spawn(async move {
-            let _place = place;
+            let _slot = slot;
             let guest = guest.set_nonblocking(true).and_then(|()| UnixStream::from_std(guest));
             let passed = match guest {
                 Ok(guest) => target.pass_on(guest).await,
                 Err(e) => Err(e),
             };
             if let Err(e) = passed {
-                log::debug!("connection to {}: {e}", target.place);
+                log::debug!("connection to {}: {e}", target.socket);
             }
         });
     }
@@ -161,7 +161,7 @@ async fn serve(mut listener: Listener, target: Arc<Target>) {
 impl Target {
     async fn pass_on(&self, mut guest: UnixStream) -> io::Result<()> {
         let caller = tokio::time::timeout(PATIENCE, self.greet(&mut guest)).await??;
-        match connect::connect(&self.place, caller).await {
+        match connect::connect(&self.socket, caller).await {
             Ok(host) => {
                 guest.write_u8(0).await?;
                 relay::relay(guest, host).await

@@ -122,9 +122,9 @@ fn those_of_the_pod_are_joined() {
 fn the_configuration_decides() {
     let asked = |mut spec: Spec| Asked::take(&mut spec, &Known::default()).unwrap();
     let pid = asked(sandbox(with("pid", None)));
-    let why = pid.settle(HostNamespaces::Refuse).unwrap_err().to_string();
+    let why = pid.resolve(HostNamespaces::Refuse).unwrap_err().to_string();
     assert!(why.contains("the host's pid namespace") && why.contains("hostPID"), "{why}");
     assert!(why.contains("runtimeClassName") && why.contains("host_namespaces = \"guest\""), "{why}");
-    assert!(pid.settle(HostNamespaces::Guest).is_ok());
-    assert!(Asked::default().settle(HostNamespaces::Refuse).is_ok());
+    assert!(pid.resolve(HostNamespaces::Guest).is_ok());
+    assert!(Asked::default().resolve(HostNamespaces::Refuse).is_ok());
 }

@@ -128,7 +128,7 @@ fn opened(inode: u64, read_only: bool) -> Opened {
 #[test]
 fn a_disk_of_two_containers_takes_one_slot() {
     let mut slots = Slots::new(2);
-    let place = |slot, shared| Some(Place { slot, shared });
+    let place = |slot, shared| Some(DiskSlot { slot, shared });
     assert_eq!(slots.take("a", &opened(5, false)), place(0, false));
     assert_eq!(slots.take("b", &opened(5, true)), place(0, true));
     assert_eq!(slots.take("b", &opened(6, true)), place(1, false));

@@ -3,7 +3,7 @@
 use super::*;
 use crate::spec::Pod;
 use crate::storage::mount_table::{Mounted, below};
-use crate::storage::mounts::Hardened;
+use crate::storage::mounts::AddedFlags;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
@@ -149,8 +149,10 @@ fn a_container_comes_and_goes_and_leaves_the_users_files() {
         assert_eq!(pod.share.remove("c1"), gone);
         assert_eq!(names(&pod.at("")), [".volumes"]);
         assert_eq!(names(&pod.at(".volumes")), [""; 0]);
-        let hardened = Hardened::default();
-        let left = Place::new(pod.namespace.as_fd(), pod.share.root.as_fd(), &hardened).settle().unwrap();
+        let added_flags = AddedFlags::default();
+        let left = Attachments::new(pod.namespace.as_fd(), pod.share.root.as_fd(), &added_flags)
+            .attach_all()
+            .unwrap();
         assert_eq!(left.len(), 1, "{left:?}");
         assert_eq!(fs::read_to_string(top.join("data/file")).unwrap(), "data/file");
         assert_eq!(fs::read_to_string(top.join("bundle/rootfs/init")).unwrap(), "bundle/rootfs/init");
@@ -194,8 +196,8 @@ fn what_a_volume_has_mounted_is_not_busy_on_the_host() {
 
 /// What is mounted in a pod, with the flags that the VMM's kernel heeds.
 fn hardened(pod: &Machine) -> Vec<(PathBuf, bool)> {
-    let none = Hardened::default();
-    let all = Place::new(pod.namespace.as_fd(), pod.share.root.as_fd(), &none).settle().unwrap();
+    let none = AddedFlags::default();
+    let all = Attachments::new(pod.namespace.as_fd(), pod.share.root.as_fd(), &none).attach_all().unwrap();
     let both = |mounted: &Mounted| {
         ["nosuid", "nodev"].iter().all(|flag| mounted.restrictions().iter().any(|had| had == flag))
     };

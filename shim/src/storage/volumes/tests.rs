@@ -1,5 +1,5 @@
 use super::*;
-use crate::storage::mounts::Hardened;
+use crate::storage::mounts::AddedFlags;
 use crate::storage::share::Share;
 use crate::storage::share::tests::{in_namespace, namespace_in};
 use nix::mount::{MsFlags, mount};
@@ -13,7 +13,7 @@ struct Pod<'a> {
     top: &'a Path,
     root: Arc<OwnedFd>,
     namespace: OwnedFd,
-    hardened: Hardened,
+    added_flags: AddedFlags,
     volumes: Volumes,
 }
 
@@ -23,17 +23,17 @@ impl<'a> Pod<'a> {
         fs::write(top.join("data/file"), "x").unwrap();
         let root = Share::create(&top.join("share")).unwrap().root();
         let namespace = namespace_in(&root);
-        Self { top, root, namespace, hardened: Hardened::default(), volumes: Volumes::default() }
+        Self { top, root, namespace, added_flags: AddedFlags::default(), volumes: Volumes::default() }
     }
 
     /// The number of the volume that a container's mount gets.
     fn bind(&mut self, id: &str, source: &str, options: &[&str]) -> u32 {
         let mount = json!({"destination": "/mnt", "type": "bind", "source": "", "options": options});
         let mount = serde_json::from_value(mount).unwrap();
-        let mut place = Place::new(self.namespace.as_fd(), self.root.as_fd(), &self.hardened);
+        let mut mounts = Attachments::new(self.namespace.as_fd(), self.root.as_fd(), &self.added_flags);
         let (source, point, target) = (self.top.join(source), self.point(), Path::new(".volumes"));
-        let bound = self.volumes.bind(id, &mount, &source, &point, target, &mut place).unwrap();
-        place.settle().unwrap();
+        let bound = self.volumes.bind(id, &mount, &source, &point, target, &mut mounts).unwrap();
+        mounts.attach_all().unwrap();
         bound.number
     }
 
@@ -105,7 +105,7 @@ fn a_failure_leaves_no_volume() {
         let mount = serde_json::from_value(mount).unwrap();
         // The directory in which it should have its place is not there.
         let (source, nowhere, target) = (top.join("data"), top.join("nowhere"), Path::new(".volumes"));
-        let mut waiting = Place::new(pod.namespace.as_fd(), pod.root.as_fd(), &pod.hardened);
+        let mut waiting = Attachments::new(pod.namespace.as_fd(), pod.root.as_fd(), &pod.added_flags);
         let failed = pod.volumes.bind("a", &mount, &source, &nowhere, target, &mut waiting);
         assert!(failed.unwrap_err().to_string().contains("no such file or directory"));
         assert_eq!(fs::read_dir(pod.point()).unwrap().count(), 0);

@@ -15,7 +15,7 @@ use crate::seccomp::{self, Kind};
 use crate::virtio::fs::Fs;
 
 /// Stands for a disk that may only be read: a file of the host, opened as the shim does it
-/// (shim/src/storage/handed.rs).
+/// (shim/src/storage/vmm_files.rs).
 const HANDED: RawFd = 100;
 const MOST_DESCRIPTORS: RawFd = 512;
 /// With every descriptor of a directory, with each as the working directory, and with none.

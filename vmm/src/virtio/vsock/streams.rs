@@ -135,7 +135,7 @@ impl Streams {
         connection.watched = connection.interest();
         sources.add(connection.fd(), key.token(), connection.watched)?;
         self.connections.insert(key, connection);
-        self.settle(key, Verdict::Keep, sources);
+        self.apply(key, Verdict::Keep, sources);
         Ok(())
     }
 
@@ -157,14 +157,14 @@ impl Streams {
         let (key, op) = (Key::of(&header), header.op.to_native());
         let length = header.len.to_native();
         if length as usize > packet.len().min(LONGEST_PAYLOAD) {
-            self.settle(key, Verdict::Reset, sources);
+            self.apply(key, Verdict::Reset, sources);
             return Err(PacketError::Length(length));
         }
         packet.truncate(length as usize);
         match self.connections.get_mut(&key) {
             Some(connection) => {
                 let verdict = connection.handle(&header, packet);
-                self.settle(key, verdict, sources);
+                self.apply(key, verdict, sources);
             }
             None if op == op::RST => {}
             None if op == op::REQUEST && header.kind.to_native() == TYPE_STREAM => {
@@ -208,12 +208,12 @@ impl Streams {
             }
         } else if let Some(connection) = self.connections.get_mut(&key) {
             let verdict = connection.ready(events);
-            self.settle(key, verdict, sources);
+            self.apply(key, verdict, sources);
         }
     }
 
     /// Draws the conclusions after something happened to a connection.
-    fn settle(&mut self, key: Key, verdict: Verdict, sources: &Sources) {
+    fn apply(&mut self, key: Key, verdict: Verdict, sources: &Sources) {
         match verdict {
             Verdict::Keep => {}
             Verdict::Reset => {
@@ -287,7 +287,7 @@ impl Streams {
             connection.queued = false;
             let packet = connection.next_packet(room);
             // It goes to the end of the round if it has more.
-            self.settle(key, Verdict::Keep, sources);
+            self.apply(key, Verdict::Keep, sources);
             if packet.is_some() {
                 return packet;
             }

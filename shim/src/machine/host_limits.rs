@@ -44,7 +44,7 @@ const PERIOD: u64 = 100_000;
 
 /// The limits of a machine's cgroup.
 #[derive(Debug)]
-pub struct Ceiling {
+pub struct HostLimits {
     cgroup: PathBuf,
     machine: Machine,
     /// Whether a container has a volume in memory of the host.
@@ -71,17 +71,17 @@ struct Wanted {
     threads: Option<u64>,
 }
 
-impl Ceiling {
+impl HostLimits {
     /// For a machine of this size that is not there yet.
     pub fn new(cgroup: PathBuf, machine: Machine, limits: &Limits, size: Size) -> Arc<Self> {
         let wanted = Wanted::of(machine, false, limits, size);
         let has_tmpfs = AtomicBool::new(false);
-        let ceiling = Arc::new(Self { cgroup, machine, has_tmpfs, wanted: Wanted::default().into() });
-        ceiling.set(wanted);
-        ceiling
+        let host_limits = Arc::new(Self { cgroup, machine, has_tmpfs, wanted: Wanted::default().into() });
+        host_limits.set(wanted);
+        host_limits
     }
 
-    /// A container comes that mounts these directories and files of the host. To be called before [`Ceiling::follow`].
+    /// A container comes that mounts these directories and files of the host. To be called before [`HostLimits::follow`].
     /// Blocks.
     pub fn see<'a>(&self, mut sources: impl Iterator<Item = &'a Path>) {
         let is_tmpfs = |path: &Path| statfs(path).is_ok_and(|status| status.filesystem_type() == TMPFS_MAGIC);
@@ -97,12 +97,12 @@ impl Ceiling {
         if !self.set(wanted) || *plugged.borrow() <= size.plugged_mib {
             return;
         }
-        let ceiling = Arc::clone(self);
+        let host_limits = Arc::clone(self);
         tokio::spawn(async move {
             let is_small = plugged.wait_for(|mib| *mib <= size.plugged_mib).await.is_ok();
             // Somebody may have wanted something else meanwhile.
-            if is_small && *ceiling.wanted() == wanted {
-                ceiling.write(wanted);
+            if is_small && *host_limits.wanted() == wanted {
+                host_limits.write(wanted);
             }
         });
     }
@@ -219,15 +219,15 @@ mod tests {
 
     #[test]
     fn volumes_in_memory_are_seen() {
-        let ceiling = Ceiling::new(
+        let host_limits = HostLimits::new(
             PathBuf::from("/nowhere"),
             MACHINE,
             &limits(0, 0),
             Size { vcpus: 1, plugged_mib: 0 },
         );
         let see = |paths: &[&str]| {
-            ceiling.see(paths.iter().map(Path::new));
-            ceiling.has_tmpfs.load(Ordering::Relaxed)
+            host_limits.see(paths.iter().map(Path::new));
+            host_limits.has_tmpfs.load(Ordering::Relaxed)
         };
         assert!(!see(&["/proc", "/nowhere"]));
         assert!(see(&["/proc", "/dev/shm", "/nowhere"]));
@@ -270,26 +270,26 @@ mod tests {
     /// What no cgroup file system does for a test: files by these names, in a directory that has the controllers.
     #[tokio::test]
     async fn the_files_follow_the_machine() {
-        let directory = std::env::temp_dir().join(format!("katana-ceiling-{}", std::process::id()));
+        let directory = std::env::temp_dir().join(format!("katana-host-limits-{}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
         let set = |name: &str, text: &str| fs::write(directory.join(name), text).unwrap();
         let memory = || fs::read_to_string(directory.join("memory.max")).unwrap_or_default();
         set("cgroup.controllers", "cpuset cpu io memory pids\n");
         set("memory.current", "1000\n");
-        let ceiling =
-            Ceiling::new(directory.clone(), ALONE, &limits(0, 64), Size { vcpus: 1, plugged_mib: 64 });
+        let host_limits =
+            HostLimits::new(directory.clone(), ALONE, &limits(0, 64), Size { vcpus: 1, plugged_mib: 64 });
         assert_eq!(memory(), (928 * MIB).to_string());
         assert_eq!(fs::read_to_string(directory.join("pids.max")).unwrap(), MOST_THREADS.to_string());
         // Of what was never limited there is no file.
         assert!(!directory.join("cpu.max").exists());
         let (plugs, plugged) = watch::channel(64);
-        ceiling.follow(&limits(0, 1024), Size { vcpus: 1, plugged_mib: 1024 }, plugged.clone());
+        host_limits.follow(&limits(0, 1024), Size { vcpus: 1, plugged_mib: 1024 }, plugged.clone());
         let most = (512 + 1024 + 256 + 1536) * MIB;
         assert_eq!(memory(), most.to_string());
         // The guest uses it, and is then to have less.
         plugs.send_replace(1024);
         set("memory.current", &(1200 * MIB).to_string());
-        ceiling.follow(&limits(0, 64), Size { vcpus: 1, plugged_mib: 64 }, plugged.clone());
+        host_limits.follow(&limits(0, 64), Size { vcpus: 1, plugged_mib: 64 }, plugged.clone());
         assert_eq!(memory(), (1264 * MIB).to_string());
         set("memory.current", &(100 * MIB).to_string());
         plugs.send_replace(64);
@@ -298,7 +298,7 @@ mod tests {
         }
         // Nothing is written when nothing has changed.
         set("memory.max", "mine");
-        ceiling.follow(&limits(0, 64), Size { vcpus: 1, plugged_mib: 64 }, plugged);
+        host_limits.follow(&limits(0, 64), Size { vcpus: 1, plugged_mib: 64 }, plugged);
         assert_eq!(memory(), "mine");
         fs::remove_dir_all(directory).unwrap();
     }

@@ -55,7 +55,7 @@ mod tests {
 
     #[test]
     fn a_descriptor_is_good_for_contents_only() {
-        in_namespace("handed", |top| {
+        in_namespace("vmm-files", |top| {
             let (image, node) = (top.join("image"), top.join("node"));
             fs::write(&image, "contents").unwrap();
             mknod(&node, SFlag::S_IFCHR, Mode::from_bits_truncate(0o600), libc::makedev(1, 5)).unwrap();

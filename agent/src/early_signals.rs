@@ -42,8 +42,8 @@ const LOADS: [i64; 15] = [
     libc::SYS_close,
 ];
 
-/// Waits until a process that has run its program since `start` can take the signal, `ended` is true, or it is no
-/// longer young.
+/// Waits until a process that has run its program since `start` can take the signal, `ended` is true, or it has run
+/// for [`GROWN`].
 pub async fn wait_until_ready(pid: Pid, start: Instant, signal: u32, ended: impl Fn() -> bool) {
     let number = i32::try_from(signal).unwrap_or(0);
     if !(1..=64).contains(&number) || AT_ONCE.contains(&number) {
