@@ -22,6 +22,7 @@ use crate::host::events::Publisher;
 use crate::host::fds;
 use crate::host::logger;
 use crate::host::pidfd::PidFd;
+use crate::host::threads;
 use crate::machine::layout::Identity;
 use crate::pod::Pod;
 
@@ -41,6 +42,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long the last answers and events may take.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+/// How long the machine's end may take after a signal. A Create may hold it up, by a volume on a silent file server.
+const ABANDON_LIMIT: Duration = Duration::from_secs(30);
 
 /// Serves until containerd says Shutdown.
 pub fn serve(args: &Args) -> Result<()> {
@@ -124,6 +128,8 @@ async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mu
         let _ = tokio::time::timeout(FAREWELL, clients.gone()).await;
     }
     let _ = tokio::time::timeout(FAREWELL, server.shutdown()).await;
+    // A template that is being put into its place, a namespace that is being cleaned.
+    threads::finish(FAREWELL).await;
     Ok(())
 }
 
@@ -143,7 +149,9 @@ async fn forgotten(pod: &Pod) {
 /// events are published before the shim ends.
 async fn end_of_pod(pod: &Pod, signal: &str) {
     log::warn!("{signal}: the pod ends");
-    pod.abandon().await;
+    if tokio::time::timeout(ABANDON_LIMIT, pod.abandon()).await.is_err() {
+        log::error!("the machine does not end; containerd's delete removes what is left");
+    }
     if tokio::time::timeout(FAREWELL, pod.ended()).await.is_err() {
         log::error!("not all ends of containers are told");
     }

@@ -2,12 +2,12 @@
 //! panics, and with the shim its pod would end.
 
 use std::io;
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Builder, ThreadId};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, SemaphorePermit, oneshot};
 
 use crate::error::{Error, Result};
 
@@ -15,16 +15,26 @@ use crate::error::{Error, Result};
 const MOST: usize = 4;
 /// How long one of them waits for more to do.
 const IDLE_LIMIT: Duration = Duration::from_secs(1);
+/// How long work waits for a thread when the host has none left: others end.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// The same for what would be left behind without one.
+const CLEANUP_PATIENCE: Duration = Duration::from_secs(10);
+/// From one attempt to the next.
+const RETRY: Duration = Duration::from_millis(50);
+/// Of work that is waited for at the end.
+const MOST_STARTED: u32 = 1024;
 /// The kernel likes to give a stack of 2 MiB, the default, a huge page.
 const STACK: usize = 512 * 1024;
 
 type Job = Box<dyn FnOnce() + Send>;
 
 static TURNS: Semaphore = Semaphore::const_new(MOST);
+/// What has been started and not ended, see [`finish`].
+static STARTED: Semaphore = Semaphore::const_new(MOST_STARTED as usize);
 /// Threads that wait for something to do.
 static IDLE: Mutex<Vec<(ThreadId, Sender<Job>)>> = Mutex::new(Vec::new());
 
-/// Runs what blocks. It goes on when nobody waits for it any more.
+/// Runs what blocks. Once it has a thread, it goes on when nobody waits for it any more.
 ///
 /// # Errors
 /// What the work says, or [`Error::Host`] when there is no thread for it.
@@ -34,14 +44,50 @@ where
     T: Send + 'static,
 {
     let turn = TURNS.acquire().await.map_err(|e| Error::Host(e.to_string()))?;
+    run(work, Some(turn), PATIENCE).await
+}
+
+/// The same for what removes what is left of a container or a machine. It does not queue behind other work, some of
+/// which may never end (a file server that is silent), and waits longer for a thread.
+///
+/// # Errors
+/// As for [`blocking`].
+pub async fn cleanup<T, F>(work: F) -> Result<T>
+where
+    F: FnOnce() -> Result<T> + Send + 'static,
+    T: Send + 'static,
+{
+    run(work, None, CLEANUP_PATIENCE).await
+}
+
+/// Waits for the end of all work that has been started, but not longer than this.
+pub async fn finish(limit: Duration) {
+    if tokio::time::timeout(limit, STARTED.acquire_many(MOST_STARTED)).await.is_err() {
+        log::warn!("not all work has ended");
+    }
+}
+
+async fn run<T, F>(work: F, turn: Option<SemaphorePermit<'static>>, patience: Duration) -> Result<T>
+where
+    F: FnOnce() -> Result<T> + Send + 'static,
+    T: Send + 'static,
+{
     let (sender, done) = oneshot::channel();
-    let job = Box::new(move || {
+    let started = STARTED.try_acquire().ok();
+    let mut job: Job = Box::new(move || {
         let outcome = work();
-        drop(turn);
+        drop((turn, started));
         // Nobody waits any more.
         let _ = sender.send(outcome);
     });
-    start(job).map_err(|e| Error::io("thread", &e))?;
+    let until = Instant::now() + patience;
+    while let Err((again, e)) = start(job) {
+        if Instant::now() >= until {
+            return Err(Error::io("thread", &e));
+        }
+        job = again;
+        tokio::time::sleep(RETRY).await;
+    }
     done.await.map_err(|e| Error::Host(e.to_string()))?
 }
 
@@ -50,9 +96,22 @@ where
 /// # Errors
 /// What the work says, or that there is no thread for it.
 pub fn on_own_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    let work = Mutex::new(Some(work));
+    let run = || match work.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        Some(work) => work(),
+        None => Err(io::Error::other("the work is done already")),
+    };
+    let until = Instant::now() + PATIENCE;
     thread::scope(|scope| {
-        let started = Builder::new().stack_size(STACK).spawn_scoped(scope, work)?;
-        started.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+        loop {
+            match Builder::new().stack_size(STACK).spawn_scoped(scope, run) {
+                Ok(started) => {
+                    return started.join().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")));
+                }
+                Err(e) if Instant::now() >= until => return Err(e),
+                Err(_) => thread::sleep(RETRY),
+            }
+        }
     })
 }
 
@@ -61,14 +120,15 @@ pub fn on_own_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io
 /// # Errors
 /// When there is no thread for it.
 pub fn detached(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    start(Box::new(work))
+    start(Box::new(work)).map_err(|(_, e)| e)
 }
 
 fn idle() -> MutexGuard<'static, Vec<(ThreadId, Sender<Job>)>> {
     IDLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn start(job: Job) -> io::Result<()> {
+/// Gives the job to a thread, or back.
+fn start(job: Job) -> std::result::Result<(), (Job, io::Error)> {
     let waiting = idle().pop();
     let job = match waiting {
         None => job,
@@ -78,12 +138,17 @@ fn start(job: Job) -> io::Result<()> {
             Err(mpsc::SendError(job)) => job,
         },
     };
-    Builder::new().name("blocking".into()).stack_size(STACK).spawn(move || serve(job)).map(drop)
+    let (sender, jobs) = mpsc::channel();
+    let own = sender.clone();
+    match Builder::new().name("blocking".into()).stack_size(STACK).spawn(move || serve(&own, &jobs)) {
+        Ok(_) => sender.send(job).map_err(|mpsc::SendError(job)| (job, io::ErrorKind::BrokenPipe.into())),
+        Err(e) => Err((job, e)),
+    }
 }
 
-fn serve(mut job: Job) {
-    let (sender, jobs) = mpsc::channel();
+fn serve(sender: &Sender<Job>, jobs: &Receiver<Job>) {
     let own = thread::current().id();
+    let Ok(mut job) = jobs.recv() else { return };
     loop {
         job();
         idle().push((own, sender.clone()));
@@ -135,6 +200,40 @@ mod tests {
         while idle().iter().any(|(thread, _)| threads.contains(thread)) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    #[tokio::test]
+    async fn cleanup_does_not_wait_for_work_that_hangs() {
+        let (ends, end): (Vec<_>, Vec<_>) = (0..MOST).map(|_| mpsc::channel::<()>()).unzip();
+        let wait = |end: Receiver<()>| {
+            blocking(move || {
+                // Until the other end is dropped.
+                let _ = end.recv();
+                Ok(())
+            })
+        };
+        let hung: Vec<_> = end.into_iter().map(|end| tokio::spawn(wait(end))).collect();
+        while TURNS.available_permits() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(cleanup(|| Ok(7)).await.unwrap(), 7);
+        drop(ends);
+        for task in hung {
+            task.await.unwrap().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn the_end_waits_for_what_was_started() {
+        let (sender, mut done) = oneshot::channel();
+        let work = blocking(move || {
+            thread::sleep(Duration::from_millis(100));
+            let _ = sender.send(());
+            Ok(())
+        });
+        tokio::time::timeout(Duration::from_millis(5), work).await.unwrap_err();
+        finish(Duration::from_secs(60)).await;
+        done.try_recv().unwrap();
     }
 
     #[tokio::test]

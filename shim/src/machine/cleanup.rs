@@ -1,7 +1,6 @@
 //! Removes what a machine has on the host: processes, network, mounts, cgroup, directories. The end of a pod and
-//! containerd's
-//! `delete` share it. It may run any number of times, and starts from what was written down, so it works after any
-//! crash.
+//! containerd's `delete` share it. It may run any number of times, and starts from what was written down, so it works
+//! after any crash.
 
 use std::fs;
 use std::io;
@@ -11,6 +10,7 @@ use super::layout::Layout;
 use crate::error::Error;
 use crate::host::cgroup;
 use crate::host::pidfd::{PidFd, ProcessId};
+use crate::host::threads;
 use crate::network;
 use crate::storage::share;
 
@@ -40,8 +40,7 @@ pub fn remove(layout: &Layout) -> io::Result<()> {
 /// [`remove`] from async code.
 pub async fn remove_blocking(layout: &Layout) {
     let places = layout.clone();
-    let removed =
-        crate::host::threads::blocking(move || remove(&places).map_err(|e| Error::io("clean up", &e))).await;
+    let removed = threads::cleanup(move || remove(&places).map_err(|e| Error::io("clean up", &e))).await;
     if let Err(e) = removed {
         log::error!("{}: {e}", layout.state.display());
     }

@@ -19,6 +19,8 @@ use crate::host::pidfd::PidFd;
 use crate::storage::share::Share;
 use crate::storage::volumes::Changes;
 
+/// Attempts to follow one change.
+const MOST_FAILED: u32 = 10;
 /// What the host does in so short a time is looked at once: it may have thousands of mounts.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -44,6 +46,7 @@ impl Drop for Follower {
 }
 
 async fn follow(table: AsyncFd<File>, share: Arc<Share>, vmm: Arc<PidFd>, agent: Agent) {
+    let mut failed = 0;
     loop {
         let (share, vmm) = (Arc::clone(&share), Arc::clone(&vmm));
         let followed = crate::host::threads::blocking(move || {
@@ -58,8 +61,17 @@ async fn follow(table: AsyncFd<File>, share: Arc<Share>, vmm: Arc<PidFd>, agent:
                 Err(e) => return log::debug!("mounts of the host are not followed any more: {e}"),
                 Ok(()) => {}
             },
-            Err(e) => log::warn!("{e}"),
+            Err(e) => {
+                log::warn!("{e}");
+                // For lack of a thread, a descriptor: no further change of the host's mounts may come.
+                if failed < MOST_FAILED {
+                    failed += 1;
+                    tokio::time::sleep(PAUSE * failed).await;
+                    continue;
+                }
+            }
         }
+        failed = 0;
         tokio::time::sleep(PAUSE).await;
         match table.ready(Interest::PRIORITY).await {
             Ok(mut ready) => ready.clear_ready(),

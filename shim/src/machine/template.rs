@@ -8,6 +8,7 @@ use katana_template::{Draft, Error, Found, Store};
 use tokio::sync::watch;
 
 use crate::guest::vmm::Vmm;
+use crate::host::threads;
 
 /// Where a machine begins.
 pub enum Start {
@@ -95,9 +96,9 @@ async fn doubt(found: Found, mut word: Word) {
     };
     if let Some(why) = why {
         log::warn!("template: {why}; the VM boots without it, and the next makes another");
-        let removed =
-            crate::host::threads::blocking(move || Ok(found.remove())).await.ok().and_then(Result::err);
-        removed.into_iter().for_each(|e| log::warn!("template: {e}"));
+        if let Err(e) = in_store(move || found.remove()).await {
+            log::warn!("template: {e}");
+        }
     }
 }
 
@@ -112,15 +113,18 @@ async fn finish(draft: Draft, mut made: Word, known: impl Future<Output = ()>) {
         made = made.wait_for(Option::is_some) => made.ok().and_then(|made| made.clone()),
         () = known => return log::warn!("no template: the guest's agent has not said that one can be made of it"),
     };
-    let failed = match made {
-        Some(Ok(())) => {
-            crate::host::threads::blocking(move || Ok(draft.commit())).await.ok().and_then(Result::err)
-        }
-        Some(Err(why)) => return log::warn!("no template: {why}"),
-        None => return log::warn!("no template: the VM ended before it was made"),
+    let made = match made {
+        Some(Ok(())) => in_store(move || draft.commit()).await.map_err(|e| e.to_string()),
+        Some(Err(why)) => Err(why),
+        None => Err("the VM ended before it was made".to_owned()),
     };
-    match failed {
-        Some(e) => log::warn!("no template: {e}"),
-        None => log::info!("the template is made"),
+    match made {
+        Ok(()) => log::info!("the template is made"),
+        Err(why) => log::warn!("no template: {why}"),
     }
+}
+
+/// What blocks on the directory of templates.
+async fn in_store(work: impl FnOnce() -> Result<(), Error> + Send + 'static) -> crate::error::Result<()> {
+    threads::blocking(move || work().map_err(|e| crate::error::Error::Host(e.to_string()))).await
 }

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use katana_protocol::agent::{Change, change::Kind};
 use nix::errno::Errno;
@@ -89,6 +90,9 @@ impl AsRawFd for Queue {
     }
 }
 
+/// From one attempt to the next when there is no thread.
+const RETRY: Duration = Duration::from_secs(1);
+
 struct Watches {
     queue: AsyncFd<Queue>,
     share: Arc<OwnedFd>,
@@ -111,12 +115,23 @@ async fn pass_on(watches: Arc<Watches>, agent: Agent) {
             Err(e) => return log::error!("changes of files are not passed on any more: {e}"),
         };
         let _sending = watches.sending.lock().await;
-        let digesting = Arc::clone(&watches);
-        let changes =
-            crate::host::threads::blocking(move || Ok(digesting.digest(&events))).await.unwrap_or_default();
+        let changes = digest(&watches, events).await;
         if let Err(e) = send(&agent, changes).await {
             return log::debug!("changes of files are not passed on any more: {e}");
         }
+    }
+}
+
+/// What the events mean. They are not read again, so a lack of threads is waited out.
+async fn digest(watches: &Arc<Watches>, events: Vec<InotifyEvent>) -> Vec<Change> {
+    let events = Arc::new(events);
+    loop {
+        let (watches, events) = (Arc::clone(watches), Arc::clone(&events));
+        match crate::host::threads::blocking(move || Ok(watches.digest(&events))).await {
+            Ok(changes) => return changes,
+            Err(e) => log::warn!("changes of files: {e}"),
+        }
+        tokio::time::sleep(RETRY).await;
     }
 }
 

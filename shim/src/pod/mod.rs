@@ -429,7 +429,12 @@ impl Pod {
         if self.sandboxed.get().is_some() && id == self.id() {
             self.shut_down_with_all().await;
         } else if self.containers().is_empty() {
-            self.stop.send_replace(true);
+            // The Delete of the last one may be about to end the machine: a containerd that was restarted meanwhile
+            // does not know.
+            self.end_if_empty().await;
+            if self.containers().is_empty() {
+                self.stop.send_replace(true);
+            }
         }
     }
 

@@ -179,7 +179,7 @@ impl Share {
 
     /// [`Share::remove`] from async code.
     pub async fn remove_beside(self: Arc<Self>, id: String) -> Vec<PathBuf> {
-        let removed = crate::host::threads::blocking(move || Ok(self.remove(&id)));
+        let removed = crate::host::threads::cleanup(move || Ok(self.remove(&id)));
         removed.await.inspect_err(|e| log::error!("{e}")).unwrap_or_default()
     }
 
