@@ -7,7 +7,7 @@ use katana_tests::command::{Command, Output};
 use katana_tests::host::Host;
 use katana_tests::process::Process;
 use katana_tests::turn::alone;
-use katana_tests::{BUSYBOX, Container, Run, environment};
+use katana_tests::{BUSYBOX, Container, Containerd, Run, environment};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 /// What is done to the container.
@@ -120,6 +120,8 @@ fn a_lack_of_pids_while_it_runs_is_named() {
         return;
     }
     const GROUP: &str = "/sys/fs/cgroup/katana-faults";
+    let log = || std::fs::read_to_string(Containerd::current().log()).expect("containerd's log");
+    let lines = log().lines().count();
     let texts = ["Resource temporarily unavailable"];
     expect_named("more pids", &texts, &[0], |shim, more, operation| {
         let group = Path::new(GROUP);
@@ -137,6 +139,11 @@ fn a_lack_of_pids_while_it_runs_is_named() {
         assert!(gone, "{GROUP} is still in use");
         output
     });
+    // The shim itself removes what is left, also then: containerd's `delete` would hide that it did not.
+    let log = log();
+    let dropped = |line: &&str| line.contains("/run/kata-containers/sandboxes/") && line.contains("thread: ");
+    let dropped: Vec<_> = log.lines().skip(lines).filter(dropped).collect();
+    assert!(dropped.is_empty(), "{dropped:#?}");
 }
 
 /// The file system of the pods' own files is full.
