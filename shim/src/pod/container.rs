@@ -1,5 +1,6 @@
 //! A container: its first process, its execs, its place in the pod.
 
+mod execs;
 mod kill;
 
 use std::collections::HashMap;
@@ -7,11 +8,8 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
 
-use containerd_shim_protos::events::task::{
-    TaskExecAdded, TaskExecStarted, TaskExit, TaskPaused, TaskResumed, TaskStart,
-};
+use containerd_shim_protos::events::task::{TaskExit, TaskPaused, TaskResumed, TaskStart};
 use nix::libc::SIGKILL;
 use serde_json::{Map, Value};
 
@@ -274,7 +272,7 @@ impl Container {
     }
 
     async fn start_init(self: &Arc<Self>) -> Result<()> {
-        may_start(&self.init)?;
+        self.init.may_start()?;
         self.machine.starting(&self.spec).await?;
         self.agent.start_container(&self.id).await?;
         log::debug!("timeline: container started");
@@ -286,84 +284,6 @@ impl Container {
             log::warn!("container {}: {e}", self.id);
         }
         Ok(())
-    }
-
-    async fn start_exec(self: &Arc<Self>, process: &Arc<Process>) -> Result<()> {
-        may_start(process)?;
-        match self.try_start_exec(process).await {
-            Ok(pid) => {
-                process.started();
-                self.events.publish(&TaskExecStarted {
-                    container_id: self.id.clone(),
-                    exec_id: process.name.exec.clone(),
-                    pid,
-                    ..Default::default()
-                });
-                self.follow(process);
-                Ok(())
-            }
-            Err(e) => {
-                // It will never run, and nobody must wait for its end.
-                process.stopped(Exit { status: 255, at: SystemTime::now() });
-                Err(e)
-            }
-        }
-    }
-
-    async fn try_start_exec(&self, process: &Process) -> Result<u32> {
-        let namespace = self.events.namespace();
-        let mut streams = Streams::open(&process.paths, &self.id, namespace, &self.machine.ports).await?;
-        let spec = process.spec_for_guest();
-        let answer = self.agent.exec_process(&process.name, spec, streams.ports()).await;
-        let pid = self.with_streams(process, &mut streams, answer).await?;
-        process.exists(pid, streams);
-        Ok(pid)
-    }
-
-    /// Adds an exec, to be started later.
-    pub fn add_exec(&self, exec: &str, spec: Map<String, Value>, paths: Paths) -> Result<()> {
-        match self.init.phase() {
-            Phase::Stopped(_) => {
-                return Err(Error::FailedPrecondition("cannot exec in a stopped state".into()));
-            }
-            _ if self.is_paused() => {
-                return Err(Error::FailedPrecondition("cannot exec in a paused state".into()));
-            }
-            _ => {}
-        }
-        let name = ProcessName { container: self.id.clone(), exec: exec.to_owned() };
-        {
-            let mut execs = self.execs();
-            if execs.contains_key(exec) {
-                return Err(Error::AlreadyExists(format!("id {exec}")));
-            }
-            execs.insert(exec.to_owned(), Process::new(name, paths, spec));
-        }
-        let (container_id, exec_id) = (self.id.clone(), exec.to_owned());
-        self.events.publish(&TaskExecAdded { container_id, exec_id, ..Default::default() });
-        Ok(())
-    }
-
-    /// Removes an exec that does not run.
-    pub async fn delete_exec(&self, exec: &str) -> Result<(u32, Exit)> {
-        let process = self.process(exec)?;
-        let exit = match process.phase() {
-            Phase::Running => {
-                return Err(Error::FailedPrecondition("cannot delete a running process".into()));
-            }
-            Phase::Stopped(exit) => exit,
-            Phase::Created => Exit { status: 0, at: SystemTime::now() },
-        };
-        if process.guest_pid() != 0
-            && !self.machine.is_dead()
-            && let Err(e) = self.agent.remove_process(&process.name).await
-        {
-            log::warn!("remove exec {exec} of container {}: {e}", self.id);
-        }
-        // Whoever waits for an exec that never ran stops waiting.
-        process.stopped(exit);
-        self.execs().remove(exec);
-        Ok((process.guest_pid(), exit))
     }
 
     /// Removes the container, which must not run: from the guest if that goes on, then from the host.
@@ -487,13 +407,5 @@ impl Container {
             return Err(Error::NotFound("cgroup deleted".into()));
         }
         self.agent.container_stats(&self.id).await
-    }
-}
-
-fn may_start(process: &Process) -> Result<()> {
-    match process.phase() {
-        Phase::Created => Ok(()),
-        Phase::Running => Err(Error::FailedPrecondition("cannot start a running process".into())),
-        Phase::Stopped(_) => Err(Error::FailedPrecondition("cannot start a stopped process".into())),
     }
 }

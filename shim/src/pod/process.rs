@@ -43,7 +43,8 @@ pub struct Process {
     pub paths: Paths,
     /// An exec's OCI process.
     pub spec: Map<String, Value>,
-    /// Held while the process is started, until its start is published: its end is published afterwards.
+    /// Held while the process is started, until its start is published: its end is published afterwards. Held as well
+    /// by who deletes an exec, and taken by who signals one: the program that comes of a start would be nobody's.
     pub starting: tokio::sync::Mutex<()>,
     phase: watch::Sender<Phase>,
     guest_pid: AtomicU32,
@@ -74,6 +75,21 @@ impl Process {
     /// Where it is.
     pub fn phase(&self) -> Phase {
         *self.phase.borrow()
+    }
+
+    /// Where it is, once it is not being started.
+    pub async fn settled(&self) -> Phase {
+        let _starting = self.starting.lock().await;
+        self.phase()
+    }
+
+    /// Start is for what has been created only.
+    pub fn may_start(&self) -> Result<()> {
+        match self.phase() {
+            Phase::Created => Ok(()),
+            Phase::Running => Err(Error::FailedPrecondition("cannot start a running process".into())),
+            Phase::Stopped(_) => Err(Error::FailedPrecondition("cannot start a stopped process".into())),
+        }
     }
 
     /// How it ended, if it has.

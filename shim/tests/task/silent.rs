@@ -1,5 +1,7 @@
 //! A guest that does not answer: its agent is stopped.
 
+use std::time::Duration;
+
 use containerd_shim_protos::api::{PidsRequest, StatsRequest, Status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -9,12 +11,12 @@ use ttrpc::Code;
 use crate::containerd::{Containerd, can_run, code_and_text, ctx, eventually};
 
 /// Stops the agent of a container's machine.
-async fn stop_agent(containerd: &Containerd) {
-    stop_agent_of(containerd.state("").await.unwrap().pid).await;
+async fn stop_agent(containerd: &Containerd) -> Pid {
+    stop_agent_of(containerd.state("").await.unwrap().pid).await
 }
 
 /// Likewise, of a machine by its pid.
-pub async fn stop_agent_of(machine: u32) {
+pub async fn stop_agent_of(machine: u32) -> Pid {
     let children = || {
         let tasks = std::fs::read_dir(format!("/proc/{machine}/task")).unwrap().flatten();
         let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
@@ -32,6 +34,7 @@ pub async fn stop_agent_of(machine: u32) {
         stat.rsplit_once(") ").unwrap().1.starts_with('T')
     };
     eventually(stopped).await;
+    Pid::from_raw(agent)
 }
 
 #[tokio::test]
@@ -98,4 +101,78 @@ async fn sigkill_ends_a_container_whose_machine_is_stopped() {
     containerd.delete("").await.unwrap();
     containerd.shut_down().await;
     assert_eq!(containerd.topics(), ["create", "start", "exit", "delete"]);
+}
+
+/// Until Start of an exec is under way: the shim has opened the exec's output.
+async fn starts(containerd: &Containerd, exec: &str) {
+    let output = containerd.directory.join(exec);
+    eventually(|| output.exists()).await;
+}
+
+/// A client that has given up on Start ends the exec as containerd's `Delete(WithProcessKill)` does.
+#[tokio::test]
+async fn an_exec_that_is_ended_while_it_starts_is_gone() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start("starting").await;
+    containerd.run("exec sleep 1000").await;
+    let agent = stop_agent(&containerd).await;
+    let end = async {
+        starts(&containerd, "e").await;
+        let ended = async {
+            match containerd.kill("e", 9).await {
+                Ok(()) => drop(containerd.wait("e").await),
+                Err(e) => assert_eq!(code_and_text(e).0, Code::FAILED_PRECONDITION),
+            }
+            containerd.delete("e").await.unwrap();
+        };
+        tokio::pin!(ended);
+        // They are not answered before the agent goes on.
+        let early = tokio::time::timeout(Duration::from_millis(500), &mut ended).await.is_ok();
+        kill(agent, Signal::SIGCONT).unwrap();
+        if !early {
+            ended.await;
+        }
+    };
+    let (started, ()) = tokio::join!(containerd.exec("e", "exec sleep 1001"), end);
+    started.unwrap();
+    let request = PidsRequest { id: containerd.id(), ..Default::default() };
+    let processes = containerd.client.pids(ctx(), &request).await.unwrap().processes;
+    assert_eq!(processes.len(), 1, "{processes:?}");
+    containerd.exec("e", "exit 4").await.unwrap();
+    assert_eq!(containerd.wait("e").await, 4);
+    containerd.kill("", 9).await.unwrap();
+    containerd.wait("").await;
+    containerd.delete("").await.unwrap();
+    containerd.shut_down().await;
+}
+
+/// An exec that is being started holds nothing up but what is asked for it alone.
+#[tokio::test]
+async fn sigkill_ends_a_container_while_an_exec_starts() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start("silent-exec").await;
+    containerd.run("exec sleep 1000").await;
+    stop_agent(&containerd).await;
+    let kill_exec = async {
+        starts(&containerd, "e").await;
+        containerd.kill("e", 9).await
+    };
+    let kill_all = async {
+        starts(&containerd, "e").await;
+        containerd.kill("", 9).await.unwrap();
+        assert_eq!(containerd.wait("").await, 137);
+    };
+    let (started, killed, ()) = tokio::join!(containerd.exec("e", "exec sleep 1001"), kill_exec, kill_all);
+    // Not that the agent did not answer in time, for which Start waits longer.
+    let (code, text) = code_and_text(started.unwrap_err());
+    assert!(text.starts_with("kata-vmm was killed by SIGKILL"), "{code:?} {text}");
+    assert_eq!(code_and_text(killed.unwrap_err()).0, Code::NOT_FOUND);
+    containerd.delete("e").await.unwrap();
+    containerd.delete("").await.unwrap();
+    containerd.shut_down().await;
+    assert_eq!(containerd.traces(), Vec::<String>::new());
 }

@@ -104,10 +104,12 @@ impl Container {
         });
     }
 
-    /// Signals a process, or all of the container.
+    /// Signals a process, or all of the container. An exec's start is waited for: it has a limit. The container's first
+    /// process is in the guest from Create on, so its end waits for nothing.
     pub async fn kill(self: &Arc<Self>, exec: &str, signal: u32, all: bool) -> Result<()> {
         let process = self.process(exec)?;
-        match process.phase() {
+        let phase = if exec.is_empty() { process.phase() } else { process.settled().await };
+        match phase {
             Phase::Stopped(_) => return Err(Error::already_finished()),
             Phase::Created if !exec.is_empty() => {
                 return Err(Error::FailedPrecondition(format!("process {exec} is not started")));
