@@ -9,6 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
 
 use katana_protocol::vmm::{CONTROL_FD, Event, ExitReason, Request, receive, send};
 use katana_protocol::{AGENT_PORT, FIRST_STREAM_PORT, GUEST_SHARE};
@@ -69,13 +70,13 @@ fn stand_in() {
         .collect();
     // The agent's namespaces leave no way to make any later.
     let threads = (0..THREADS).map(|_| placeholder()).collect();
-    let lost = machine.kernel_params.split_once("lose=").map(|(_, stream)| stream.trim().parse().unwrap());
+    let lost = Lost::of(&machine.kernel_params);
     let silent = machine.kernel_params.contains("fail=silent");
     make_guest_of_namespace(&directory, &fds[3]);
     // From now on the shim mounts in there.
     send(control, &Event::Running, &[]).unwrap();
     let mut agent = (!silent).then(|| start_agent(&directory));
-    forward(control, &listeners, threads, lost.map(|stream: u32| FIRST_STREAM_PORT + stream));
+    forward(control, &listeners, threads, lost);
     if let Some(agent) = &mut agent {
         agent.kill().unwrap();
         agent.wait().unwrap();
@@ -83,13 +84,30 @@ fn stand_in() {
     fs::remove_dir_all(directory).unwrap();
 }
 
-/// Passes connections on, and gives threads away that do nothing, until the shim is gone. The connection to the port
-/// `lost` comes as to a shim that may have no more descriptors.
+/// The stream that comes as to a shim that may have no more descriptors.
+#[derive(Clone, Copy)]
+struct Lost {
+    port: u32,
+    /// Until it comes, what is short has ended.
+    delay: Duration,
+}
+
+impl Lost {
+    /// The kernel parameter `lose=STREAM` or `lose=STREAM,MILLISECONDS`.
+    fn of(parameters: &str) -> Option<Self> {
+        let value = parameters.split_whitespace().find_map(|word| word.strip_prefix("lose="))?;
+        let (stream, delay) = value.split_once(',').unwrap_or((value, "0"));
+        let port = FIRST_STREAM_PORT + stream.parse::<u32>().unwrap();
+        Some(Self { port, delay: Duration::from_millis(delay.parse().unwrap()) })
+    }
+}
+
+/// Passes connections on, and gives threads away that do nothing, until the shim is gone.
 fn forward(
     control: BorrowedFd<'_>,
     listeners: &HashMap<u32, UnixListener>,
     mut threads: Vec<(i32, Sender<()>)>,
-    lost: Option<u32>,
+    lost: Option<Lost>,
 ) {
     let mut kept = Vec::new();
     let mut placeholders = HashMap::new();
@@ -120,7 +138,8 @@ fn forward(
             if fd.any() == Some(true) {
                 let connection = listener.accept().unwrap().0;
                 let event = Event::Connection { port: **port };
-                if Some(**port) == lost {
+                if let Some(lost) = lost.filter(|lost| lost.port == **port) {
+                    std::thread::sleep(lost.delay);
                     send(control, &event, &[]).unwrap();
                     // The agent does not find it closed.
                     kept.push(connection);

@@ -178,6 +178,25 @@ async fn an_exec_whose_stream_is_lost_ends_alone() {
     assert_eq!(containerd.traces(), Vec::<String>::new());
 }
 
+/// Nothing is left of one that has ended by then.
+#[tokio::test]
+async fn an_exec_that_ended_before_its_stream_was_lost_leaves_its_id() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start_with("lost-late", "lose=2,500").await;
+    containerd.run("exec sleep 1000").await;
+    let (_, text) = code_and_text(containerd.exec("e", "true").await.unwrap_err());
+    assert_eq!(text, "connection of the guest: Too many open files");
+    containerd.delete("e").await.unwrap();
+    containerd.exec("e", "exit 4").await.unwrap();
+    assert_eq!(containerd.wait("e").await, 4);
+    containerd.kill("", 9).await.unwrap();
+    containerd.wait("").await;
+    containerd.delete("").await.unwrap();
+    containerd.shut_down().await;
+}
+
 /// The end of its streams is no reason.
 #[tokio::test]
 async fn an_exec_whose_machine_ends_says_why() {

@@ -67,7 +67,10 @@ impl Container {
         let name = &process.name;
         let is_init = name.exec.is_empty();
         let ended = async {
-            self.agent.signal_process(name, SIGKILL.unsigned_abs(), is_init).await?;
+            // It may have ended already, and is to be removed all the same.
+            if let Err(e) = self.agent.signal_process(name, SIGKILL.unsigned_abs(), is_init).await {
+                log::debug!("container {} exec {:?}: {e}", name.container, name.exec);
+            }
             self.agent.wait_process(name).await?;
             if is_init {
                 let has_disks = self.machine.has_disks(&self.id).await;
