@@ -75,21 +75,42 @@ pub struct Parts {
     pub limits: Limits,
 }
 
+/// What a container becomes in the guest.
+struct GuestPart {
+    /// Its specification there.
+    spec: Vec<u8>,
+    streams: Streams,
+    uses: Uses,
+    /// Whether later mounts of the host are to appear in it.
+    follows: bool,
+    /// Where changes by the host are watched for.
+    watched: Vec<PathBuf>,
+}
+
 impl Container {
     /// Creates a container in a machine that may still be booting. On failure nothing is left of it.
     pub async fn create(parts: Parts, machine: Arc<Machine>, events: Arc<Publisher>) -> Result<Arc<Self>> {
         let id = parts.id.clone();
-        let created = Self::try_create(parts, Arc::clone(&machine), events).await;
-        if created.is_err() {
-            machine.release_disks(&id).await;
-            machine.release_pid(&id).await;
-            machine.members.remove(&id);
-            machine.remove_from_share(id).await;
+        let (container, guest_part) = match Self::prepare(parts, Arc::clone(&machine), events).await {
+            Ok(prepared) => prepared,
+            Err(e) => {
+                remove_from_host(&machine, &id, None).await;
+                return Err(e);
+            }
+        };
+        if let Err(e) = container.create_in_guest(guest_part).await {
+            remove_from_host(&machine, &id, Some(&container)).await;
+            return Err(e);
         }
-        created
+        Ok(container)
     }
 
-    async fn try_create(parts: Parts, machine: Arc<Machine>, events: Arc<Publisher>) -> Result<Arc<Self>> {
+    /// All that comes before the hooks.
+    async fn prepare(
+        parts: Parts,
+        machine: Arc<Machine>,
+        events: Arc<Publisher>,
+    ) -> Result<(Arc<Self>, GuestPart)> {
         let Parts { id, namespace, bundle, spec, layers, paths, pod, first, limits } = parts;
         let pause = spec.is_sandbox();
         let host_limits = Arc::clone(&machine);
@@ -104,7 +125,7 @@ impl Container {
         .await?;
         let (spec, bundle, layers, pod) = found;
         let (disks, on_disks) = machine.attach_disks(&id, wanted).await?;
-        let mut streams = Streams::open(&paths, &id, &namespace, &machine.ports).await?;
+        let streams = Streams::open(&paths, &id, &namespace, &machine.ports).await?;
         let (stand_ins, sockets) = if pause {
             Default::default()
         } else {
@@ -148,28 +169,31 @@ impl Container {
             agent,
             events,
         });
-        container
-            .run_hooks("creating", |hooks| [&hooks.prestart[..], &hooks.create_runtime].concat())
-            .await?;
-        if container.spec.hooks.is_some() {
-            // That is where container engines without CNI set up a network.
-            container.machine.update_network(&container.spec).await?;
-        }
         let uses = Uses { disks, sockets: stand_ins, mounts: added.mounts };
-        container.machine.members.add(&container.id);
-        let answer =
-            container.agent.create_container(&container.id, guest_spec, streams.ports(), pause, uses).await;
-        let pid = container.with_streams(&container.init, &mut streams, answer).await?;
+        let (follows, watched) = (added.follows, added.watched);
+        Ok((container, GuestPart { spec: guest_spec, streams, uses, follows, watched }))
+    }
+
+    /// Runs the hooks of its creation, then creates it in the guest.
+    async fn create_in_guest(self: &Arc<Self>, part: GuestPart) -> Result<()> {
+        let GuestPart { spec, mut streams, uses, follows, watched } = part;
+        self.run_hooks("creating", |hooks| [&hooks.prestart[..], &hooks.create_runtime].concat()).await?;
+        if self.spec.hooks.is_some() {
+            // That is where container engines without CNI set up a network.
+            self.machine.update_network(&self.spec).await?;
+        }
+        self.machine.members.add(&self.id);
+        let pause = self.spec.is_sandbox();
+        let answer = self.agent.create_container(&self.id, spec, streams.ports(), pause, uses).await;
+        let pid = self.with_streams(&self.init, &mut streams, answer).await?;
         log::debug!("timeline: container created");
-        container.init.exists(pid, streams);
-        container.machine.watch(added.watched);
-        if added.follows
-            && let Err(e) = container.machine.follow_mounts().await
-        {
+        self.init.exists(pid, streams);
+        self.machine.watch(watched);
+        if follows && let Err(e) = self.machine.follow_mounts().await {
             log::warn!("later mounts of the host do not appear: {e}");
         }
-        container.follow(&container.init);
-        Ok(container)
+        self.follow(&self.init);
+        Ok(())
     }
 
     async fn run_hooks(
@@ -311,13 +335,7 @@ impl Container {
             log::error!("remove container {}: {e}", self.id);
         }
         drop(std::mem::take(&mut *self.sockets.lock().unwrap_or_else(PoisonError::into_inner)));
-        self.machine.release_disks(&self.id).await;
-        self.machine.remove_from_share(self.id.clone()).await;
-        if let Err(e) = self.run_hooks("stopped", |hooks| hooks.poststop.clone()).await {
-            log::warn!("container {}: {e}", self.id);
-        }
-        self.machine.release_pid(&self.id).await;
-        self.machine.members.remove(&self.id);
+        remove_from_host(&self.machine, &self.id, Some(self)).await;
         *deleted = true;
         Ok(exit)
     }
@@ -408,4 +426,19 @@ impl Container {
         }
         self.agent.container_stats(&self.id).await
     }
+}
+
+/// Takes away what is left of a container that is not in the guest any more, or never was. There is a container once
+/// the hooks of its creation may have begun: those of its end take back what they set up, also when the creation
+/// fails.
+async fn remove_from_host(machine: &Arc<Machine>, id: &str, container: Option<&Arc<Container>>) {
+    machine.release_disks(id).await;
+    machine.remove_from_share(id.to_owned()).await;
+    if let Some(container) = container
+        && let Err(e) = container.run_hooks("stopped", |hooks| hooks.poststop.clone()).await
+    {
+        log::warn!("container {id}: {e}");
+    }
+    machine.release_pid(id).await;
+    machine.members.remove(id);
 }

@@ -101,6 +101,36 @@ async fn containers_that_cannot_be_made() {
     containerd.shut_down().await;
 }
 
+/// What hooks of its creation have set up, those of its end take away.
+#[tokio::test]
+async fn a_container_that_cannot_be_made_has_an_end() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start("unmade").await;
+    let (there, ran) = (containerd.directory.join("there"), containerd.directory.join("ran"));
+    let shell = |script: String| json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+    let create = shell(format!(": > {}; : > {}", there.display(), ran.display()));
+    let stopped = format!("case $s in *'\"status\":\"stopped\"'*) exec /bin/rm {};; esac", there.display());
+    let hooks = |create| json!({"createRuntime": create, "poststop": [shell(format!("read s; {stopped}"))]});
+    let cases = [
+        // In the guest.
+        (
+            json!([create]),
+            json!([{"destination": "/mnt", "type": "nonsense", "source": "x"}]),
+            "error mounting \"x\"",
+        ),
+        (json!([create, shell("exit 9".into())]), json!([]), "exit status: 9"),
+    ];
+    for (create, mounts, expected) in cases {
+        containerd.configure_container(&json!({"hooks": hooks(create), "mounts": mounts}));
+        fails(&containerd, expected).await;
+        fs::remove_file(&ran).unwrap();
+        assert!(!there.exists());
+    }
+    containerd.shut_down().await;
+}
+
 #[tokio::test]
 async fn a_start_that_fails_says_why_in_one_line() {
     if !can_run() {
