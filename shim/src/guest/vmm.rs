@@ -111,19 +111,19 @@ impl Vmm {
         // The command holds a copy as well, and only the VMM's must be left.
         drop((theirs, command));
         let pid = child.id();
-        let process = i32::try_from(pid).map_err(|_| io::ErrorKind::InvalidData.into()).and_then(PidFd::open);
-        let process = process.map_err(|e| failed(&e))?;
+        let process = PidFd::of_child(&mut child).map_err(|e| failed(&e))?;
         // The kernel passes the shim's own protection from the OOM killer on to its children.
         if let Err(e) = fs::write(format!("/proc/{pid}/oom_score_adj"), "0") {
             log::warn!("oom_score_adj of the VMM: {e}");
         }
-        if let Err(e) = spawned(pid) {
-            process.kill();
-            let _ = child.wait();
-            return Err(e);
-        }
         let stderr = child.stderr.take();
-        Self::listen(ours, process, pid, ports, stderr).map_err(|e| failed(&e))
+        let started = spawned(pid)
+            .and_then(|()| Self::listen(ours, process, pid, ports, stderr).map_err(|e| failed(&e)));
+        if started.is_err() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        started
     }
 
     fn listen(

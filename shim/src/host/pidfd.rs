@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use katana_protocol::kernel;
@@ -79,6 +80,18 @@ impl PidFd {
         let fd = i32::try_from(fd).map_err(|_| io::ErrorKind::InvalidData)?;
         // SAFETY: the kernel has just made this descriptor for us.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// A child that has just been started. When there is no descriptor for it, nobody could wait for it: it is killed
+    /// and reaped.
+    pub fn of_child(child: &mut Child) -> io::Result<Self> {
+        let opened =
+            i32::try_from(child.id()).map_err(|_| io::ErrorKind::InvalidData.into()).and_then(Self::open);
+        if opened.is_err() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        opened
     }
 
     /// The process that was written down, if it still lives.

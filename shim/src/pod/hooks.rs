@@ -1,12 +1,13 @@
 //! The hooks of a specification that run on the host (runtime-spec, "POSIX-platform Hooks").
 
-use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::{ChildStdin, Command, Stdio};
+use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde_json::json;
 
 use crate::error::{Error, Result, one_line};
@@ -58,10 +59,10 @@ fn run_one(hook: &Hook, state: &str) -> std::result::Result<(), String> {
     fds::usual_limit(&mut command);
     let why = |e: std::io::Error| crate::error::reason(&e);
     let mut child = command.spawn().map_err(why)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A hook need not read its input.
-        let _ = stdin.write_all(state.as_bytes());
-    }
+    let process = PidFd::of_child(&mut child).map_err(why)?;
+    // More seconds than a clock can count are as good as none.
+    let limit = hook.timeout.map_or(DEFAULT_LIMIT, |limit| Duration::from_secs(limit.min(u32::MAX.into())));
+    let end = Instant::now() + limit;
     let listen = |stderr| std::thread::Builder::new().spawn(move || tail(stderr));
     let stderr = match child.stderr.take().map(listen).transpose() {
         Ok(stderr) => stderr,
@@ -71,9 +72,10 @@ fn run_one(hook: &Hook, state: &str) -> std::result::Result<(), String> {
             return Err(why(e));
         }
     };
-    let process = PidFd::open(i32::try_from(child.id()).unwrap_or_default()).map_err(why)?;
-    let limit = hook.timeout.map_or(DEFAULT_LIMIT, Duration::from_secs);
-    let in_time = process.wait(limit);
+    if let Some(stdin) = child.stdin.take() {
+        feed(stdin, state.as_bytes(), &process, end);
+    }
+    let in_time = process.wait(end.saturating_duration_since(Instant::now()));
     if !in_time {
         process.kill();
     }
@@ -88,12 +90,43 @@ fn run_one(hook: &Hook, state: &str) -> std::result::Result<(), String> {
     Err(format!("{status}, stderr: {}", one_line(&said)))
 }
 
+/// Gives a hook its input, which it need not read, until the hook or its time has ended.
+fn feed(mut stdin: ChildStdin, mut state: &[u8], process: &PidFd, end: Instant) {
+    if fcntl(&stdin, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).is_err() {
+        return;
+    }
+    while !state.is_empty() {
+        match stdin.write(state) {
+            Ok(length) => state = state.get(length..).unwrap_or_default(),
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                let left = end.saturating_duration_since(Instant::now());
+                if left.is_zero() || !may_be_written(&stdin, process, left) {
+                    return;
+                }
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+/// Waits until there is room for more of a hook's input; false once the hook has ended, whoever else holds its input.
+fn may_be_written(stdin: &ChildStdin, process: &PidFd, limit: Duration) -> bool {
+    let wanted = |fd: BorrowedFd<'_>, events| libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    let mut fds = [wanted(stdin.as_fd(), libc::POLLOUT), wanted(process.as_fd(), libc::POLLIN)];
+    let timeout = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: two pollfds that outlive the call.
+    let _ = unsafe { libc::poll(fds.as_mut_ptr(), 2, timeout) };
+    let [_, ended] = fds;
+    ended.revents == 0
+}
+
 /// What a hook says, up to 4 KiB. A process that it left behind may hold the pipe, so reading ends after a while.
 fn tail(mut stderr: impl Read + AsFd) -> String {
     let mut said = vec![0; 4096];
     let mut length = 0;
     while let Some(room) = said.get_mut(length..).filter(|room| !room.is_empty()) {
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&stderr.as_fd());
+        let fd = stderr.as_fd().as_raw_fd();
         let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd that outlives the call.
         if unsafe { libc::poll(&raw mut poll, 1, 1000) } <= 0 {
@@ -118,8 +151,11 @@ mod tests {
     }
 
     fn try_run(hook: Hook) -> Result<()> {
-        let spec = Spec::default();
-        let state = State { id: "c1", status: "creating", pid: 7, bundle: Path::new("/b"), spec: &spec };
+        try_run_for(&Spec::default(), hook)
+    }
+
+    fn try_run_for(spec: &Spec, hook: Hook) -> Result<()> {
+        let state = State { id: "c1", status: "creating", pid: 7, bundle: Path::new("/b"), spec };
         run(&[hook], &state)
     }
 
@@ -133,5 +169,30 @@ mod tests {
         assert_eq!(error, "error running hook #0: /bin/sh did not end within 0 s");
         let error = try_run(Hook { path: "/nowhere".into(), ..Hook::default() }).unwrap_err().to_string();
         assert_eq!(error, "error running hook #0: /nowhere No such file or directory");
+    }
+
+    #[test]
+    fn more_state_than_a_pipe_holds_counts_in_the_limit() {
+        let annotations = [("a".into(), "x".repeat(200 << 10))].into();
+        let spec = Spec { annotations, ..Spec::default() };
+        try_run_for(&spec, shell("s=$(cat); [ ${#s} -gt 204800 ]", None)).unwrap();
+        // Read in part, or not at all.
+        try_run_for(&spec, shell("head -c 100000 >/dev/null", None)).unwrap();
+        try_run_for(&spec, shell("exit 0", None)).unwrap();
+        let error = try_run_for(&spec, shell("exec sleep 100", Some(1))).unwrap_err().to_string();
+        assert_eq!(error, "error running hook #0: /bin/sh did not end within 1 s");
+    }
+
+    #[test]
+    fn a_hook_that_cannot_be_watched_does_not_run_on() {
+        use without::without;
+        mod without {
+            include!("../../../protocol/src/kernel/without.rs");
+        }
+        without("pidfd_open", || {
+            let error = try_run(shell("exec sleep 100", None)).unwrap_err().to_string();
+            assert!(error.contains("pidfd_open"), "{error}");
+            assert_eq!(std::fs::read_to_string("/proc/thread-self/children").unwrap(), "");
+        });
     }
 }

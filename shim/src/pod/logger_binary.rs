@@ -42,12 +42,14 @@ pub async fn start(uri: &str, container: &str, namespace: &str) -> Result<Logger
     let (ready, ready_writer) = fds::pipe().map_err(failed)?;
     fds::pass(&mut command, &[(stdout.as_fd(), 3), (stderr.as_fd(), 4), (ready_writer.as_fd(), 5)])
         .map_err(failed)?;
-    let child = command.spawn().map_err(failed)?;
-    let process =
-        i32::try_from(child.id()).map_err(|_| io::ErrorKind::InvalidData.into()).and_then(PidFd::open);
-    let process = process.map_err(failed)?;
-    drop((command, ready_writer));
     let ready = pipe::Receiver::from_owned_fd(ready).map_err(failed)?;
+    let logger = Logger {
+        stdout: pipe::Sender::from_owned_fd(stdout_writer).map_err(failed)?,
+        stderr: pipe::Sender::from_owned_fd(stderr_writer).map_err(failed)?,
+    };
+    // Last of what can fail, so that no logger runs that nobody waits for.
+    let process = PidFd::of_child(&mut command.spawn().map_err(failed)?).map_err(failed)?;
+    drop((command, ready_writer));
     let in_time = tokio::time::timeout(LIMIT, ready.readable()).await.is_ok();
     if !in_time {
         process.kill();
@@ -62,10 +64,7 @@ pub async fn start(uri: &str, container: &str, namespace: &str) -> Result<Logger
             LIMIT.as_secs()
         )));
     }
-    Ok(Logger {
-        stdout: pipe::Sender::from_owned_fd(stdout_writer).map_err(failed)?,
-        stderr: pipe::Sender::from_owned_fd(stderr_writer).map_err(failed)?,
-    })
+    Ok(logger)
 }
 
 /// Each key of the query is an argument, and each value that is not empty one more.
@@ -135,5 +134,21 @@ mod tests {
     async fn a_logger_that_is_missing_is_named() {
         let error = start("/nowhere?x", "c", "n").await.err().unwrap().to_string();
         assert_eq!(error, "logger binary:///nowhere: No such file or directory");
+    }
+
+    #[test]
+    fn a_logger_that_cannot_be_watched_does_not_run_on() {
+        use without::without;
+        mod without {
+            include!("../../../protocol/src/kernel/without.rs");
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        for call in ["pidfd_open", "epoll_ctl"] {
+            without(call, || {
+                let started = runtime.block_on(start("/bin/sleep?100", "c", "n"));
+                assert!(started.is_err(), "{call}");
+                assert_eq!(std::fs::read_to_string("/proc/thread-self/children").unwrap(), "", "{call}");
+            });
+        }
     }
 }

@@ -34,6 +34,25 @@ async fn a_vmm_that_cannot_be_started_is_named() {
     assert_eq!(error.to_string(), "start \"/nowhere/kata-vmm\": No such file or directory");
 }
 
+#[test]
+fn a_vmm_that_cannot_be_watched_does_not_run_on() {
+    use without::without;
+    mod without {
+        include!("../../../../protocol/src/kernel/without.rs");
+    }
+    let path = program("unwatched", "exec sleep 100");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for call in ["pidfd_open", "epoll_ctl"] {
+        without(call, || {
+            let _in_runtime = runtime.enter();
+            let started = Vmm::spawn(&path, own_network().as_fd(), Ports::new(), |_| Ok(()));
+            assert!(started.is_err(), "{call}");
+            assert_eq!(fs::read_to_string("/proc/thread-self/children").unwrap(), "", "{call}");
+        });
+    }
+    fs::remove_file(path).unwrap();
+}
+
 #[tokio::test]
 async fn the_end_of_a_silent_vmm_is_explained() {
     assert_eq!(
