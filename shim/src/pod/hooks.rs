@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{ChildStdin, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -17,6 +19,8 @@ use crate::spec::{Hook, Spec};
 
 /// A hook without a limit of its own must not hold a container for ever.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(120);
+/// The most that is shown of what a hook says, bytes.
+const MOST_SAID: usize = 4096;
 
 /// A container's state as hooks read it from their standard input.
 pub struct State<'a> {
@@ -63,7 +67,9 @@ fn run_one(hook: &Hook, state: &str) -> std::result::Result<(), String> {
     // More seconds than a clock can count are as good as none.
     let limit = hook.timeout.map_or(DEFAULT_LIMIT, |limit| Duration::from_secs(limit.min(u32::MAX.into())));
     let end = Instant::now() + limit;
-    let listen = |stderr| std::thread::Builder::new().spawn(move || tail(stderr));
+    let ended = Arc::new(AtomicBool::new(false));
+    let ends = Arc::clone(&ended);
+    let listen = |stderr| std::thread::Builder::new().spawn(move || tail(stderr, &ends));
     let stderr = match child.stderr.take().map(listen).transpose() {
         Ok(stderr) => stderr,
         Err(e) => {
@@ -79,7 +85,9 @@ fn run_one(hook: &Hook, state: &str) -> std::result::Result<(), String> {
     if !in_time {
         process.kill();
     }
-    let status = child.wait().map_err(why)?;
+    let status = child.wait().map_err(why);
+    ended.store(true, Ordering::Relaxed);
+    let status = status?;
     if !in_time {
         return Err(format!("did not end within {} s", limit.as_secs()));
     }
@@ -121,23 +129,30 @@ fn may_be_written(stdin: &ChildStdin, process: &PidFd, limit: Duration) -> bool 
     ended.revents == 0
 }
 
-/// What a hook says, up to 4 KiB. A process that it left behind may hold the pipe, so reading ends after a while.
-fn tail(mut stderr: impl Read + AsFd) -> String {
-    let mut said = vec![0; 4096];
-    let mut length = 0;
-    while let Some(room) = said.get_mut(length..).filter(|room| !room.is_empty()) {
+/// What a hook says, the first 4 KiB of it. A hook that goes on must not find its standard error closed: SIGPIPE would
+/// end it. After its end, a process that it left behind may hold the pipe, so reading ends after a while.
+fn tail(mut stderr: impl Read + AsFd, ended: &AtomicBool) -> String {
+    let mut said = Vec::new();
+    let mut piece = [0; MOST_SAID];
+    loop {
         let fd = stderr.as_fd().as_raw_fd();
         let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd that outlives the call.
-        if unsafe { libc::poll(&raw mut poll, 1, 1000) } <= 0 {
+        let silent = unsafe { libc::poll(&raw mut poll, 1, 1000) } <= 0;
+        if ended.load(Ordering::Relaxed) && (silent || said.len() == MOST_SAID) {
             break;
         }
-        match stderr.read(room) {
+        if silent {
+            continue;
+        }
+        match stderr.read(&mut piece) {
             Ok(0) | Err(_) => break,
-            Ok(count) => length += count,
+            Ok(count) => {
+                let room = MOST_SAID - said.len();
+                said.extend(piece.iter().take(count.min(room)));
+            }
         }
     }
-    said.truncate(length);
     String::from_utf8_lossy(&said).into_owned()
 }
 
@@ -194,5 +209,12 @@ mod tests {
             assert!(error.contains("pidfd_open"), "{error}");
             assert_eq!(std::fs::read_to_string("/proc/thread-self/children").unwrap(), "");
         });
+    }
+
+    #[test]
+    fn a_hook_may_say_much_and_late() {
+        try_run(shell("seq 20000 >&2 && sleep 2 && echo late >&2", None)).unwrap();
+        let error = try_run(shell("sleep 2; echo late >&2; exit 3", None)).unwrap_err().to_string();
+        assert_eq!(error, "error running hook #0: /bin/sh exit status: 3, stderr: late");
     }
 }
