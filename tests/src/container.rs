@@ -8,6 +8,7 @@ use crate::command::{Command, Output, Running};
 use crate::configuration::Configuration;
 use crate::containerd::Containerd;
 use crate::environment;
+use crate::services::{self, Task};
 use crate::terminal::Terminal;
 
 /// `ctr` with these arguments.
@@ -214,26 +215,26 @@ impl Container {
         ctr_at(&self.containerd, &[&["tasks", verb], options, &[&self.id]].concat())
     }
 
-    /// The pid that `ctr tasks ls` shows.
+    /// The pid by which containerd knows its task.
     ///
     /// # Panics
     /// When it has none.
     #[track_caller]
     pub fn pid(&self) -> i32 {
-        let tasks = ctr_at(&self.containerd, &["tasks", "ls"]).output().ok().text();
-        let mut rows = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        let row = rows.find(|row| row.first() == Some(&self.id.as_str()));
-        let pid = row.and_then(|row| row.get(1)?.parse().ok());
-        pid.unwrap_or_else(|| panic!("no pid of {} in\n{tasks}", self.id))
+        let pid = self.listed_task().and_then(|task| i32::try_from(task.pid).ok());
+        pid.unwrap_or_else(|| panic!("{} has no task", self.id))
     }
 
-    /// What `ctr tasks ls` says about its task: RUNNING, STOPPED, PAUSED..., or nothing when there is none.
+    /// What containerd says about its task: RUNNING, STOPPED, PAUSED..., or nothing when there is none.
     #[track_caller]
     pub fn status(&self) -> Option<String> {
-        let tasks = ctr_at(&self.containerd, &["tasks", "ls"]).output().ok().text();
-        let mut rows = tasks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
-        rows.find(|row| row.first() == Some(&self.id.as_str()))
-            .and_then(|row| row.get(2).map(|s| (*s).to_owned()))
+        self.listed_task().map(|task| task.status)
+    }
+
+    #[track_caller]
+    fn listed_task(&self) -> Option<Task> {
+        let tasks = services::expect(|| services::tasks(&self.containerd));
+        tasks.into_iter().find(|task| task.container == self.id)
     }
 
     /// Waits for a status.
@@ -297,7 +298,13 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        remove(&self.containerd, &self.id);
+        // Most are gone by then. What cannot be asked for is removed.
+        let has_task = services::tasks(&self.containerd)
+            .map_or(true, |tasks| tasks.iter().any(|task| task.container == self.id));
+        let is_there = services::containers(&self.containerd).map_or(true, |all| all.contains(&self.id));
+        if has_task || is_there {
+            remove(&self.containerd, &self.id);
+        }
     }
 }
 

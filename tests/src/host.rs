@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::container::{Run, ctr};
+use crate::container::Run;
 use crate::containerd::Containerd;
-use crate::environment;
 use crate::process::Process;
+use crate::{environment, services};
 
 /// Directories that belong to Katana, or did to programs of its kind.
 const RUNTIME_DIRECTORIES: [&str; 4] = ["/run/kata-containers", "/run/kata", "/run/katana", "/run/vc"];
@@ -89,10 +89,11 @@ impl Host {
             let now = seen();
             let mut going_on = [changes(&before, &now), passing_processes()].concat();
             if going_on.is_empty() {
-                let listed = listed();
-                going_on = changes(&now, &seen());
+                let first = listed();
+                let (seen, listed) = (seen(), listed());
+                going_on = [changes(&now, &seen), changes(&first, &listed)].concat();
                 if going_on.is_empty() {
-                    return Self { seen: now, listed };
+                    return Self { seen, listed };
                 }
             }
             let going_on = going_on.join("\n");
@@ -147,10 +148,12 @@ fn seen() -> Things {
 }
 
 fn listed() -> Things {
+    let containerd = Containerd::current();
+    let tasks = services::expect(|| services::tasks(&containerd));
     BTreeMap::from([
-        ("container", list(&["containers", "ls", "--quiet"])),
-        ("task", list(&["tasks", "ls", "--quiet"])),
-        ("snapshot", list(&["snapshots", "ls"])),
+        ("container", services::expect(|| services::containers(&containerd))),
+        ("task", tasks.into_iter().map(|task| task.container).collect()),
+        ("snapshot", services::expect(|| services::snapshots(&containerd))),
     ])
 }
 
@@ -252,10 +255,4 @@ fn tree(directory: &Path, depth: usize, wanted: fn(&Path) -> bool) -> BTreeSet<S
 fn names_in(directory: &Path) -> BTreeSet<String> {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
-}
-
-/// The first column of what ctr lists.
-fn list(words: &[&str]) -> BTreeSet<String> {
-    let rows = ctr(words).output().ok().text();
-    rows.lines().filter_map(|row| row.split_whitespace().next()).map(str::to_owned).collect()
 }

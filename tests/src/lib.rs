@@ -10,12 +10,14 @@ pub mod cri;
 pub mod docker;
 pub mod environment;
 pub mod events;
+pub mod grpc;
 pub mod host;
 pub mod network;
 pub mod process;
 #[cfg(test)]
 mod rooms;
 pub mod scratch;
+pub mod services;
 pub mod terminal;
 pub mod turn;
 

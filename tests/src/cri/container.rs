@@ -11,7 +11,7 @@ use super::messages::{
     ContainerStatusResponse, CreateContainerRequest, CreateContainerResponse, ExecSyncRequest,
     ExecSyncResponse, Nothing, StopContainerRequest, UpdateContainerResourcesRequest,
 };
-use super::{Line, Pod, Status, call, grpc, log, message, overlay};
+use super::{Line, Pod, Status, call, log, message, overlay};
 use crate::{BUSYBOX, Containerd, container, host};
 
 /// A container. It goes with its pod.
@@ -94,7 +94,7 @@ impl Container {
         let request =
             StopContainerRequest { container_id: self.id.clone(), timeout: grace, ..Default::default() };
         let method = "runtime.v1.RuntimeService/StopContainer";
-        grpc::call::<Nothing>(&self.containerd.address(), method, &request, after).map(drop)
+        crate::grpc::call::<Nothing>(&self.containerd.address(), method, &request, after).map(drop)
     }
 
     /// Removes it.

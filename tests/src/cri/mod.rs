@@ -4,15 +4,14 @@
 //! sends.
 
 mod container;
-mod grpc;
 mod log;
 mod pod;
 mod shared;
 mod streaming;
 mod websocket;
 
+pub use crate::grpc::Status;
 pub use container::{Container, Exec};
-pub use grpc::Status;
 pub use log::Line;
 pub use pod::Pod;
 pub use shared::shared_pod;
@@ -27,6 +26,10 @@ pub mod messages {
     }
     pub use self::generated::cri::*;
     pub use self::generated::introspection::{PluginInfoRequest, PluginInfoResponse};
+    pub use self::generated::services::{
+        ListContainersRequest, ListContainersResponse, ListSnapshotsRequest, ListSnapshotsResponse,
+        ListTasksRequest, ListTasksResponse, ListedTask, TaskStatus,
+    };
 }
 
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeRequest};
@@ -34,7 +37,7 @@ use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageFull};
 use serde_json::Value;
 
-use crate::{Containerd, environment};
+use crate::{Containerd, environment, grpc};
 
 /// The runtime handlers of the tests' containerd.
 pub const HANDLERS: [&str; 2] = ["kata", "runc"];
