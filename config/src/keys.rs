@@ -10,8 +10,10 @@ use crate::{Config, HostNamespaces, TemplateScope};
 
 /// MiB of memory. The guest's kernel keeps some 20 for itself; with less than this no room is left for containers.
 const LEAST_MEMORY: i64 = 64;
-/// More memory than any host has: 16 TiB.
-const MOST_MEMORY: i64 = 16 << 20;
+/// MiB of memory of the largest machine, also on a host that has more: 1 TiB (`vmm/src/memory.rs`).
+const MOST_MEMORY: u32 = 1 << 20;
+/// More memory than any host has, MiB.
+const ANY_MEMORY: i64 = 16 << 20;
 /// An hour.
 const LONGEST_TIMEOUT: i64 = 3600;
 /// An x86 kernel takes 2047 characters in all (COMMAND_LINE_SIZE); those of shim and VMM need some of them.
@@ -53,7 +55,7 @@ pub(crate) const KEYS: &[Key] = &[
     Key {
         section: HYPERVISOR,
         name: "default_memory",
-        set: |c, v| number(v, LEAST_MEMORY, MOST_MEMORY, &mut c.hypervisor.default_memory),
+        set: |c, v| number(v, LEAST_MEMORY, MOST_MEMORY.into(), &mut c.hypervisor.default_memory),
     },
     Key {
         section: HYPERVISOR,
@@ -123,7 +125,7 @@ pub(crate) fn host_memory() -> u32 {
     // SAFETY: sysconf takes an integer.
     let (pages, size) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
     let bytes = u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(4096));
-    u32::try_from(bytes >> 20).unwrap_or(u32::MAX)
+    u32::try_from(bytes >> 20).unwrap_or(MOST_MEMORY).min(MOST_MEMORY)
 }
 
 fn mistyped(wanted: &str, value: &DeValue<'_>) -> String {
@@ -193,9 +195,9 @@ fn most_vcpus(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
     Ok(())
 }
 
-/// As in Kata Containers: 0 and more than the host has are all of the host's.
+/// As in Kata Containers: 0 and more than the host has are all of the host's, as far as a machine can have it.
 fn most_memory(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
-    number(value, 0, MOST_MEMORY, to)?;
+    number(value, 0, ANY_MEMORY, to)?;
     *to = if *to == 0 { host_memory() } else { (*to).min(host_memory()) };
     Ok(())
 }

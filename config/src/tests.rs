@@ -69,7 +69,7 @@ fn errors_name_file_line_and_key() {
         ),
         (
             "[hypervisor.katana]\ndefault_memory = 32",
-            "2: key \"default_memory\" in [hypervisor.katana]: must be from 64 to 16777216, not 32",
+            "2: key \"default_memory\" in [hypervisor.katana]: must be from 64 to 1048576, not 32",
         ),
         (
             "[hypervisor.katana]\ndefault_memory = 99999999999999999999",
@@ -166,13 +166,9 @@ fn a_pod_sets_what_it_may_set() {
     assert_eq!(hypervisor.kernel_params, "a=\"1\" true");
     for (name, value, why) in [
         ("config.hypervisor.default_memory", "much", "must be an integer, not a string"),
-        ("config.hypervisor.default_memory", "1", "must be from 64 to 16777216, not 1"),
+        ("config.hypervisor.default_memory", "1", "must be from 64 to 1048576, not 1"),
         ("config.hypervisor.default_memory", "1]\n[", "must be an integer, not a string"),
-        (
-            "config.hypervisor.default_memory",
-            "16777216",
-            "16777216 is more than default_maxmemory, which is ",
-        ),
+        ("config.hypervisor.default_memory", "1048576", "1048576 is more than default_maxmemory, which is "),
         ("config.hypervisor.enable_debug", "true", "\"enable_debug\" is not in enable_annotations of"),
         ("config.hypervisor.kernel", "/etc/passwd", "this key cannot be set by annotations"),
         ("config.hypervisor.enable_annotations", "x", "this key cannot be set by annotations"),

@@ -174,15 +174,40 @@ fn serve(sender: &Sender<Job>, jobs: &Receiver<Job>) {
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use tokio::task::JoinHandle;
 
     use super::*;
 
+    /// Held by each test: they count the same threads and turns.
+    static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+    /// Work that has begun, and ends when the sender is dropped.
+    async fn held() -> (mpsc::Sender<()>, JoinHandle<Result<()>>) {
+        let (end, ends) = mpsc::channel();
+        let (begin, begun) = oneshot::channel();
+        let task = tokio::spawn(blocking(move || {
+            let _ = begin.send(());
+            let _ = ends.recv();
+            Ok(())
+        }));
+        begun.await.unwrap();
+        (end, task)
+    }
+
     #[tokio::test]
     async fn work_is_done_by_a_few_threads_that_end() {
+        let _alone = ONE_AT_A_TIME.lock().await;
+        let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         let tasks: Vec<_> = (0..100)
             .map(|number| {
+                let (now, most) = (Arc::clone(&now), Arc::clone(&most));
                 tokio::spawn(blocking(move || {
+                    most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                     thread::sleep(Duration::from_millis(2));
+                    now.fetch_sub(1, Ordering::SeqCst);
                     Ok((number, thread::current().id()))
                 }))
             })
@@ -193,8 +218,7 @@ mod tests {
             assert_eq!(number, expected);
             threads.insert(thread);
         }
-        // Other tests of this process use them as well.
-        assert!(threads.len() < 100, "{}", threads.len());
+        assert!(most.load(Ordering::SeqCst) <= MOST);
         let failed = blocking(|| Err::<(), _>(Error::NotFound("x".into()))).await.unwrap_err();
         assert_eq!(failed.to_string(), "x: not found");
         while idle().iter().any(|(thread, _)| threads.contains(thread)) {
@@ -204,47 +228,29 @@ mod tests {
 
     #[tokio::test]
     async fn cleanup_does_not_wait_for_work_that_hangs() {
-        let (ends, end): (Vec<_>, Vec<_>) = (0..MOST).map(|_| mpsc::channel::<()>()).unzip();
-        let wait = |end: Receiver<()>| {
-            blocking(move || {
-                // Until the other end is dropped.
-                let _ = end.recv();
-                Ok(())
-            })
-        };
-        let hung: Vec<_> = end.into_iter().map(|end| tokio::spawn(wait(end))).collect();
-        while TURNS.available_permits() > 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        let _alone = ONE_AT_A_TIME.lock().await;
+        let mut hung = Vec::new();
+        for _ in 0..MOST {
+            hung.push(held().await);
         }
+        assert_eq!(TURNS.available_permits(), 0);
         assert_eq!(cleanup(|| Ok(7)).await.unwrap(), 7);
-        drop(ends);
-        for task in hung {
+        for (end, task) in hung {
+            drop(end);
             task.await.unwrap().unwrap();
         }
     }
 
     #[tokio::test]
-    async fn the_end_waits_for_what_was_started() {
-        let (sender, mut done) = oneshot::channel();
-        let work = blocking(move || {
-            thread::sleep(Duration::from_millis(100));
-            let _ = sender.send(());
-            Ok(())
-        });
-        tokio::time::timeout(Duration::from_millis(5), work).await.unwrap_err();
-        finish(Duration::from_secs(60)).await;
-        done.try_recv().unwrap();
-    }
-
-    #[tokio::test]
-    async fn work_goes_on_when_nobody_waits() {
-        let (sender, done) = oneshot::channel();
-        let work = blocking(move || {
-            thread::sleep(Duration::from_millis(50));
-            let _ = sender.send(());
-            Ok(())
-        });
-        tokio::time::timeout(Duration::from_millis(5), work).await.unwrap_err();
-        done.await.unwrap();
+    async fn work_that_nobody_waits_for_goes_on_and_the_end_waits_for_it() {
+        let _alone = ONE_AT_A_TIME.lock().await;
+        let (end, task) = held().await;
+        task.abort();
+        task.await.unwrap_err();
+        finish(Duration::from_millis(50)).await;
+        assert!(STARTED.available_permits() < MOST_STARTED as usize, "it has ended");
+        drop(end);
+        finish(Duration::from_secs(600)).await;
+        assert_eq!(STARTED.available_permits(), MOST_STARTED as usize);
     }
 }

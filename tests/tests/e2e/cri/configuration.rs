@@ -130,6 +130,6 @@ fn kernel_parameters_are_not_a_pods_to_set() {
         let key = "io.katacontainers.config.hypervisor.kernel_params";
         expect_refused("kata", annotated(key, "agent.debug_console"), &[key, "is not in enable_annotations"]);
         let key = "io.katacontainers.config.hypervisor.default_memory";
-        expect_refused("kata", annotated(key, "16777216"), &[key, "is more than default_maxmemory"]);
+        expect_refused("kata", annotated(key, "1048576"), &[key, "is more than default_maxmemory"]);
     }
 }
