@@ -231,12 +231,32 @@ pub fn send<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>]
     Ok(())
 }
 
-/// Receives one message with its descriptors. Where this process may not open as many, there are none: a lack of them
-/// is the receiver's, and the sender continues.
+/// A message as it has arrived.
+#[derive(Debug)]
+pub struct Received<T> {
+    /// The message.
+    pub message: T,
+    /// Its descriptors; none if any were cut off.
+    pub fds: Vec<OwnedFd>,
+    /// Whether there were more than this process may open, or than [`MAX_FDS`]. A lack of them is the receiver's, where
+    /// a message without any is the sender's doing.
+    pub cut_off: bool,
+}
+
+/// [`receive_any`] where it makes no difference why a message has no descriptors.
+///
+/// # Errors
+/// Those of [`receive_any`].
+pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<(T, Vec<OwnedFd>), Error> {
+    receive_any(socket).map(|received| (received.message, received.fds))
+}
+
+/// Receives one message with its descriptors. Where this process may not open as many, there are none, and the sender
+/// continues.
 ///
 /// # Errors
 /// [`Error::Closed`] at the end, [`Error::TooLong`] for a message that was cut, or what the socket says.
-pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<(T, Vec<OwnedFd>), Error> {
+pub fn receive_any<T: DeserializeOwned>(socket: impl AsFd) -> Result<Received<T>, Error> {
     let mut bytes = vec![0; MAX_MESSAGE];
     let mut space = [const { MaybeUninit::uninit() }; cmsg_space!(ScmRights(MAX_FDS))];
     // nix shows nothing of descriptors of which some are missing, and leaves the others open.
@@ -258,10 +278,11 @@ pub fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<(T, Vec<OwnedFd
         return Err(Error::TooLong);
     }
     // `scm_detach_fds` (net/core/scm.c) stops at the first that it cannot make.
-    if flags.contains(ReturnFlags::CTRUNC) {
+    let cut_off = flags.contains(ReturnFlags::CTRUNC);
+    if cut_off {
         fds.clear();
     }
-    Ok((serde_json::from_slice(&bytes[..length])?, fds))
+    Ok(Received { message: serde_json::from_slice(&bytes[..length])?, fds, cut_off })
 }
 
 #[cfg(test)]
@@ -296,8 +317,11 @@ mod tests {
         let bytes = serde_json::to_vec(&Request::AddPlaceholder).unwrap();
         let rights = [ControlMessage::ScmRights(&many)];
         sendmsg::<()>(a.as_raw_fd(), &[IoSlice::new(&bytes)], &rights, MsgFlags::empty(), None).unwrap();
-        let (request, fds): (Request, _) = receive(&b).unwrap();
-        assert_eq!((request, fds.len()), (Request::AddPlaceholder, 0));
+        let Received { message, fds, cut_off } = receive_any::<Request>(&b).unwrap();
+        assert_eq!((message, fds.len(), cut_off), (Request::AddPlaceholder, 0, true));
+        send(&a, &Request::AddPlaceholder, &[]).unwrap();
+        let Received { message, fds, cut_off } = receive_any::<Request>(&b).unwrap();
+        assert_eq!((message, fds.len(), cut_off), (Request::AddPlaceholder, 0, false));
         drop(writer);
         // The end: no copy of the descriptor was kept.
         assert_eq!(File::from(reader).read(&mut [0]).unwrap(), 0);

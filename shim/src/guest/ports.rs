@@ -163,9 +163,14 @@ impl Ports {
         }
     }
 
-    /// The guest has connected, and this process may have no more descriptors.
+    /// The guest has connected, and this process may have no more descriptors. Whether it was the agent nobody knows; it
+    /// does not connect a second time, so whoever waits is notified at once.
     pub fn unconnected(&self, port: u32) {
-        if let Some(sender) = self.table().waiting.remove(&port) {
+        let mut table = self.table();
+        table.stray("there are too many open files", port);
+        let waiting = table.waiting.remove(&port);
+        drop(table);
+        if let Some(sender) = waiting {
             // Whoever has stopped waiting need not know.
             let _ = sender.send(Err(Error::os("connection of the guest", Errno::EMFILE)));
         }
@@ -319,9 +324,12 @@ mod tests {
         drop(a);
         assert!(ports.table().waiting.is_empty());
         let (left, unconnected) = (ports.open_any(), ports.open_any());
+        let strays = ports.table().strays;
         ports.unconnected(unconnected.port());
         let error = unconnected.connection().await.unwrap_err();
         assert_eq!(error.to_string(), "connection of the guest: Too many open files");
+        ports.unconnected(9);
+        assert_eq!(ports.table().strays, strays + 2);
         ports.close();
         assert!(matches!(left.connection().await, Err(Error::Unavailable(_))));
         assert!(ports.open_any().connection().await.is_err());

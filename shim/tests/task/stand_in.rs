@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
@@ -11,11 +12,12 @@ use std::process::{Child, Command};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
-use katana_protocol::vmm::{CONTROL_FD, Event, ExitReason, Request, receive, send};
+use katana_protocol::vmm::{CONTROL_FD, Event, ExitReason, MAX_FDS, Request, receive, send};
 use katana_protocol::{AGENT_PORT, FIRST_STREAM_PORT, GUEST_SHARE};
 use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 /// As many streams as a test opens.
 const STREAMS: u32 = 400;
@@ -140,7 +142,7 @@ fn forward(
                 let event = Event::Connection { port: **port };
                 if let Some(lost) = lost.filter(|lost| lost.port == **port) {
                     std::thread::sleep(lost.delay);
-                    send(control, &event, &[]).unwrap();
+                    send_too_many(control, &event, connection.as_fd());
                     // The agent does not find it closed.
                     kept.push(connection);
                 } else {
@@ -149,6 +151,15 @@ fn forward(
             }
         }
     }
+}
+
+/// Sends more descriptors than are taken, of which the receiver then gets none, as one who may not open any more.
+fn send_too_many(control: BorrowedFd<'_>, event: &Event, fd: BorrowedFd<'_>) {
+    let bytes = serde_json::to_vec(event).unwrap();
+    let many = [fd.as_raw_fd(); 2 * MAX_FDS];
+    let rights = [ControlMessage::ScmRights(&many)];
+    let iov = [IoSlice::new(&bytes)];
+    sendmsg::<()>(control.as_raw_fd(), &iov, &rights, MsgFlags::empty(), None).unwrap();
 }
 
 /// A thread that waits until the sender is dropped.

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use katana_protocol::vmm::{self, Event, ExitReason};
+use katana_protocol::vmm::{self, Event, ExitReason, Received};
 use nix::sys::socket::{AddressFamily, SockType, getsockname, getsockopt, sockopt};
 use nix::sys::wait::WaitStatus;
 use tokio::io::unix::AsyncFd;
@@ -81,12 +81,14 @@ impl Listener {
             self.rate.wait().await;
             match receive(&self.control).await {
                 // The last words; the process ends now.
-                Ok((Event::Exit { reason, console }, _)) => break Some(exit(&reason, &console)),
-                Ok((Event::Failed(why), _)) => {
+                Ok(Received { message: Event::Exit { reason, console }, .. }) => {
+                    break Some(exit(&reason, &console));
+                }
+                Ok(Received { message: Event::Failed(why), .. }) => {
                     break Some(End { reason: one_line(&why), tail: String::new() });
                 }
-                Ok((event, fds)) => {
-                    if let Err(why) = self.hear(event, fds) {
+                Ok(received) => {
+                    if let Err(why) = self.hear(received) {
                         self.dropped += 1;
                         log::warn!("message {} of kata-vmm that may not be: {why}", self.dropped);
                     }
@@ -111,13 +113,15 @@ impl Listener {
     }
 
     /// Takes a message, unless it may not come or say what it says.
-    fn hear(&mut self, event: Event, fds: Vec<OwnedFd>) -> Result<(), &'static str> {
-        match event {
+    fn hear(&mut self, received: Received<Event>) -> Result<(), &'static str> {
+        let Received { message, fds, cut_off } = received;
+        match message {
             Event::Jailed { pid } => self.jailed(pid),
             Event::Connection { port } => {
                 match fds.into_iter().next() {
                     Some(fd) => self.ports.connected(port, stream(fd)?),
-                    None => self.ports.unconnected(port),
+                    None if cut_off => self.ports.unconnected(port),
+                    None => return Err("a connection without its descriptor"),
                 }
                 Ok(())
             }
@@ -239,10 +243,10 @@ async fn end_of(process: &PidFd) -> Option<WaitStatus> {
     process.reap()
 }
 
-async fn receive(control: &AsyncFd<OwnedFd>) -> Result<(Event, Vec<OwnedFd>), vmm::Error> {
+async fn receive(control: &AsyncFd<OwnedFd>) -> Result<Received<Event>, vmm::Error> {
     loop {
         let mut ready = control.ready(Interest::READABLE).await?;
-        match vmm::receive::<Event>(control.get_ref()) {
+        match vmm::receive_any::<Event>(control.get_ref()) {
             Err(vmm::Error::Socket(e)) if e.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
             // A peer that was killed with unread messages in its socket.
             Err(vmm::Error::Socket(e)) if e.kind() == io::ErrorKind::ConnectionReset => {

@@ -3,6 +3,7 @@
 use super::listen::TAIL;
 use super::*;
 use katana_protocol::vmm::{Event, ExitReason};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -174,6 +175,15 @@ fn hostile() -> (Vmm, OwnedFd, std::process::Child, Arc<Ports>) {
     (vmm, theirs, child, ports)
 }
 
+/// Sends more descriptors than are taken, of which the receiver then gets none, as one who may not open any more.
+fn send_too_many(theirs: &OwnedFd, event: &Event, fd: BorrowedFd<'_>) {
+    let bytes = serde_json::to_vec(event).unwrap();
+    let many = [fd.as_raw_fd(); 2 * vmm::MAX_FDS];
+    let rights = [ControlMessage::ScmRights(&many)];
+    let iov = [io::IoSlice::new(&bytes)];
+    sendmsg::<()>(theirs.as_raw_fd(), &iov, &rights, MsgFlags::empty(), None).unwrap();
+}
+
 /// Whatever was sent before has been heard when this returns: memory is reported in the order of messages.
 async fn heard(vmm: &Vmm, theirs: &OwnedFd, mark: u64) {
     vmm::send(theirs, &Event::MemoryPlugged { mib: mark }, &[]).unwrap();
@@ -294,7 +304,9 @@ async fn what_is_no_connection_is_not_taken_for_one() {
     let internet = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let connection = Event::Connection { port: 7 };
     // One for which the shim had no descriptor: whoever waits does not wait for ever.
-    vmm::send(&theirs, &Event::Connection { port: 8 }, &[]).unwrap();
+    send_too_many(&theirs, &Event::Connection { port: 8 }, file.as_fd());
+    // One that never had any.
+    vmm::send(&theirs, &connection, &[]).unwrap();
     for fd in [file.as_fd(), packets.as_fd(), internet.as_fd()] {
         vmm::send(&theirs, &connection, &[fd]).unwrap();
     }
