@@ -143,15 +143,21 @@ impl Vmm {
         let (plugs, plugged) = watch::channel(0);
         let (makes, template) = watch::channel(None);
         let (end, ended) = watch::channel(None);
-        let asked = Asked::default();
+        let (asked, killed) = (Asked::default(), Arc::new(AtomicBool::new(false)));
         let listener = Listener::new(
             Arc::clone(&control),
             process,
             Arc::clone(&ports),
             stderr,
-            listen::Reports { pids, runs, plugs, makes, asked: Arc::clone(&asked) },
+            listen::Reports {
+                pids,
+                runs,
+                plugs,
+                makes,
+                asked: Arc::clone(&asked),
+                killed: Arc::clone(&killed),
+            },
         );
-        let killed = Arc::new(AtomicBool::new(false));
         let (is_ours, nobody) = (Arc::clone(&killed), Arc::clone(&asked));
         tokio::spawn(async move {
             let outcome = listener.run().await;
@@ -320,7 +326,7 @@ impl Vmm {
         wait_end(&mut ended).await
     }
 
-    /// Kills the VMM.
+    /// Kills the VMM. Its jailed process may not be known yet: who hears of it then kills it.
     pub fn kill(&self) {
         self.killed.store(true, Ordering::Relaxed);
         for process in self.processes.borrow().iter().filter_map(PidFd::find) {

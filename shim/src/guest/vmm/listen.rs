@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -45,6 +46,8 @@ pub(super) struct Reports {
     pub plugs: watch::Sender<u64>,
     pub makes: watch::Sender<Option<Made>>,
     pub asked: Asked,
+    /// Read as well: whether the VMM is to end.
+    pub killed: Arc<AtomicBool>,
 }
 
 /// Hears what the VMM says until it is gone.
@@ -177,6 +180,10 @@ impl Listener {
         let first = std::mem::replace(&mut self.process, process);
         tokio::spawn(async move { end_of(&first).await });
         self.reports.pids.send_modify(|ids| ids.push(id));
+        // Afterwards: whoever kills sets this first and then looks at the ids.
+        if self.reports.killed.load(Ordering::Relaxed) {
+            self.process.kill();
+        }
         Ok(())
     }
 

@@ -262,6 +262,23 @@ async fn a_process_that_is_not_the_vmms_is_neither_taken_for_it_nor_killed() {
     child_of_ours.wait().unwrap();
 }
 
+/// The first process reports the jailed one, and is killed meanwhile.
+#[tokio::test]
+async fn a_jailed_process_that_is_heard_of_after_the_kill_ends_too() {
+    let (vmm, theirs, mut process, _ports) = hostile();
+    let mut inside = Command::new("sleep").arg("1000").spawn().unwrap();
+    let jailed = PidFd::open(inside.id() as i32).unwrap();
+    vmm.kill();
+    vmm::send(&theirs, &Event::Jailed { pid: inside.id() as i32 }, &[]).unwrap();
+    heard(&vmm, &theirs, 1).await;
+    let ended = tokio::time::timeout(Duration::from_secs(60), jailed.ended()).await;
+    jailed.kill();
+    assert!(ended.is_ok(), "it goes on");
+    drop(theirs);
+    wait_end(&mut vmm.ended()).await;
+    let _ = (process.wait(), inside.wait());
+}
+
 #[tokio::test]
 async fn answers_that_nobody_has_asked_for_are_dropped() {
     let (vmm, theirs, mut child, _ports) = hostile();
