@@ -5,11 +5,16 @@ use std::os::unix::net::UnixListener;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use ttrpc::asynchronous::transport::Listener;
+
+/// Pause after a connection that could not be taken, for lack of descriptors or memory. It goes on waiting, and whoever
+/// asks for connections asks again at once.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// How many connections are open.
 #[derive(Clone)]
@@ -27,6 +32,9 @@ impl Clients {
         let counting = clients.clone();
         let accepted = futures::stream::unfold((listener, counting), |(listener, clients)| async {
             let accepted = listener.accept().await.map(|(stream, _)| clients.connection(stream));
+            if accepted.is_err() {
+                tokio::time::sleep(PAUSE).await;
+            }
             Some((accepted, (listener, clients)))
         });
         Ok((Listener::new(accepted), clients))
@@ -86,7 +94,8 @@ impl AsyncWrite for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures::FutureExt;
+    use futures::{FutureExt, StreamExt};
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
     use std::os::unix::net;
 
     #[tokio::test]
@@ -105,5 +114,19 @@ mod tests {
         drop(other);
         clients.gone().await;
         std::fs::remove_file(path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_gives_no_connection_is_not_asked_all_the_time() {
+        // It does not listen: so it is ready and gives none, as to a process that may have no more descriptors.
+        let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let (mut listener, _clients) = Clients::listen(socket.into()).unwrap();
+        tokio::time::pause();
+        let (begin, mut errors) = (tokio::time::Instant::now(), 0);
+        while errors < 100 && begin.elapsed() < 10 * PAUSE {
+            assert!(listener.next().await.unwrap().is_err());
+            errors += 1;
+        }
+        assert_eq!(errors, 10);
     }
 }
