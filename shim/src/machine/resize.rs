@@ -17,13 +17,7 @@ impl Machine {
     /// A container is about to come that can write to these volumes and layers. Blocks.
     pub fn see_sources(&self, spec: &Spec, sources: &[Source], layers: &[Layer]) {
         let Some(host_limits) = &self.host_limits else { return };
-        let upper = layers.iter().flat_map(|layer| &layer.options);
-        let upper = upper.filter_map(|option| option.strip_prefix("upperdir=")).map(Path::new);
-        let binds = spec.mounts.iter().zip(sources).filter_map(|(mount, source)| match source {
-            Source::Host(path) if volumes::access(&mount.options).lets_write() => Some(path.as_path()),
-            _ => None,
-        });
-        host_limits.see(binds.chain(upper));
+        host_limits.see(writable(spec, sources, layers));
     }
 
     /// Grows or shrinks the machine to what these limits need. Does not wait for memory to be given back.
@@ -51,5 +45,54 @@ impl Machine {
             log::warn!("the guest does not plug {} MiB of memory", wanted.plugged_mib);
         }
         Ok(())
+    }
+}
+
+/// The directories and files of the host that a container can write to: volumes, and what is on top of its root.
+fn writable<'a>(
+    spec: &'a Spec,
+    sources: &'a [Source],
+    layers: &'a [Layer],
+) -> impl Iterator<Item = &'a Path> {
+    let upper = layers.iter().flat_map(|layer| &layer.options);
+    let upper = upper.filter_map(|option| option.strip_prefix("upperdir=")).map(Path::new);
+    let roots = layers.iter().filter_map(Layer::bound).filter(|(_, writable)| *writable);
+    let volumes = spec.mounts.iter().zip(sources).filter_map(|(mount, source)| match source {
+        Source::Host(path) if volumes::access(&mount.options).lets_write() => Some(path.as_path()),
+        _ => None,
+    });
+    volumes.chain(upper).chain(roots.map(|(source, _)| source))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_a_container_can_write_to() {
+        let mounts = json!([{"destination": "/a", "type": "bind", "source": "/volume", "options": ["rbind"]},
+            {"destination": "/b", "type": "bind", "source": "/config", "options": ["rbind", "ro"]}]);
+        let spec: Spec = serde_json::from_value(json!({"mounts": mounts})).unwrap();
+        let sources = [Source::Host("/volume".into()), Source::Host("/config".into())];
+        let layer = |kind: &str, source: &str, options: &[&str]| Layer {
+            kind: kind.into(),
+            source: source.into(),
+            target: String::new(),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+        };
+        let of = |layer| -> Vec<_> {
+            let layers = [layer];
+            writable(&spec, &sources, &layers).map(Path::to_owned).collect()
+        };
+        let overlay = layer("overlay", "overlay", &["upperdir=/upper", "workdir=/work", "lowerdir=/lower"]);
+        assert_eq!(of(overlay), [Path::new("/volume"), Path::new("/upper")]);
+        // The native snapshotter's.
+        let native = layer("bind", "/dev/shm", &["rbind", "rw"]);
+        assert_eq!(of(native), [Path::new("/volume"), Path::new("/dev/shm")]);
+        let disk = layer("ext4", "/dev/vda", &["rw"]);
+        for other in [layer("bind", "/dev/shm", &["rbind", "ro"]), disk] {
+            assert_eq!(of(other), [Path::new("/volume")]);
+        }
     }
 }

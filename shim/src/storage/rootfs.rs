@@ -34,6 +34,18 @@ impl From<&Mount> for Layer {
     }
 }
 
+impl Layer {
+    fn has(&self, name: &str) -> bool {
+        self.options.iter().any(|option| option == name)
+    }
+
+    /// The directory of the host that is the root, if that is not another file system, and whether it can be written to.
+    pub fn bound(&self) -> Option<(&Path, bool)> {
+        let is_bind = self.kind == "bind" || self.has("bind") || self.has("rbind");
+        is_bind.then(|| (Path::new(&self.source), !self.has("ro")))
+    }
+}
+
 /// What makes up a root, to be mounted on `target` of the share: the snapshotter's mounts one after the other, or
 /// without any the directory that the specification names. `point` is the empty directory of the host that is there.
 /// Blocks.
@@ -57,9 +69,8 @@ pub fn mount(
             );
             return Err(Error::Unimplemented(text));
         }
-        let has = |name: &str| layer.options.iter().any(|option| option == name);
-        if layer.kind == "bind" || has("bind") || has("rbind") {
-            bind(Path::new(&layer.source), has("rbind"), has("ro"), target, mounts)?;
+        if let Some((source, writable)) = layer.bound() {
+            bind(source, layer.has("rbind"), !writable, target, mounts)?;
         } else {
             let made = file_system::make(&layer.kind, &layer.source, &layer.options, point)?;
             mounts.add(target.to_owned(), made).map_err(|e| failed(&layer.source, &e))?;
