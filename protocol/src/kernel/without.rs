@@ -16,6 +16,7 @@ pub fn without<T: Send>(name: &str, work: impl FnOnce() -> T + Send) -> T {
         "pidfd_send_signal" => libc::SYS_pidfd_send_signal,
         "pidfd_open" => libc::SYS_pidfd_open,
         "clone3" => libc::SYS_clone3,
+        "setns" => libc::SYS_setns,
         "close_range" => libc::SYS_close_range,
         // Every kernel has it; where it fails, nothing can be waited for.
         "epoll_ctl" => libc::SYS_epoll_ctl,

@@ -31,11 +31,9 @@ pub fn delete(args: &Args) -> Result<()> {
         // Its pod lives on; only this container goes.
         share::unmount_container(&layout.share, &args.id).map_err(|e| Error::io("clean up", &e))?;
     } else {
-        if let Some(state) = &state {
-            cleanup::end(&state.shim);
-        }
-        cleanup::remove(&layout).map_err(|e| Error::io("clean up", &e))?;
+        let removed = cleanup::remove_with_shim(&layout).map_err(|e| Error::io("clean up", &e));
         remove_socket(&socket);
+        removed?;
     }
     answer(pid)
 }

@@ -107,12 +107,18 @@ pub fn enable(path: &Path, controllers: &[&str]) -> io::Result<()> {
 }
 
 /// Removes the pod's directory, and those above it that a shim made and nobody is in any more.
-pub fn remove(path: &Path) {
-    let mut path = path;
-    while path.starts_with(ROOT) && path != Path::new(ROOT) && is_ours(path) && fs::remove_dir(path).is_ok() {
-        let Some(parent) = path.parent() else { break };
-        path = parent;
+///
+/// # Errors
+/// When somebody is in the pod's own. One that is gone or was made by others is none to remove.
+pub fn remove(path: &Path) -> io::Result<()> {
+    let ours = |path: &&Path| path.starts_with(ROOT) && *path != Path::new(ROOT) && is_ours(path);
+    let mut directories = path.ancestors().take_while(ours);
+    match directories.next().map_or(Ok(()), fs::remove_dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
     }
+    while directories.next().is_some_and(|above| fs::remove_dir(above).is_ok()) {}
+    Ok(())
 }
 
 /// Whether a shim has made the directory.

@@ -96,9 +96,23 @@ impl PidFd {
 
     /// The process that was written down, if it still lives.
     pub fn find(id: &ProcessId) -> Option<Self> {
-        let process = Self::open(id.pid).ok()?;
+        Self::look_up(id).ok().flatten()
+    }
+
+    /// The same, where it matters that this cannot be found out without a free descriptor.
+    pub fn look_up(id: &ProcessId) -> io::Result<Option<Self>> {
+        // EINVAL and ENOENT: it is the id of another one's thread by now.
+        let is_gone =
+            |e: &io::Error| matches!(e.raw_os_error(), Some(libc::ESRCH | libc::EINVAL | libc::ENOENT));
+        let process = match Self::open(id.pid) {
+            Err(e) if is_gone(&e) => return Ok(None),
+            opened => opened?,
+        };
         // Looked up after the descriptor is open, so it is this very process or the descriptor is dropped.
-        (ProcessId::of(id.pid).ok()? == *id).then_some(process)
+        match ProcessId::of(id.pid) {
+            Err(e) if is_gone(&e) => Ok(None),
+            found => Ok((found? == *id).then_some(process)),
+        }
     }
 
     /// Kills it.
@@ -198,6 +212,6 @@ mod tests {
         process.kill();
         assert!(process.wait(Duration::from_secs(5)));
         child.wait().unwrap();
-        assert!(PidFd::find(&id).is_none());
+        assert!(PidFd::look_up(&id).unwrap().is_none());
     }
 }

@@ -17,7 +17,7 @@ use super::record::Record;
 use super::size::{Bounds, Limits};
 use super::template::Start;
 use super::{Machine, cleanup, shape};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::guest::agent::Agent;
 use crate::guest::ports::Ports;
 use crate::guest::vmm::Vmm;
@@ -65,6 +65,11 @@ impl Machine {
         let layout = launch.identity.layout(launch.run);
         // A shim that was killed may have left the same pod behind.
         cleanup::remove_blocking(&layout).await;
+        if layout.state.exists() {
+            // Its record would be overwritten, and nobody would know of it any more.
+            let text = "not all of an earlier pod of this id could be removed, see the shim's log";
+            return Err(Error::Host(format!("{}: {text}", layout.state.display())));
+        }
         let launched = Self::try_launch(&launch, layout.clone(), events).await;
         if launched.is_err() {
             cleanup::remove_blocking(&layout).await;

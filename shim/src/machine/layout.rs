@@ -126,7 +126,16 @@ impl Layout {
 
     /// What was written down, if anything.
     pub fn read(&self) -> Option<State> {
-        serde_json::from_slice(&fs::read(self.file()).ok()?).ok()
+        self.try_read().ok().flatten()
+    }
+
+    /// The same, where it matters that there may be something that cannot be read at the moment. What does not parse
+    /// will never be of use to anybody.
+    pub fn try_read(&self) -> io::Result<Option<State>> {
+        match fs::read(self.file()) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            text => Ok(serde_json::from_slice(&text?).ok()),
+        }
     }
 }
 

@@ -192,11 +192,11 @@ fn message(snapshot: Snapshot, nics: &[u32]) -> api::Network {
 
 /// Removes what is left of [`Network::connect`] in a namespace that lives longer than its pod. The VMM is gone, and its
 /// taps with it.
-pub fn remove(record: &Record) {
-    let Some(namespace) = Namespace::find(record) else { return };
-    if let Err(e) = namespace.inside(tap::disconnect_all) {
-        log::warn!("{e}");
-    }
+///
+/// # Errors
+/// When something is left. A namespace that is gone has nothing.
+pub fn remove(record: &Record) -> Result<()> {
+    Namespace::find(record)?.map_or(Ok(()), |namespace| namespace.inside(tap::disconnect_all))
 }
 
 #[cfg(test)]

@@ -68,9 +68,17 @@ impl Namespace {
     }
 
     /// The one that was written down, if it still exists.
-    pub fn find(record: &Record) -> Option<Self> {
-        let found = Self::open(&record.path).ok()?;
-        (found.record.as_ref() == Some(record)).then_some(found)
+    ///
+    /// # Errors
+    /// When it does and cannot be opened.
+    pub fn find(record: &Record) -> Result<Option<Self>> {
+        // Looked at first, for which no descriptor is needed: whatever else there may be is not opened.
+        let is_it = |found: &fs::Metadata| (found.dev(), found.ino()) == (record.device, record.inode);
+        if !fs::metadata(&record.path).is_ok_and(|found| is_it(&found)) {
+            return Ok(None);
+        }
+        let found = Self::open(&record.path)?;
+        Ok((found.record.as_ref() == Some(record)).then_some(found))
     }
 
     /// To be written down; nothing when it ends with the pod.
@@ -123,6 +131,31 @@ mod tests {
         }
         let error = of(&json!([{"type": "network", "path": "/nowhere"}])).unwrap_err().to_string();
         assert_eq!(error, "network namespace /nowhere: No such file or directory");
+    }
+
+    #[test]
+    fn only_the_namespace_that_was_written_down_is_found() {
+        let mut owner = std::process::Command::new("unshare");
+        let Ok(mut owner) = owner.args(["--net", "sleep", "1000"]).spawn() else {
+            return println!("SKIPPED: there is no unshare");
+        };
+        let path = PathBuf::from(format!("/proc/{}/ns/net", owner.id()));
+        let own = fs::read_link(OWN).unwrap();
+        let is_elsewhere = || fs::read_link(&path).is_ok_and(|namespace| namespace != own);
+        while !is_elsewhere() {
+            if owner.try_wait().unwrap().is_some() {
+                return println!("SKIPPED: only root can make a network namespace");
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        let record = Namespace::open(&path).unwrap().record.unwrap();
+        let found = Namespace::find(&record).unwrap().unwrap();
+        assert_eq!(found.record(), Some(&record));
+        let other = Record { inode: record.inode + 1, ..record.clone() };
+        assert!(Namespace::find(&other).unwrap().is_none());
+        owner.kill().unwrap();
+        owner.wait().unwrap();
+        assert!(Namespace::find(&record).unwrap().is_none());
     }
 
     #[test]

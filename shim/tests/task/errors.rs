@@ -131,6 +131,29 @@ async fn a_container_that_cannot_be_made_has_an_end() {
     containerd.shut_down().await;
 }
 
+/// Its record would be overwritten, and with it the knowledge of what is left.
+#[tokio::test]
+async fn a_pod_does_not_take_the_place_of_one_that_cannot_be_removed() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start("left").await;
+    containerd.client.create(ctx(), &containerd.create_request()).await.unwrap();
+    let state = containerd.traces().remove(0);
+    containerd.delete("").await.unwrap();
+    // It is there and cannot be read.
+    let record = std::path::Path::new(&state).join("state.json");
+    fs::create_dir_all(&record).unwrap();
+    let (_, text) =
+        code_and_text(containerd.client.create(ctx(), &containerd.create_request()).await.unwrap_err());
+    assert!(text.starts_with(&state) && text.contains("could be removed"), "{text}");
+    assert!(record.exists());
+    fs::remove_dir(record).unwrap();
+    containerd.client.create(ctx(), &containerd.create_request()).await.unwrap();
+    containerd.delete("").await.unwrap();
+    containerd.shut_down().await;
+}
+
 #[tokio::test]
 async fn a_start_that_fails_says_why_in_one_line() {
     if !can_run() {
