@@ -81,6 +81,15 @@ impl Machine {
         let Launch { config, identity, first, .. } = launch;
         let spec = first.spec;
         log::debug!("timeline: Create");
+        let mut record = Record {
+            layout: layout.clone(),
+            identity: (*identity).clone(),
+            cgroup: cgroup_of(spec, identity),
+            network: None,
+        };
+        // Before anything that may hang, as a volume whose server does not answer: by it `delete` finds this process,
+        // which would launch a machine for nobody in the end.
+        record.write(Vec::new(), BTreeMap::new())?;
         let files = shape::open_files(config)?;
         let disk_slots = disk_slots(launch).await?;
         let bounds = Bounds::of(config);
@@ -88,12 +97,7 @@ impl Machine {
         let nics = Nics { pairs: size.vcpus, vhost: !config.hypervisor.disable_vhost_net };
         let network = Network::open(spec, &identity.namespace, nics).await?;
         log::debug!("timeline: network looked at");
-        let record = Record {
-            layout: layout.clone(),
-            identity: (*identity).clone(),
-            cgroup: cgroup_of(spec, identity),
-            network: network.record(),
-        };
+        record.network = network.record();
         record.write(Vec::new(), BTreeMap::new())?;
         let path = layout.share.clone();
         let share = crate::host::threads::blocking(move || Share::create(&path)).await?;

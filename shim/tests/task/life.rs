@@ -16,6 +16,7 @@ use serde_json::json;
 use ttrpc::Code;
 
 use crate::containerd::{Containerd, HANG, can_run, code_and_text, ctx, eventually, say_skipped, shim};
+use crate::hung::Hung;
 
 #[tokio::test]
 async fn a_container_from_create_to_delete() {
@@ -255,6 +256,38 @@ async fn delete_cleans_up_after_a_killed_shim() {
     assert_eq!(containerd.traces(), Vec::<String>::new());
     eventually(|| kill(vmm, None).is_err()).await;
     assert_eq!(containerd.delete_action().exit_status, 137);
+}
+
+/// `ctr run` with a volume whose server does not answer, and then Ctrl-C: containerd does not know of a task.
+#[tokio::test]
+async fn delete_ends_a_shim_that_is_still_busy_with_create() {
+    if !can_run() {
+        return;
+    }
+    let containerd = Containerd::start("busy").await;
+    let Some(volume) = Hung::mount(&containerd.directory.join("volume")) else {
+        say_skipped("no FUSE here");
+        return containerd.shut_down().await;
+    };
+    let mount = json!({"destination": "/mnt", "type": "bind", "source": volume.path, "options": ["rbind"]});
+    containerd.configure_container(&json!({"mounts": [mount]}));
+    let shim = containerd.shim_pid().await;
+    let request = containerd.create_request();
+    let mut created = std::pin::pin!(containerd.client.create(ctx(), &request));
+    tokio::select! {
+        outcome = &mut created => panic!("{outcome:?}"),
+        () = eventually(|| volume.is_asked()) => {}
+    }
+    assert_eq!(code_and_text(containerd.delete("").await.unwrap_err()).0, Code::NOT_FOUND);
+    let shut_down = ShutdownRequest { id: containerd.id(), ..Default::default() };
+    containerd.client.shutdown(ctx(), &shut_down).await.unwrap();
+    assert_eq!(containerd.delete_action().pid, 0);
+    let stat = std::fs::read_to_string(format!("/proc/{shim}/stat")).unwrap_or_default();
+    assert!(stat.is_empty() || stat.contains(") Z "), "{stat}");
+    created.await.unwrap_err();
+    drop(volume);
+    assert_eq!(containerd.traces(), Vec::<String>::new());
+    assert!(containerd.topics().is_empty());
 }
 
 #[tokio::test]

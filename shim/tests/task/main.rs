@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod containerd;
+mod hung;
 mod stand_in;
 
 mod errors;
