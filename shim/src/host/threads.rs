@@ -185,7 +185,7 @@ mod tests {
     static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
     /// Work that has begun, and ends when the sender is dropped.
-    async fn held() -> (mpsc::Sender<()>, JoinHandle<Result<()>>) {
+    async fn held() -> (Sender<()>, JoinHandle<Result<()>>) {
         let (end, ends) = mpsc::channel();
         let (begin, begun) = oneshot::channel();
         let task = tokio::spawn(blocking(move || {
