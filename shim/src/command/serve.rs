@@ -153,7 +153,7 @@ async fn end_of_pod(pod: &Pod, signal: &str) {
         log::error!("the machine does not end; containerd's delete removes what is left");
     }
     if tokio::time::timeout(FAREWELL, pod.ended()).await.is_err() {
-        log::error!("not all ends of containers are told");
+        log::error!("not all exits of containers are published");
     }
 }
 

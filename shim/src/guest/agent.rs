@@ -346,7 +346,7 @@ impl Agent {
         let call = async move { client.list_processes(with_duration(LOOK), &request).await };
         let mut processes = self.look("ListProcesses", call).await?.processes;
         if processes.len() > MOST_PROCESSES {
-            log::warn!("only {MOST_PROCESSES} of {} processes are told of", processes.len());
+            log::warn!("only {MOST_PROCESSES} of {} processes are listed", processes.len());
             processes.truncate(MOST_PROCESSES);
         }
         let processes = processes.into_iter().map(|process| Ok((checked_pid(process.pid)?, process.exec_id)));
