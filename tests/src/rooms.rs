@@ -34,11 +34,22 @@ fn read(directory: &Path, path: &[&str], texts: &mut BTreeMap<String, String>) {
         } else if place.extension().is_some_and(|end| end == "rs") {
             let module = if matches!(&*name, "mod" | "lib" | "main") { path } else { &inner[..] };
             let text = fs::read_to_string(&place).expect("a source file");
-            let code = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+            let code = without_tests(&text);
             let lines = code.lines().filter(|line| !line.trim_start().starts_with("//"));
             texts.insert(module.join("::"), lines.collect::<Vec<_>>().join("\n"));
         }
     }
+}
+
+/// A source file without its modules of tests: a line, or a block that ends with a brace at the beginning of a line.
+fn without_tests(text: &str) -> String {
+    let (mut code, mut rest) = (String::new(), text);
+    while let Some((before, module)) = rest.split_once("#[cfg(test)]\nmod ") {
+        code.push_str(before);
+        let is_block = module.lines().next().is_some_and(|line| line.ends_with('{'));
+        rest = module.split_once(if is_block { "\n}\n" } else { "\n" }).map_or("", |(_, rest)| rest);
+    }
+    code + rest
 }
 
 fn uses(module: &str, text: &str, all: &BTreeMap<String, String>) -> BTreeSet<String> {
@@ -131,6 +142,12 @@ fn rooms_of_the_shim_use_those_below() {
             assert!(place(module) <= place(other), "{module} uses {other}, which is above it");
         }
     }
+}
+
+#[test]
+fn only_tests_are_left_out() {
+    let text = "a\n#[cfg(test)]\nmod b;\nc\n#[cfg(test)]\nmod d {\n    {\n    }\n}\ne\n#[cfg(test)]\nmod f;";
+    assert_eq!(without_tests(text), "a\nc\ne\n");
 }
 
 #[test]
