@@ -6,7 +6,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use katana_tests::Scratch;
-use katana_tests::cri::shared_pod;
+use katana_tests::cri::{Session, shared_pod};
 use katana_tests::host::eventually;
 use katana_tests::scratch::LoopDevice;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -76,6 +76,15 @@ fn directories_and_files_are_bound(handler: &str) {
     container.sh("test -e /volume/later").ok();
 }
 
+/// What a shell that reads commands has to say to this one, and with which code that ends.
+#[track_caller]
+fn answer(shell: &mut Session, script: &str) -> String {
+    shell.stdout.clear();
+    shell.write(&format!("{script}; echo \"code $?;\"\n"));
+    shell.wait_for(";\n");
+    shell.stdout.clone()
+}
+
 fn containers_see_each_others_changes_at_once(handler: &str) {
     let scratch = Scratch::new();
     let pod = shared_pod(handler);
@@ -86,12 +95,21 @@ fn containers_see_each_others_changes_at_once(handler: &str) {
         pod.start(config)
     };
     let (writer, reader) = (start(json!({})), start(json!({"readonly": true})));
+    let [mut writes, mut reads] =
+        [&writer, &reader].map(|container| container.exec_streaming(&["sh"], false).unwrap());
     for round in 0..20 {
         let text = format!("round {round}");
         // The name is known to be missing, the contents are known to be the old ones.
-        assert_ne!(reader.sh(&format!("cat /volume/file; test -e /volume/{round}")).code, 0);
-        writer.sh(&format!("echo {text} > /volume/file; echo > /volume/{round}")).ok();
-        assert_eq!(reader.sh(&format!("cat /volume/file && test -e /volume/{round}")).ok(), text);
+        let before = answer(&mut reads, &format!("cat /volume/file; test -e /volume/{round}"));
+        assert!(before.ends_with("code 1;\n"), "{before}");
+        let written = answer(&mut writes, &format!("echo {text} > /volume/file && echo > /volume/{round}"));
+        assert_eq!(written, "code 0;\n");
+        let seen = answer(&mut reads, &format!("cat /volume/file && test -e /volume/{round}"));
+        assert_eq!(seen, format!("{text}\ncode 0;\n"));
+    }
+    for shell in [&mut writes, &mut reads] {
+        shell.write("exit\n");
+        assert_eq!(shell.exit_code(), 0);
     }
     // A lock of the one is one for the other.
     let check = |test| {

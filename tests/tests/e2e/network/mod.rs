@@ -20,12 +20,12 @@ use katana_tests::{
 };
 
 const PORT: u16 = 7000;
-const LENGTH: usize = 4 << 20;
+const LENGTH: usize = 1 << 20;
 
 /// What answers in a container, and what asks in one: TCP and UDP, IPv4 and IPv6, all that comes goes back.
 const PEER: &str = r"
 import hashlib, os, socket, sys, threading
-PORT, LENGTH = 7000, 4 << 20
+PORT, LENGTH, HANG = 7000, 1 << 20, int(os.environ['HANG'])
 
 def echo(connection):
     while block := connection.recv(1 << 16):
@@ -48,7 +48,7 @@ def serve():
 
 def ask(host, mtu):
     data = os.urandom(LENGTH)
-    connection = socket.create_connection((host, PORT), 60)
+    connection = socket.create_connection((host, PORT), HANG)
     threading.Thread(target=lambda: (connection.sendall(data), connection.shutdown(socket.SHUT_WR))).start()
     digest = hashlib.sha256()
     while block := connection.recv(1 << 16):
@@ -56,7 +56,7 @@ def ask(host, mtu):
     assert digest.digest() == hashlib.sha256(data).digest(), f'TCP with {host}'
     family, headers = (socket.AF_INET6, 48) if ':' in host else (socket.AF_INET, 28)
     udp = socket.socket(family, socket.SOCK_DGRAM)
-    udp.settimeout(20)
+    udp.settimeout(HANG)
     # Not to be fragmented: IP_MTU_DISCOVER and IPV6_MTU_DISCOVER are IP_PMTUDISC_DO.
     udp.setsockopt(socket.IPPROTO_IPV6 if headers == 48 else socket.IPPROTO_IP, 23 if headers == 48 else 10, 2)
     for number in range(20):
@@ -92,7 +92,8 @@ impl Peer {
             let text = Configuration::installed().set("hypervisor.katana.disable_vhost_net", true).to_toml();
             run = run.configuration(&scratch.file("configuration.toml", text));
         }
-        run = run.command(&["python3", "-c", PEER, "serve"]);
+        let hang = format!("HANG={}", environment::hang_limit().as_secs());
+        run = run.env(&hang).command(&["python3", "-c", PEER, "serve"]);
         let output = run.spawn();
         output.wait_for("ready");
         if environment::is_vm() && Path::new("/dev/vhost-net").exists() {
@@ -141,7 +142,7 @@ fn serve_on_host(address: &str) {
 fn ask_from_host(address: &str) {
     let data = Arc::new(noise(LENGTH, 7));
     let address = SocketAddr::new(address.parse::<IpAddr>().expect("an address"), PORT);
-    let mut connection = TcpStream::connect_timeout(&address, Duration::from_secs(60)).expect("connect");
+    let mut connection = TcpStream::connect_timeout(&address, environment::hang_limit()).expect("connect");
     let (mut writer, sent) = (connection.try_clone().expect("a descriptor"), Arc::clone(&data));
     let sender = std::thread::spawn(move || {
         writer.write_all(&sent).expect("send");
@@ -152,7 +153,7 @@ fn ask_from_host(address: &str) {
     sender.join().expect("the sender");
     assert!(received == *data, "what came back from {address} is not what was sent");
     let udp = UdpSocket::bind(if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).expect("bind");
-    udp.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
+    udp.set_read_timeout(Some(environment::hang_limit())).expect("a timeout");
     // Longer than any MTU here: in fragments.
     for length in [1, 1000, 20_000] {
         udp.send_to(&data[..length], address).expect("send");
@@ -410,7 +411,7 @@ fn a_namespace_is_left_as_it_was() {
 #[test]
 fn nginx_serves_a_large_file_to_many() {
     let _turn = shared();
-    let (megabytes, clients) = (100, 20);
+    let (megabytes, clients) = (10, 20);
     let scratch = Scratch::new();
     let content = Arc::new(noise(megabytes << 20, 3));
     scratch.file("large", &*content);
