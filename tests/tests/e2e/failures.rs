@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use katana_tests::host::{Host, eventually};
 use katana_tests::process::Process;
-use katana_tests::turn::alone;
+use katana_tests::turn::{alone, shared};
 use katana_tests::{BUSYBOX, Command, Configuration, Container, Events, Run, Scratch, ctr, environment};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -23,24 +23,33 @@ fn usual_time() -> Duration {
     *TIME.get_or_init(|| Run::new(BUSYBOX).command(&["true"]).output().ok().elapsed)
 }
 
+/// How long it takes here when the machine boots.
+fn boot_time() -> Duration {
+    let scratch = Scratch::new();
+    let text = Configuration::installed().set("factory.enable_template", false).to_toml();
+    let path = scratch.file("configuration.toml", text);
+    Run::new(BUSYBOX).configuration(&path).command(&["true"]).output().ok().elapsed
+}
+
 /// A container cannot be started: one line says why, soon, and the host is as before.
 #[track_caller]
 fn expect_no_start(configuration: Option<&Path>, parts: &[&str]) {
-    expect_no_start_after(Duration::ZERO, configuration, parts);
+    let before = Host::before();
+    expect_refusal(Duration::ZERO, configuration, parts);
+    before.expect_unchanged();
 }
 
-/// Likewise when the failure is one of waiting that long.
-fn expect_no_start_after(wait: Duration, configuration: Option<&Path>, parts: &[&str]) {
+/// Likewise when the failure is one of waiting that long, and whatever becomes of the host.
+#[track_caller]
+fn expect_refusal(wait: Duration, configuration: Option<&Path>, parts: &[&str]) {
     // Less than what it takes to give up on an agent, which is a minute.
     let limit = wait + usual_time() * 3 + Duration::from_secs(30);
-    let before = Host::before();
     let run = Run::new(BUSYBOX).command(&["true"]);
     let run = configuration.into_iter().fold(run, Run::configuration);
     let output = run.output();
-    assert_ne!(output.code, 0, "{output}");
+    assert_ne!(output.code, 0, "expected an error with {parts:?}\n{output}");
     assert!(output.elapsed < limit, "it took too long; usually it takes {:?}\n{output}", usual_time());
     output.expect_error_line(parts);
-    before.expect_unchanged();
 }
 
 fn is_vm() -> bool {
@@ -124,38 +133,33 @@ fn a_killed_shim_is_cleaned_up_after_by_containerd() {
 }
 
 #[test]
-fn a_missing_kernel_file_is_named() {
+fn mistakes_in_the_configuration_are_named() {
     let _turn = alone();
-    if is_vm() {
-        let scratch = Scratch::new();
-        let text = Configuration::installed().set("hypervisor.katana.kernel", "/no/such/vmlinux").to_toml();
-        expect_no_start(
-            Some(&scratch.file("configuration.toml", text)),
-            &["/no/such/vmlinux", "No such file"],
-        );
+    if !is_vm() {
+        return;
     }
-}
-
-#[test]
-fn a_kernel_file_that_is_none_is_named() {
-    let _turn = alone();
-    if is_vm() {
-        let scratch = Scratch::new();
-        let kernel = scratch.file("vmlinux", vec![b'#'; 1 << 20]).display().to_string();
-        let text = Configuration::installed().set("hypervisor.katana.kernel", kernel.as_str()).to_toml();
-        expect_no_start(Some(&scratch.file("configuration.toml", text)), &[&kernel]);
+    let scratch = Scratch::new();
+    let kernel = scratch.file("vmlinux", vec![b'#'; 1 << 20]).display().to_string();
+    let image = scratch.file("image", vec![0; 4 << 20]).display().to_string();
+    let path = scratch.path().join("configuration.toml");
+    let place = path.display().to_string();
+    let unknown = Configuration::installed().set("runtime.no_such_key", true).to_toml();
+    let line = unknown.lines().position(|line| line.starts_with("no_such_key")).expect("the key") + 1;
+    let line = line.to_string();
+    let with = |key: &str, value: &str| Configuration::installed().set(key, value).to_toml();
+    let cases: [(String, &[&str]); 5] = [
+        (with("hypervisor.katana.kernel", "/no/such/vmlinux"), &["/no/such/vmlinux", "No such file"]),
+        (with("hypervisor.katana.kernel", &kernel), &[&kernel]),
+        (with("hypervisor.katana.image", &image), &[&image]),
+        (unknown, &[&place, &line, "no_such_key"]),
+        (with("hypervisor.katana.default_memory", "much"), &[&place, "default_memory"]),
+    ];
+    let before = Host::before();
+    for (text, parts) in cases {
+        std::fs::write(&path, text).expect("the configuration");
+        expect_refusal(Duration::ZERO, Some(&path), parts);
     }
-}
-
-#[test]
-fn an_image_that_is_none_is_named() {
-    let _turn = alone();
-    if is_vm() {
-        let scratch = Scratch::new();
-        let image = scratch.file("image", vec![0; 4 << 20]).display().to_string();
-        let text = Configuration::installed().set("hypervisor.katana.image", image.as_str()).to_toml();
-        expect_no_start(Some(&scratch.file("configuration.toml", text)), &[&image]);
-    }
+    before.expect_unchanged();
 }
 
 /// Its first block is what it should be, so that only the guest can find out.
@@ -185,18 +189,22 @@ fn a_panic_of_the_guest_at_boot_is_quoted() {
     }
 }
 
+/// What the host has left of it is no other than after a panic that is reported, where it is compared.
 #[test]
 fn the_last_words_of_a_guest_that_hangs_are_quoted() {
-    let _turn = alone();
+    let _turn = shared();
     if is_vm() {
         let scratch = Scratch::new();
+        // Time enough for a boot and a panic, however slow the machine is.
+        let wait = (boot_time().as_secs() * 4).max(15);
         let text = Configuration::installed()
             .set("hypervisor.katana.kernel_params", "init=/nonexistent panic=0")
-            .set("agent.kata.dial_timeout", 15)
+            .set("agent.kata.dial_timeout", i64::try_from(wait).expect("a time"))
             .to_toml();
         let path = scratch.file("configuration.toml", text);
-        let expected = ["did not connect within 15 s", "Kernel panic", "/nonexistent"];
-        expect_no_start_after(Duration::from_secs(15), Some(&path), &expected);
+        let late = format!("did not connect within {wait} s");
+        let expected = [late.as_str(), "Kernel panic", "/nonexistent"];
+        expect_refusal(Duration::from_secs(wait), Some(&path), &expected);
     }
 }
 
@@ -209,6 +217,7 @@ fn files_that_others_can_change_are_named() {
     }
     let scratch = Scratch::new();
     let open = scratch.directory("open");
+    let before = Host::before();
     for (key, name) in [("path", "VMM"), ("kernel", "kernel"), ("image", "guest image")] {
         let key = format!("hypervisor.katana.{key}");
         let file = open.join("file");
@@ -220,13 +229,17 @@ fn files_that_others_can_change_are_named() {
             |of: &Path, mode| std::fs::set_permissions(of, Permissions::from_mode(mode)).expect("chmod");
         modes(&file, 0o775);
         let why = "can be written to by others than root (mode 0775)";
-        expect_no_start(Some(&path), &[name, &quoted(&file), why]);
+        expect_refusal(Duration::ZERO, Some(&path), &[name, &quoted(&file), why]);
         modes(&file, 0o755);
         modes(&open, 0o757);
-        expect_no_start(Some(&path), &[name, &quoted(&open), "(mode 0757)"]);
+        expect_refusal(Duration::ZERO, Some(&path), &[name, &quoted(&open), "(mode 0757)"]);
         modes(&open, 0o755);
         std::os::unix::fs::chown(&file, Some(1000), None).expect("chown");
-        expect_no_start(Some(&path), &[name, &quoted(&file), "belongs to user 1000, not to root"]);
+        expect_refusal(
+            Duration::ZERO,
+            Some(&path),
+            &[name, &quoted(&file), "belongs to user 1000, not to root"],
+        );
         let tool = environment::bin().join("kata-runtime").display().to_string();
         let config = path.display().to_string();
         let check =
@@ -235,30 +248,7 @@ fn files_that_others_can_change_are_named() {
         std::os::unix::fs::chown(&file, Some(0), None).expect("chown");
         std::fs::remove_file(&file).expect("remove");
     }
-}
-
-#[test]
-fn an_unknown_configuration_key_is_named_with_file_and_line() {
-    let _turn = alone();
-    if is_vm() {
-        let scratch = Scratch::new();
-        let text = Configuration::installed().set("runtime.no_such_key", true).to_toml();
-        let line = text.lines().position(|line| line.starts_with("no_such_key")).expect("the key") + 1;
-        let path = scratch.file("configuration.toml", text);
-        let place = path.display().to_string();
-        expect_no_start(Some(&path), &[&place, &line.to_string(), "no_such_key"]);
-    }
-}
-
-#[test]
-fn a_configuration_value_of_the_wrong_kind_is_named() {
-    let _turn = alone();
-    if is_vm() {
-        let scratch = Scratch::new();
-        let text = Configuration::installed().set("hypervisor.katana.default_memory", "much").to_toml();
-        let path = scratch.file("configuration.toml", text);
-        expect_no_start(Some(&path), &[&path.display().to_string(), "default_memory"]);
-    }
+    before.expect_unchanged();
 }
 
 /// A socket's node cannot be opened, and a plain file knows nothing of virtual machines.
@@ -314,7 +304,7 @@ fn a_container_that_does_not_answer_is_killed_and_removed() {
 /// What is in it is stopped on the host, and kubelet removes the pod.
 #[test]
 fn a_pod_that_does_not_answer_is_removed() {
-    let _turn = alone();
+    let _turn = shared();
     let pod = |name: &str| {
         let pod = katana_tests::cri::Pod::run(name);
         let container = pod.sh("sleep 10000");
