@@ -146,6 +146,8 @@ fn streams_are_not_another_containers(handler: &str) {
     thief.sh("touch /tmp/stop").ok();
     assert_eq!(thief.ended().exit_code, 0, "{}", thief.output());
     assert!(thief.output().contains("1 passed"), "{}", thief.output());
-    // It has tried.
-    assert!(handler == "runc" || !thief.output().contains(", 0 connections"), "{}", thief.output());
+    // It has tried, where the host answers at all.
+    let output = thief.output();
+    let made = output.contains(" connections") && !output.contains(", 0 connections");
+    assert!(handler == "runc" || made, "{output}");
 }

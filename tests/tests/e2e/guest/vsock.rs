@@ -13,6 +13,13 @@ const PORTS: std::ops::Range<u32> = 0x1_0000..0x1_0080;
 /// The agent's own.
 const AGENT_PORT: u32 = 1024;
 
+/// A stream to a port of the host.
+struct Stream {
+    file: File,
+    /// Whether it was seen to be connected, which the call that begins it does not wait for.
+    counted: bool,
+}
+
 fn connect(port: u32) -> std::io::Result<File> {
     let flags = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: the call takes integers.
@@ -40,28 +47,35 @@ fn connect(port: u32) -> std::io::Result<File> {
 fn nothing_comes_from_the_host() {
     let stop =
         Path::new(&std::env::var(super::DIRECTORY).expect("this runs inside a container")).join("stop");
-    let (mut open, mut rounds, mut made) = (HashMap::<u32, File>::new(), 0_usize, 0_usize);
+    let (mut open, mut rounds, mut made) = (HashMap::<u32, Stream>::new(), 0_usize, 0_usize);
     while !stop.exists() {
         for port in PORTS.chain([AGENT_PORT]) {
             let mut bytes = [0; 64];
-            let ended = match open.get_mut(&port).map(|stream| stream.read(&mut bytes)) {
-                None => true,
-                Some(Ok(0)) => true,
-                Some(Ok(count)) => panic!("port {port}: {:?}", &bytes[..count]),
-                Some(Err(error)) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected),
+            let read = open.get_mut(&port).map(|stream| stream.file.read(&mut bytes));
+            let (ended, connected) = match &read {
+                None => (true, false),
+                Some(Ok(0)) => (true, true),
+                Some(Ok(count)) => panic!("port {port}: {:?}", &bytes[..*count]),
+                Some(Err(error)) => match error.kind() {
+                    ErrorKind::NotConnected => (false, false),
+                    ErrorKind::WouldBlock => (false, true),
+                    _ => (true, false),
+                },
             };
+            if connected && let Some(stream) = open.get_mut(&port) {
+                made += usize::from(!std::mem::replace(&mut stream.counted, true));
+            }
             if ended {
                 open.remove(&port);
                 // On a host there may be no such sockets.
-                if let Ok(stream) = connect(port) {
-                    made += 1;
-                    open.insert(port, stream);
+                if let Ok(file) = connect(port) {
+                    open.insert(port, Stream { file, counted: false });
                 }
             } else if rounds % 2 == 1
                 && let Some(stream) = open.get_mut(&port)
             {
                 // It may not be connected yet, or not any more.
-                let _ = stream.write(&[0; 16]);
+                let _ = stream.file.write(&[0; 16]);
             }
         }
         rounds += 1;
