@@ -104,7 +104,7 @@ async fn sigkill_ends_a_container_whose_machine_is_stopped() {
 }
 
 /// Until Start of an exec is under way: the shim has opened the exec's output.
-async fn starts(containerd: &Containerd, exec: &str) {
+pub async fn starts(containerd: &Containerd, exec: &str) {
     let output = containerd.directory.join(exec);
     eventually(|| output.exists()).await;
 }

@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::containerd::{Containerd, can_run, code_and_text, ctx};
-use crate::silent::stop_agent_of;
+use crate::silent::{starts, stop_agent_of};
 
 fn fifo(containerd: &Containerd, name: &str) -> (PathBuf, String) {
     let path = containerd.directory.join(name);
@@ -208,8 +208,8 @@ async fn an_exec_whose_machine_ends_says_why() {
     let machine = containerd.state("").await.unwrap().pid;
     stop_agent_of(machine).await;
     let killed = async {
-        // Until the agent has been asked: it does not answer.
-        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        // The agent does not answer.
+        starts(&containerd, "e").await;
         kill(Pid::from_raw(i32::try_from(machine).unwrap()), Signal::SIGKILL).unwrap();
     };
     let (outcome, ()) = tokio::join!(containerd.exec("e", "exec sleep 1001"), killed);
