@@ -7,7 +7,8 @@ use katana_tests::host::Host;
 use katana_tests::process::Process;
 use katana_tests::turn::{alone, shared};
 use katana_tests::{BUSYBOX, Container, Run, Scratch, environment};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use super::SmallPlace;
 
 /// A shim that has less of something than others: a program for `--runtime`.
 struct Limited {
@@ -121,18 +122,13 @@ fn a_lack_of_space_is_named() {
     if !environment::is_vm_or_say("this is about the shim") {
         return;
     }
-    const PLACE: &str = "/run/kata-containers";
     let with = |options: &str| {
-        let before = Host::before();
-        // Whatever is there stays below.
-        mount(Some("tmpfs"), PLACE, Some("tmpfs"), MsFlags::empty(), Some(options)).expect("tmpfs");
+        let place = SmallPlace::new(options);
         let output = output_of(Run::new(BUSYBOX));
-        umount2(PLACE, MntFlags::MNT_DETACH).expect("unmount");
-        before.expect_unchanged();
+        place.expect_nothing_left();
         output
     };
     let texts = ["No space left on device"];
-    std::fs::create_dir_all(PLACE).expect("the directory");
     let amounts = some((1..=40).chain([1000]), &[1, 3, 5, 8, 1000]);
     expect_named("inodes", &texts, &amounts, |amount| with(&format!("size=64m,nr_inodes={amount}")));
     let amounts = some((1..=8).chain([1000]), &[1, 2, 1000]);
