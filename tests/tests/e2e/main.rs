@@ -17,7 +17,6 @@ mod host_namespaces;
 mod io;
 mod jail;
 mod kernel;
-mod leaks;
 mod mounts;
 mod network;
 mod run;

@@ -3,7 +3,7 @@
 use katana_tests::host::Host;
 use katana_tests::process::Process;
 use katana_tests::turn::alone;
-use katana_tests::{BUSYBOX, Run, environment};
+use katana_tests::{BUSYBOX, Run, Scratch, environment};
 
 /// What of the host grows with something that is not given back, however small.
 #[derive(Debug, Clone, Copy)]
@@ -42,7 +42,8 @@ impl Growth {
 fn thousands_of_cycles_grow_nothing() {
     let _turn = alone();
     let asked = std::env::var("KATANA_CYCLES").ok().and_then(|text| text.parse().ok());
-    let cycles: usize = asked.unwrap_or(if environment::is_soak() { 10_000 } else { 20 });
+    let cycles: usize = asked.unwrap_or(if environment::is_soak() { 10_000 } else { 30 });
+    let scratch = Scratch::new();
     let before = Host::before();
     let containerd = || {
         let is_it = |process: &Process| {
@@ -52,14 +53,20 @@ fn thousands_of_cycles_grow_nothing() {
         };
         Process::all().into_iter().find(is_it).expect("containerd's process")
     };
-    let cycle = || drop(Run::new(BUSYBOX).command(&["true"]).output().ok());
+    let cycle = |number: usize| {
+        let code = i32::try_from(number % 3).expect("a small number");
+        // Some of everything that must be removed: a volume, a tmpfs, a cgroup with limits, a process left alone.
+        let script = format!("sleep 10000 & mkdir -p /a/b; echo > /volume/file; exit {code}");
+        let run = Run::new(BUSYBOX).bind(scratch.path(), "/volume", "rw").options("--memory-limit 67108864");
+        run.sh(&script).output().expect_code(code);
+    };
     // What is made once is not growth.
-    (0..cycles / 10 + 5).for_each(|_| cycle());
+    (0..cycles / 10 + 5).for_each(cycle);
     before.expect_unchanged();
     let containerd = containerd();
     let first = Growth::now(&containerd);
     for number in 0..cycles {
-        cycle();
+        cycle(number);
         if number % 500 == 499 {
             println!("{}: {:?}", number + 1, Growth::now(&containerd));
         }

@@ -186,3 +186,16 @@ fn deaths_at_random_moments_leave_nothing_behind() {
         }
     }
 }
+
+/// `ctr` dies at any moment; what it had begun, `delete` ends.
+#[test]
+fn an_abandoned_container_is_deleted_without_a_trace() {
+    let _turn = alone();
+    let before = Host::before();
+    let container = Run::new(BUSYBOX).command(&["sleep", "10000"]).start();
+    let exec = container.exec_command(&[], &["sh", "-c", "echo started; sleep 10000"]).spawn();
+    exec.wait_for("started");
+    drop(exec);
+    drop(container);
+    before.expect_unchanged();
+}
