@@ -17,8 +17,8 @@ const MOST: usize = 4;
 const IDLE_LIMIT: Duration = Duration::from_secs(1);
 /// How long work waits for a thread when the host has none left: others end.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// The same for what would be left behind without one.
-const CLEANUP_PATIENCE: Duration = Duration::from_secs(10);
+/// The same for what would be left behind without one. It is done by the thread that serves then.
+const CLEANUP_PATIENCE: Duration = Duration::from_secs(3);
 /// From one attempt to the next.
 const RETRY: Duration = Duration::from_millis(50);
 /// Of work that is waited for at the end.
@@ -44,20 +44,28 @@ where
     T: Send + 'static,
 {
     let turn = TURNS.acquire().await.map_err(|e| Error::Host(e.to_string()))?;
-    run(work, Some(turn), PATIENCE).await
+    let (job, done) = job(work, Some(turn));
+    start_within(PATIENCE, job).await.map_err(|(_, e)| Error::io("thread", &e))?;
+    done.await.map_err(|e| Error::Host(e.to_string()))?
 }
 
 /// The same for what removes what is left of a container or a machine. It does not queue behind other work, some of
-/// which may never end (a file server that is silent), and waits longer for a thread.
+/// which may never end (a file server that is silent), and is done in any case: without a thread by this one, while
+/// nothing else is served.
 ///
 /// # Errors
-/// As for [`blocking`].
+/// What the work says.
 pub async fn cleanup<T, F>(work: F) -> Result<T>
 where
     F: FnOnce() -> Result<T> + Send + 'static,
     T: Send + 'static,
 {
-    run(work, None, CLEANUP_PATIENCE).await
+    let (job, done) = job(work, None);
+    if let Err((job, e)) = start_within(CLEANUP_PATIENCE, job).await {
+        log::warn!("thread: {e}");
+        job();
+    }
+    done.await.map_err(|e| Error::Host(e.to_string()))?
 }
 
 /// Waits for the end of all work that has been started, but not longer than this.
@@ -67,28 +75,34 @@ pub async fn finish(limit: Duration) {
     }
 }
 
-async fn run<T, F>(work: F, turn: Option<SemaphorePermit<'static>>, patience: Duration) -> Result<T>
+/// The work, and what comes of it.
+fn job<T, F>(work: F, turn: Option<SemaphorePermit<'static>>) -> (Job, oneshot::Receiver<Result<T>>)
 where
     F: FnOnce() -> Result<T> + Send + 'static,
     T: Send + 'static,
 {
     let (sender, done) = oneshot::channel();
     let started = STARTED.try_acquire().ok();
-    let mut job: Job = Box::new(move || {
+    let job = move || {
         let outcome = work();
         drop((turn, started));
         // Nobody waits any more.
         let _ = sender.send(outcome);
-    });
+    };
+    (Box::new(job), done)
+}
+
+/// Starts the job, again and again until there is a thread for it; or else it comes back.
+async fn start_within(patience: Duration, mut job: Job) -> std::result::Result<(), (Job, io::Error)> {
     let until = Instant::now() + patience;
     while let Err((again, e)) = start(job) {
         if Instant::now() >= until {
-            return Err(Error::io("thread", &e));
+            return Err((again, e));
         }
         job = again;
         tokio::time::sleep(RETRY).await;
     }
-    done.await.map_err(|e| Error::Host(e.to_string()))?
+    Ok(())
 }
 
 /// Runs what changes its thread's namespaces or working directory on a thread that ends with it.
