@@ -154,8 +154,9 @@ fn shape(opcode: u32) -> &'static str {
 
 fn step(guest: &mut Guest, seen: &mut Seen, input: &mut Input<'_>) {
     let opcode = if input.once_in(64) { input.u32() } else { input.below(OPCODES) as u32 };
-    // A driver does not destroy its session and continue.
-    if opcode == Opcode::Destroy as u32 {
+    // Rarely, since all that the guest has seen is gone then.
+    let destroys = opcode == Opcode::Destroy as u32;
+    if destroys && !input.once_in(64) {
         return;
     }
     let payload = seen.payload(opcode, input);
@@ -195,6 +196,9 @@ fn step(guest: &mut Guest, seen: &mut Seen, input: &mut Input<'_>) {
             let payload = written as usize - size_of::<OutHeader>();
             seen.learn(opcode, &guest.bench.bytes(answer + size_of::<OutHeader>() as u64, payload));
         }
+    }
+    if destroys {
+        guest.init();
     }
 }
 
