@@ -149,8 +149,8 @@ fn mistakes_in_the_configuration_are_named() {
     let with = |key: &str, value: &str| Configuration::installed().set(key, value).to_toml();
     let cases: [(String, &[&str]); 5] = [
         (with("hypervisor.katana.kernel", "/no/such/vmlinux"), &["/no/such/vmlinux", "No such file"]),
-        (with("hypervisor.katana.kernel", &kernel), &[&kernel]),
-        (with("hypervisor.katana.image", &image), &[&image]),
+        (with("hypervisor.katana.kernel", &kernel), &[&kernel, "is not an ELF file"]),
+        (with("hypervisor.katana.image", &image), &[&image, "is not an erofs image"]),
         (unknown, &[&place, &line, "no_such_key"]),
         (with("hypervisor.katana.default_memory", "much"), &[&place, "default_memory"]),
     ];
@@ -196,7 +196,7 @@ fn the_last_words_of_a_guest_that_hangs_are_quoted() {
     if is_vm() {
         let scratch = Scratch::new();
         // Time enough for a boot and a panic, however slow the machine is.
-        let wait = (boot_time().as_secs() * 4).max(15);
+        let wait = (boot_time().as_secs() * 4).min(environment::hang_limit().as_secs() / 2).max(15);
         let text = Configuration::installed()
             .set("hypervisor.katana.kernel_params", "init=/nonexistent panic=0")
             .set("agent.kata.dial_timeout", i64::try_from(wait).expect("a time"))
