@@ -17,6 +17,7 @@ mod host_namespaces;
 mod io;
 mod jail;
 mod kernel;
+mod leaks;
 mod mounts;
 mod network;
 mod run;
