@@ -181,7 +181,7 @@ fn the_full_kernel_can_be_looked_into() {
     let file = scratch.file("configuration.toml", configuration.to_toml());
     let script = "set -e; test $(stat -c %s /sys/kernel/btf/vmlinux) -gt 1000000; mount -t tracefs none /sys/kernel/tracing; \
         cd /sys/kernel/tracing; echo 'p:kprobes/opened do_sys_openat2' > kprobe_events; \
-        echo 1 > events/kprobes/opened/enable; echo 1 > events/syscalls/sys_enter_uname/enable; uname; \
+        echo 1 > events/kprobes/opened/enable; echo 1 > events/syscalls/sys_enter_newuname/enable; uname; \
         grep -q 'opened: (do_sys_openat2' trace && echo kprobe=ok; grep -q sys_newuname trace && echo event=ok; \
         echo 0 > events/kprobes/opened/enable; \
         echo 'p:uprobes/entered /bin/busybox:0x1000' > uprobe_events && echo uprobe=ok; \
