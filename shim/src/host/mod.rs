@@ -32,3 +32,11 @@ pub fn random<const N: usize>() -> Result<[u8; N]> {
 pub fn create_private(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
+
+/// Says, past the test runner and for tests/all to count, that a test cannot run here.
+#[cfg(test)]
+pub fn say_skipped(why: &str) {
+    use std::io::Write;
+    let thread = std::thread::current();
+    let _ = writeln!(io::stderr(), "skipped: {}: {why}", thread.name().unwrap_or("a test"));
+}

@@ -111,7 +111,7 @@ mod tests {
     fn what_cannot_be_removed_yet_is_not_forgotten() {
         let tested = std::thread::spawn(|| match own_cgroups() {
             Ok(()) => what_is_in_use_is_not_forgotten(),
-            Err(e) => println!("SKIPPED: only root can mount the cgroups: {e}"),
+            Err(e) => crate::host::say_skipped(&format!("only root can mount the cgroups: {e}")),
         });
         tested.join().unwrap();
     }
@@ -148,7 +148,7 @@ mod tests {
         let Some(mut network) = OtherNetwork::new() else {
             vmm.kill().unwrap();
             vmm.wait().unwrap();
-            return println!("SKIPPED: only root can make a network namespace");
+            return crate::host::say_skipped("only root can make a network namespace");
         };
         let id = ProcessId::of(vmm.id() as i32).unwrap();
         let state = State { vmm: vec![id], network: Some(network.record()), ..nothing() };

@@ -98,7 +98,9 @@ impl Machine {
         let network = Network::open(spec, &identity.namespace, nics).await?;
         log::debug!("timeline: network looked at");
         record.network = network.record();
-        record.write(Vec::new(), BTreeMap::new())?;
+        if record.network.is_some() {
+            record.write(Vec::new(), BTreeMap::new())?;
+        }
         let path = layout.share.clone();
         let share = crate::host::threads::blocking(move || Share::create(&path)).await?;
         let ports = Ports::new();

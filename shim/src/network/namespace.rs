@@ -137,14 +137,14 @@ mod tests {
     fn only_the_namespace_that_was_written_down_is_found() {
         let mut owner = std::process::Command::new("unshare");
         let Ok(mut owner) = owner.args(["--net", "sleep", "1000"]).spawn() else {
-            return println!("SKIPPED: there is no unshare");
+            return crate::host::say_skipped("there is no unshare");
         };
         let path = PathBuf::from(format!("/proc/{}/ns/net", owner.id()));
         let own = fs::read_link(OWN).unwrap();
         let is_elsewhere = || fs::read_link(&path).is_ok_and(|namespace| namespace != own);
         while !is_elsewhere() {
             if owner.try_wait().unwrap().is_some() {
-                return println!("SKIPPED: only root can make a network namespace");
+                return crate::host::say_skipped("only root can make a network namespace");
             }
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn a_new_namespace_has_only_lo_and_the_thread_is_left_where_it_was() {
         let Ok(new) = of(&json!([{"type": "network"}])) else {
-            return println!("SKIPPED: only root can make a network namespace");
+            return crate::host::say_skipped("only root can make a network namespace");
         };
         let before = fs::read_link(OWN).unwrap();
         let names = || {

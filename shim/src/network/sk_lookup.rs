@@ -184,14 +184,14 @@ mod tests {
     #[test]
     fn every_port_of_the_two_loopback_addresses_leads_to_the_socket() {
         if unshare(CloneFlags::CLONE_NEWNET).is_err() {
-            return println!("SKIPPED: only root can make a network namespace");
+            return crate::host::say_skipped("only root can make a network namespace");
         }
         let up = libc::IFF_UP as u32;
         Socket::open().unwrap().set(kind::LINK, 0, Body::link(1, up, up).bytes()).unwrap();
         let namespace = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
         let redirected = match Redirected::listen(namespace.as_fd()) {
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-                return println!("SKIPPED: no BPF here: {e}");
+                return crate::host::say_skipped(&format!("no BPF here: {e}"));
             }
             outcome => outcome.unwrap(),
         };

@@ -220,6 +220,14 @@ impl Containerd {
         self.client.delete(ctx(), &request).await
     }
 
+    /// Ends a container that runs, and its shim.
+    pub async fn end(&self) {
+        self.kill("", 9).await.unwrap();
+        self.wait("").await;
+        self.delete("").await.unwrap();
+        self.shut_down().await;
+    }
+
     /// Shutdown, until the shim is gone.
     pub async fn shut_down(&self) {
         let _ = self.client.shutdown(ctx(), &ShutdownRequest { id: self.id(), ..Default::default() }).await;

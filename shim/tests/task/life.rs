@@ -133,10 +133,7 @@ async fn many_execs_at_once_end_after_they_started() {
         });
     }
     join_all(all).await;
-    containerd.kill("", 9).await.unwrap();
-    containerd.wait("").await;
-    containerd.delete("").await.unwrap();
-    containerd.shut_down().await;
+    containerd.end().await;
     let events = containerd.events();
     for id in &ids {
         let at = |topic: &str, matches: &dyn Fn(&serde_json::Value) -> bool| {
@@ -401,8 +398,5 @@ async fn a_pod_of_two_containers() {
     assert_eq!(containerd.client.delete(ctx(), &delete).await.unwrap().pid, pid);
     eventually(|| !std::path::Path::new(&format!("/proc/{pid}")).exists()).await;
     assert_eq!(containerd.state("").await.unwrap().status(), Status::RUNNING);
-    containerd.kill("", 9).await.unwrap();
-    containerd.wait("").await;
-    containerd.delete("").await.unwrap();
-    containerd.shut_down().await;
+    containerd.end().await;
 }

@@ -142,10 +142,7 @@ async fn an_exec_that_is_ended_while_it_starts_is_gone() {
     assert_eq!(processes.len(), 1, "{processes:?}");
     containerd.exec("e", "exit 4").await.unwrap();
     assert_eq!(containerd.wait("e").await, 4);
-    containerd.kill("", 9).await.unwrap();
-    containerd.wait("").await;
-    containerd.delete("").await.unwrap();
-    containerd.shut_down().await;
+    containerd.end().await;
 }
 
 /// An exec that is being started holds nothing up but what is asked for it alone.

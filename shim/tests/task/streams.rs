@@ -88,10 +88,7 @@ async fn the_last_bytes_arrive_before_the_exit() {
         let text = containerd.file(&exec);
         assert!(text.len() == 20_000 * 17 + 5 && text.ends_with("\nlast\n"), "{}", text.len());
     }
-    containerd.kill("", 9).await.unwrap();
-    containerd.wait("").await;
-    containerd.delete("").await.unwrap();
-    containerd.shut_down().await;
+    containerd.end().await;
 }
 
 #[tokio::test]
@@ -120,10 +117,7 @@ async fn a_terminal_and_its_size() {
     assert_eq!(containerd.wait("t").await, 0);
     let text = String::from_utf8(joined(reader).await).unwrap();
     assert_eq!(text, "37 101\r\nterminal\r\n");
-    containerd.kill("", 9).await.unwrap();
-    containerd.wait("").await;
-    containerd.delete("").await.unwrap();
-    containerd.shut_down().await;
+    containerd.end().await;
 }
 
 /// `echo hello | ctr task exec` asks for CloseIO before it asks for Start.
@@ -149,10 +143,7 @@ async fn input_may_be_closed_before_the_start() {
     drop(writer);
     assert_eq!(containerd.wait("e").await, 0);
     assert_eq!(containerd.file("e"), "hello");
-    containerd.kill("", 9).await.unwrap();
-    containerd.wait("").await;
-    containerd.delete("").await.unwrap();
-    containerd.shut_down().await;
+    containerd.end().await;
 }
 
 /// Its program must not run without its output, and no other of the container ends with it.
@@ -191,10 +182,7 @@ async fn an_exec_that_ended_before_its_stream_was_lost_leaves_its_id() {
     containerd.delete("e").await.unwrap();
     containerd.exec("e", "exit 4").await.unwrap();
     assert_eq!(containerd.wait("e").await, 4);
-    containerd.kill("", 9).await.unwrap();
-    containerd.wait("").await;
-    containerd.delete("").await.unwrap();
-    containerd.shut_down().await;
+    containerd.end().await;
 }
 
 /// The end of its streams is no reason.

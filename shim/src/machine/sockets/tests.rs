@@ -88,9 +88,7 @@ async fn is_closed(stream: &mut UnixStream) -> bool {
 fn have_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
-        let thread = std::thread::current();
-        // Past the test runner, for tests/all to count.
-        let _ = writeln!(io::stderr(), "skipped: {}: it needs root", thread.name().unwrap_or("a test"));
+        crate::host::say_skipped("it needs root");
     }
     root
 }

@@ -1,6 +1,5 @@
 use super::*;
 use serde_json::json;
-use std::io::Write;
 
 fn layer(kind: &str, source: &str, options: &[&str]) -> Layer {
     let options = options.iter().map(|&option| option.to_owned()).collect();
@@ -100,10 +99,7 @@ fn a_disk_that_is_mounted_has_to_be_allowed() {
     let number = nix::sys::stat::makedev(999, 5);
     let mode = nix::sys::stat::Mode::S_IRUSR;
     if nix::sys::stat::mknod(&node, nix::sys::stat::SFlag::S_IFBLK, mode, number).is_err() {
-        let thread = std::thread::current();
-        let name = thread.name().unwrap_or("a test");
-        // Past the test runner, for tests/all to count.
-        return writeln!(io::stderr(), "skipped: {name}: it needs root").unwrap();
+        return crate::host::say_skipped("it needs root");
     }
     let found = |rules: Value| {
         let mount =
