@@ -15,6 +15,9 @@ pub struct Process {
     pub arguments: Vec<String>,
 }
 
+/// The parent of the kernel's threads.
+const KTHREADD: i32 = 2;
+
 impl Process {
     fn read(pid: i32) -> Option<Self> {
         let directory = PathBuf::from(format!("/proc/{pid}"));
@@ -42,6 +45,15 @@ impl Process {
         let entries = std::fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
         let names = entries.filter_map(|entry| std::fs::read_to_string(entry.path().join("comm")).ok());
         names.map(|name| name.trim().to_owned()).collect()
+    }
+
+    /// Whether the host's kernel moves packets for it: in a thread of the process, or before Linux 6.4 in one of the kernel's,
+    /// whose name has the number of the thread that asked for it.
+    pub fn has_vhost_worker(&self) -> bool {
+        let entries = std::fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
+        let names: Vec<_> = entries.map(|entry| format!("vhost-{}", entry.file_name().display())).collect();
+        self.threads().iter().any(|name| name.starts_with("vhost-"))
+            || Self::all().iter().any(|process| process.parent == KTHREADD && names.contains(&process.name))
     }
 
     /// The shim of a container that is a pod of its own.

@@ -98,12 +98,7 @@ impl Peer {
         output.wait_for("ready");
         if environment::is_vm() && Path::new("/dev/vhost-net").exists() {
             let vmm = Process::vmm_of(&id);
-            assert_eq!(
-                vmm.threads().iter().any(|name| name.starts_with("vhost-")),
-                vhost,
-                "{:?}",
-                vmm.threads()
-            );
+            assert_eq!(vmm.has_vhost_worker(), vhost, "{:?}", vmm.threads());
         }
         Self { container: Container::adopt(&id), _output: output }
     }
