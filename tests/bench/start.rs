@@ -156,7 +156,7 @@ fn measure<S>(rounds: usize, subjects: &[S], what: impl Fn(&S) -> Duration) -> V
     }
     for _ in 0..rounds {
         for (times, subject) in times.iter_mut().zip(subjects) {
-            times.0.push(what(subject));
+            times.0.push(environment::counted(what(subject)));
         }
     }
     for times in &mut times {
@@ -175,7 +175,7 @@ fn starts_at_once(subject: &Subject, count: usize) -> Duration {
             run.join().expect("a container");
         }
     });
-    start.elapsed() / u32::try_from(count).expect("a small number")
+    environment::counted(start.elapsed()) / u32::try_from(count).expect("a small number")
 }
 
 struct Table<'a> {

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use katana_tests::container::new_id;
-use katana_tests::{BUSYBOX, Configuration, Containerd, Run, Scratch};
+use katana_tests::{BUSYBOX, Configuration, Containerd, Run, Scratch, environment};
 
 use crate::chart::Timeline;
 
@@ -60,7 +60,7 @@ fn stages(runtime: &str, configuration: &Path) -> Vec<Stage> {
     let log = std::fs::read(Containerd::current().log()).expect("containerd's log");
     let log = String::from_utf8_lossy(&log);
     let ours = log.lines().filter(|line| line.ends_with(&format!("sandbox={id}")));
-    let since = |time: SystemTime| time.duration_since(start).unwrap_or_default();
+    let since = |time: SystemTime| environment::counted(time.duration_since(start).unwrap_or_default());
     let mut stages: Vec<Stage> =
         ours.filter_map(|line| parse(line).map(|(what, at)| (what, since(at)))).collect();
     stages.push(("ctr run ended".to_owned(), since(end)));

@@ -56,7 +56,17 @@ pub fn is_soak() -> bool {
 
 /// Whether the machine's clock counts instructions. Then it has one processor and is slow.
 pub fn is_counted() -> bool {
-    std::env::var_os("KATANA_COUNTED").is_some()
+    instructions_per_ns().is_some()
+}
+
+/// `$KATANA_COUNTED`: how many instructions a nanosecond of that clock is.
+fn instructions_per_ns() -> Option<f64> {
+    std::env::var("KATANA_COUNTED").ok()?.parse().ok()
+}
+
+/// A time of the machine's clock; if that counts instructions, one in which a millisecond is a million of them.
+pub fn counted(time: Duration) -> Duration {
+    time.mul_f64(instructions_per_ns().unwrap_or(1.0))
 }
 
 /// After how long a command counts as hung. No test measures anything with it.
