@@ -100,7 +100,7 @@ fn machines_from_one_template_have_nothing_in_common() {
         return;
     }
     let mut seen = BTreeSet::new();
-    let count = environment::rounds(6);
+    let count = environment::rounds(20);
     for _ in 0..count {
         let before = SystemTime::now();
         let output = Run::new(DEBIAN).sh(IDENTITIES).output().ok();

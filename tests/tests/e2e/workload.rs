@@ -65,7 +65,7 @@ fn inodes_have_more_than_a_mode() {
 }
 
 #[test]
-fn thousands_of_small_files() {
+fn ten_thousand_small_files() {
     inside("guest::many");
 }
 
