@@ -31,9 +31,8 @@ bench: build ## measure starts, memory, network and file systems: target/bench/*
 	    for chance in 1 2 3 4 5 6 7 8; do tests/run counted $$part && continue 2; done; exit 1; \
 	done
 
-soak: build ## the long versions of the end-to-end tests, and FUZZ_SECONDS=600 of each fuzz target
-	tests/run soak
-	scripts/fuzz $(FUZZ_SECONDS)
+soak: build ## long end-to-end tests, all on three Intel models, and FUZZ_SECONDS=600 of each fuzz target
+	tests/soak $(FUZZ_SECONDS)
 
 lint: ## formatting, clippy, licences of dependencies
 	scripts/install-build-deps
