@@ -23,9 +23,9 @@ use crate::transport::Transport;
 pub struct Exit {
     /// The exit code, or 128 and the signal's number.
     pub status: u32,
-    /// Bytes of standard output that the host has got.
+    /// Bytes that were written to standard output.
     pub stdout_bytes: u64,
-    /// Bytes of standard error that the host has got.
+    /// Bytes that were written to standard error.
     pub stderr_bytes: u64,
 }
 
@@ -91,7 +91,7 @@ pub struct Surroundings<'a> {
 }
 
 impl Process {
-    /// Starts a process. `at_end` runs at its end, before its streams are drained and anyone hears of it.
+    /// Starts a process. `at_end` runs at its end, before anyone hears of it.
     pub async fn start(
         task: &Task,
         container: Option<&Self>,

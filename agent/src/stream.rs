@@ -71,14 +71,12 @@ impl Stream {
         }
     }
 
-    /// Writes all of `bytes`; `wrote` hears of every part.
-    pub async fn write_counted(&self, mut bytes: &[u8], wrote: impl Fn(usize)) -> io::Result<()> {
+    /// Writes all of `bytes`.
+    pub async fn send_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let mut guard = self.0.writable().await?;
             if let Ok(result) = guard.try_io(|fd| Ok(write(fd, bytes)?)) {
-                let count = result?;
-                wrote(count);
-                bytes = bytes.get(count..).unwrap_or_default();
+                bytes = bytes.get(result?..).unwrap_or_default();
             }
         }
         Ok(())

@@ -17,7 +17,7 @@ use crate::transport::Transport;
 
 /// What one copy moves at once: the capacity of a pipe.
 const CHUNK: usize = 64 * 1024;
-/// How long the exit of a process waits for a host that takes none of its output.
+/// How long the exit of a process waits for a host that takes nothing of what lies in its terminal.
 const STALL: Duration = Duration::from_secs(10);
 
 /// The ports of a process's streams on the host; 0 is "no such stream".
@@ -124,69 +124,62 @@ pub struct Copies {
 }
 
 impl Copies {
-    /// The process is dead: sends what it left in its pipes and answers how many bytes of standard output and standard
-    /// error the host has got. Children that hold a pipe open can continue to write; their copy continues too.
+    /// The process is dead: ends its input and answers how many bytes it wrote to standard output and standard error.
+    /// They are on their way to the host, which waits for them. Children that hold a pipe open can continue to write;
+    /// their copy continues too.
     pub async fn finish(self) -> (u64, u64) {
         if let Some(input) = self.input {
             input.abort();
         }
-        let (stdout, stderr) = (self.stdout.map(Output::finish), self.stderr.map(Output::finish));
-        let count = async |output| match output {
-            Some(output) => Output::drained(output).await,
+        let total = async |output: Option<Output>| match output {
+            Some(output) => output.total().await,
             None => 0,
         };
-        (count(stdout).await, count(stderr).await)
+        (total(self.stdout).await, total(self.stderr).await)
     }
 }
 
 /// One stream from the process to the host.
 #[derive(Debug)]
 struct Output {
-    sent: Arc<AtomicU64>,
+    process: Arc<Stream>,
+    /// Bytes that were taken from the process. This and the pipe's own count change within one step of the agent's only
+    /// thread.
+    copied: Arc<AtomicU64>,
     process_ended: oneshot::Sender<()>,
-    drained: oneshot::Receiver<u64>,
-}
-
-/// An [`Output`] whose process is dead.
-#[derive(Debug)]
-struct Draining {
-    sent: Arc<AtomicU64>,
-    drained: oneshot::Receiver<u64>,
+    drained: oneshot::Receiver<()>,
 }
 
 impl Output {
     fn start((process, host): (Arc<Stream>, Stream)) -> Self {
         let (process_ended, ended) = oneshot::channel();
         let (drained_sender, drained) = oneshot::channel();
-        let sent = Arc::new(AtomicU64::new(0));
-        let copy = CopyOut { process, host, sent: sent.clone(), copied: 0 };
+        let copied = Arc::new(AtomicU64::new(0));
+        let copy = CopyOut { process: process.clone(), host, copied: copied.clone(), refused: false };
         tokio::spawn(copy_out(copy, ended, drained_sender));
-        Self { sent, process_ended, drained }
+        Self { process, copied, process_ended, drained }
     }
 
-    fn finish(self) -> Draining {
-        // The copy is gone when the stream ended before the process did: `drained` then has the answer.
-        let _ = self.process_ended.send(());
-        Draining { sent: self.sent, drained: self.drained }
-    }
-
-    async fn drained(mut draining: Draining) -> u64 {
-        let mut before = draining.sent.load(Ordering::Relaxed);
-        loop {
-            match tokio::time::timeout(STALL, &mut draining.drained).await {
-                Ok(count) => return count.unwrap_or_else(|_| draining.sent.load(Ordering::Relaxed)),
-                Err(_) => {
-                    let now = draining.sent.load(Ordering::Relaxed);
-                    if now == before {
-                        log::warn!(
-                            "the host takes no output of a dead process; its exit is sent without the rest"
-                        );
-                        return now;
-                    }
-                    before = now;
-                }
-            }
+    /// How many bytes the dead process wrote.
+    async fn total(self) -> u64 {
+        let Self { process, copied, process_ended, mut drained } = self;
+        let copied = || copied.load(Ordering::Relaxed);
+        if !nix::unistd::isatty(&*process).unwrap_or(false) {
+            return copied() + process.pending();
         }
+        // What lies in a terminal cannot be counted, only read: the kernel moves it to where it can be read by and by.
+        // The copy is gone when the stream ended before the process did.
+        let _ = process_ended.send(());
+        let mut before = copied();
+        while tokio::time::timeout(STALL, &mut drained).await.is_err() {
+            let now = copied();
+            if now == before {
+                log::warn!("the host takes no output of a dead process; its exit is sent without the rest");
+                break;
+            }
+            before = now;
+        }
+        copied()
     }
 }
 
@@ -194,8 +187,9 @@ impl Output {
 struct CopyOut {
     process: Arc<Stream>,
     host: Stream,
-    sent: Arc<AtomicU64>,
-    copied: u64,
+    copied: Arc<AtomicU64>,
+    /// Whether the host was seen to take no more.
+    refused: bool,
 }
 
 impl CopyOut {
@@ -207,48 +201,53 @@ impl CopyOut {
             tokio::select! {
                 biased;
                 _ = &mut stop => return false,
-                ready = self.process.readable() => if ready.is_err() { return true },
+                ready = self.process.readable() => if let Err(error) = ready { return Self::failed(&error) },
             }
             buffer.resize(CHUNK, 0);
             match self.process.try_read(&mut buffer) {
                 Ok(None) => buffer = Vec::new(),
-                Ok(Some(0)) | Err(_) => return true,
+                Ok(Some(0)) => return true,
                 Ok(Some(count)) => self.send(buffer.get(..count).unwrap_or_default()).await,
+                Err(error) => return Self::failed(&error),
             }
         }
     }
 
-    /// Copies what lies in the pipe, or in the terminal, now that the process is dead. True at the end.
+    /// Copies what lies in the terminal, now that its process is dead. True at the end, which comes: a terminal is hung
+    /// up when its session's leader dies, and nobody can keep writing to it.
     async fn drain(&mut self) -> bool {
-        // A terminal is hung up when its session's leader dies: nobody can keep writing to it for ever.
-        let terminal = nix::unistd::isatty(&*self.process).unwrap_or(false);
-        let goal = if terminal { u64::MAX } else { self.copied + self.process.pending() };
         let mut buffer = vec![0; CHUNK];
-        while self.copied < goal {
+        loop {
             match read(&*self.process, &mut buffer) {
-                Err(Errno::EAGAIN) => break,
-                Ok(0) | Err(_) => return true,
+                Err(Errno::EAGAIN) => return false,
+                Ok(0) | Err(Errno::EIO) => return true,
                 Ok(count) => self.send(buffer.get(..count).unwrap_or_default()).await,
+                Err(error) => return Self::failed(&error.into()),
             }
         }
-        false
+    }
+
+    fn failed(error: &io::Error) -> bool {
+        log::warn!("output of a process: {error}");
+        true
     }
 
     /// A host that hung up must neither block nor kill the process: its output is read and dropped.
     async fn send(&mut self, bytes: &[u8]) {
-        self.copied += bytes.len() as u64;
-        let wrote = |part: usize| {
-            self.sent.fetch_add(part as u64, Ordering::Relaxed);
-        };
-        let _ = self.host.write_counted(bytes, wrote).await;
+        self.copied.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        if let Err(error) = self.host.send_all(bytes).await
+            && !std::mem::replace(&mut self.refused, true)
+        {
+            log::warn!("the host does not take a process's output: {error}");
+        }
     }
 }
 
-/// Copies a process's output until its end. Reports through `drained` how many bytes were sent when all that lay in the
-/// pipe at the process's death is.
-async fn copy_out(mut copy: CopyOut, ended: oneshot::Receiver<()>, drained: oneshot::Sender<u64>) {
+/// Copies a process's output until its end. Reports through `drained` when all that lay in its terminal at the process's
+/// death is sent.
+async fn copy_out(mut copy: CopyOut, ended: oneshot::Receiver<()>, drained: oneshot::Sender<()>) {
     let at_end = copy.copy_until(ended).await || copy.drain().await;
-    let _ = drained.send(copy.sent.load(Ordering::Relaxed));
+    let _ = drained.send(());
     if !at_end {
         copy.copy_until(std::future::pending::<()>()).await;
     }
@@ -261,7 +260,7 @@ async fn copy_in(host: Stream, process: Arc<Stream>) {
         buffer.resize(CHUNK, 0);
         while let Ok(Some(count)) = host.try_read(&mut buffer) {
             let bytes = buffer.get(..count).unwrap_or_default();
-            if bytes.is_empty() || process.write_counted(bytes, |_| ()).await.is_err() {
+            if bytes.is_empty() || process.send_all(bytes).await.is_err() {
                 return;
             }
         }
@@ -277,7 +276,7 @@ pub async fn join(a: Stream, b: Stream) {
         while from.readable().await.is_ok() {
             while let Ok(Some(count)) = from.try_read(&mut buffer) {
                 let bytes = buffer.get(..count).unwrap_or_default();
-                if bytes.is_empty() || to.write_counted(bytes, |_| ()).await.is_err() {
+                if bytes.is_empty() || to.send_all(bytes).await.is_err() {
                     return;
                 }
             }
