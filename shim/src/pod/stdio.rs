@@ -210,8 +210,11 @@ impl Input {
         let copy = tokio::spawn(async move {
             let Some(guest) = connect(waiter, made).await else { return };
             let guest = Sink::Guest(guest);
-            if let Err(e) = copy(&reader, &guest, |_| ()).await {
-                log::debug!("stdin: {e}");
+            match copy(&reader, &guest, |_| ()).await {
+                // The process has closed its input, or is gone.
+                Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {}
+                Err(e) => log::warn!("input: {e}"),
+                Ok(()) => {}
             }
             // The client learns at once that nobody reads any more.
             drop(reader);

@@ -282,7 +282,8 @@ impl Connection {
                 self.readable = false;
                 0
             }
-            Err(_) => {
+            Err(error) => {
+                note(&error, "what the host sends is lost");
                 self.announce(SHUTDOWN_BOTH);
                 0
             }
@@ -338,7 +339,7 @@ impl Outlet {
             match data.write_to(self.socket.as_fd()) {
                 Ok(count) => data.advance(count),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => self.fail(),
+                Err(error) => self.fail(&error),
             }
         }
         if self.broken {
@@ -365,8 +366,8 @@ impl Outlet {
                 Ok(count) => drop(self.backlog.drain(..count)),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => {
-                    self.fail();
+                Err(error) => {
+                    self.fail(&error);
                     return before;
                 }
             }
@@ -379,7 +380,8 @@ impl Outlet {
         before - self.backlog.len()
     }
 
-    fn fail(&mut self) {
+    fn fail(&mut self, error: &io::Error) {
+        note(error, "what the guest sends is lost");
         self.broken = true;
         self.backlog = VecDeque::new();
     }
@@ -409,5 +411,12 @@ impl Outlet {
             // If it fails, the other end is gone and needs no notification.
             let _ = self.socket.shutdown(how);
         }
+    }
+}
+
+/// That the host's end is closed is nothing to speak of.
+fn note(error: &io::Error, what: &str) {
+    if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) {
+        log::warn!("vsock: a connection ends, {what}: {error}");
     }
 }
