@@ -148,7 +148,7 @@ impl Topology {
     pub fn apply(&self, supported: &[kvm_cpuid_entry2], vcpu: u8) -> Vec<kvm_cpuid_entry2> {
         let kept = supported.iter().filter(|leaf| !DROPPED.contains(&leaf.function)).copied();
         let amd = supported.iter().any(|leaf| leaf.function == 0 && AMD.contains(&leaf.ebx));
-        let mut leaves: Vec<_> = kept.map(|leaf| self.adapt(clear(leaf, amd), vcpu)).collect();
+        let mut leaves: Vec<_> = kept.map(|leaf| self.adapt(clear(leaf, amd), vcpu, amd)).collect();
         leaves.extend(self.extended_topology(vcpu));
         leaves
     }
@@ -158,7 +158,7 @@ impl Topology {
         u32::from(self.vcpus).next_power_of_two().trailing_zeros()
     }
 
-    fn adapt(&self, mut leaf: kvm_cpuid_entry2, vcpu: u8) -> kvm_cpuid_entry2 {
+    fn adapt(&self, mut leaf: kvm_cpuid_entry2, vcpu: u8, amd: bool) -> kvm_cpuid_entry2 {
         let (vcpus, vcpu) = (u32::from(self.vcpus), u32::from(vcpu));
         match leaf.function {
             0 => leaf.eax = leaf.eax.max(0xb),
@@ -178,18 +178,15 @@ impl Topology {
                 let sharing = if level >= 3 { vcpus - 1 } else { 0 };
                 leaf.eax = leaf.eax & 0x3fff | sharing << 14;
             }
+            // Of AMD's: with HTT, that these are cores and not threads of one (APM, E.4.2). Old processors have no other
+            // leaf that says it.
             0x8000_0001 => {
-                use leaf8000_0001::ECX_CMP_LEGACY;
-                leaf.ecx &= !ECX_CMP_LEGACY;
-                // An AMD bit; Intel CPUs have it clear.
-                if vcpus > 1 && leaf.ecx & 1 << 22 != 0 {
-                    leaf.ecx |= ECX_CMP_LEGACY;
-                }
+                leaf.ecx = leaf.ecx & !leaf8000_0001::ECX_CMP_LEGACY
+                    | if amd && vcpus > 1 { leaf8000_0001::ECX_CMP_LEGACY } else { 0 };
             }
-            // Size of the core id and number of cores; reserved on Intel, where it stays 0.
-            0x8000_0008 if leaf.ecx != 0 || leaf.ebx != 0 => {
-                leaf.ecx = leaf.ecx & !0xf0ff | self.core_bits() << 12 | (vcpus - 1);
-            }
+            // Of AMD's: the size of the core id and the number of cores (APM, E.4.7). KVM may offer zeros, which would be
+            // one core. Reserved on Intel.
+            0x8000_0008 => leaf.ecx = if amd { self.core_bits() << 12 | (vcpus - 1) } else { 0 },
             // Extended APIC id, compute unit of one thread, the only node.
             0x8000_001e => (leaf.eax, leaf.ebx, leaf.ecx) = (vcpu, vcpu & 0xff, 0),
             _ => {}
@@ -230,106 +227,4 @@ fn clear(mut leaf: kvm_cpuid_entry2, amd: bool) -> kvm_cpuid_entry2 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn leaf(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
-        let [eax, ebx, ecx, edx] = registers;
-        kvm_cpuid_entry2 { function, index, eax, ebx, ecx, edx, ..Default::default() }
-    }
-
-    fn find(leaves: &[kvm_cpuid_entry2], function: u32, index: u32) -> [u32; 4] {
-        let leaf = leaves.iter().find(|leaf| (leaf.function, leaf.index) == (function, index)).unwrap();
-        [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
-    }
-
-    #[test]
-    fn every_vcpu_has_its_own_apic_id_everywhere() {
-        let host = [
-            leaf(0, 0, [0xd, 1, 2, 3]),
-            leaf(1, 0, [0x806f8, 0x2010_0800, 1 << 5 | 1, 0]),
-            leaf(0xb, 0, [0; 4]),
-            leaf(0x8000_0008, 0, [0x3030, 1, 0x7007, 0]),
-            leaf(0x8000_001e, 0, [9, 0x109, 1, 0]),
-        ];
-        let topology = Topology { vcpus: 3 };
-        for vcpu in 0..3 {
-            let leaves = topology.apply(&host, vcpu);
-            let id = u32::from(vcpu);
-            assert_eq!(find(&leaves, 1, 0)[1], id << 24 | 3 << 16 | 0x800);
-            assert_eq!(find(&leaves, 1, 0)[2], leaf1::ECX_HYPERVISOR | leaf1::ECX_TSC_DEADLINE | 1);
-            assert_eq!(find(&leaves, 0xb, 0), [0, 1, 0x100, id]);
-            assert_eq!(find(&leaves, 0xb, 1), [2, 3, 0x201, id]);
-            assert_eq!(find(&leaves, 0xb, 2), [0, 0, 2, id]);
-            assert_eq!(find(&leaves, 0x8000_0008, 0)[2], 0x2002);
-            assert_eq!(find(&leaves, 0x8000_001e, 0), [id, id, 0, 0]);
-        }
-    }
-
-    #[test]
-    fn one_vcpu_is_no_hyperthread_and_nothing_is_nested() {
-        let host =
-            [leaf(1, 0, [0, 0, 1 << 5, 1 << 28]), leaf(0x8000_0001, 0, [0, 0, 1 << 2 | 1 << 22 | 2, 0])];
-        let leaves = Topology { vcpus: 1 }.apply(&host, 0);
-        assert_eq!(find(&leaves, 1, 0), [0, 1 << 16, leaf1::ECX_HYPERVISOR | leaf1::ECX_TSC_DEADLINE, 0]);
-        assert_eq!(find(&leaves, 0x8000_0001, 0)[2], 1 << 22);
-        assert_eq!(find(&leaves, 0xb, 1)[..2], [0, 1]);
-    }
-
-    #[test]
-    fn caches_are_shared_as_the_topology_says() {
-        let host = [leaf(4, 0, [0xfc00_4121, 0, 0, 0]), leaf(4, 3, [0xfc1f_c163, 0, 0, 0])];
-        let leaves = Topology { vcpus: 4 }.apply(&host, 0);
-        assert_eq!(find(&leaves, 4, 0)[0], 3 << 26 | 0x121);
-        assert_eq!(find(&leaves, 4, 3)[0], 3 << 26 | 3 << 14 | 0x163);
-    }
-
-    /// What a host offers that has everything: of each leaf, what a guest must not see is clear, and nothing else.
-    #[test]
-    fn a_guest_has_no_counters_no_waiting_no_enclaves_and_is_no_host() {
-        let all = [!0; 4];
-        let leaves: Vec<_> =
-            [1, 6, 7, 0xa, 0xf, 0x10, 0x12, 0x14, 0x1c, 0x1d, 0x1e, 0x8000_0001, 0x8000_0007, 0x8000_000a]
-                .into_iter()
-                .chain([0x8000_001b, 0x8000_001f, 0x8000_0022])
-                .map(|function| leaf(function, 0, all))
-                .chain([leaf(7, 1, all), leaf(7, 2, all)])
-                .collect();
-        let leaves = Topology { vcpus: 2 }.apply(&leaves, 0);
-        let cleared = |function, index| find(&leaves, function, index).map(|register| !register);
-        let bits = |numbers: &[u32]| numbers.iter().fold(0, |bits, number| bits | 1 << number);
-        // The numbers are those of the manuals (Intel SDM 2A, tables 3-8 and following; AMD APM 3, E.3 and E.4).
-        assert_eq!(cleared(1, 0)[2..], [bits(&[2, 3, 4, 5, 6, 15]), bits(&[21])]);
-        assert_eq!(find(&leaves, 6, 0), [bits(&[2]), 0, 0, 0]);
-        assert_eq!(
-            cleared(7, 0),
-            [0, bits(&[2, 12, 15, 25]), bits(&[5, 13, 30]), bits(&[1, 18, 19, 22, 24, 25])]
-        );
-        assert_eq!(cleared(7, 1), [bits(&[21]), 0, 0, bits(&[8])]);
-        assert_eq!(cleared(7, 2), [0; 4]);
-        assert_eq!(cleared(0x8000_0001, 0), [0, 0, bits(&[2, 3, 10, 12, 13, 15, 23, 24, 27, 28, 29]), 0]);
-        assert_eq!(find(&leaves, 0x8000_0007, 0), [0, !0, 0, bits(&[8])]);
-        let left: Vec<_> = leaves.iter().map(|leaf| (leaf.function, leaf.index)).collect();
-        let kept = [
-            (1, 0),
-            (6, 0),
-            (7, 0),
-            (0x8000_0001, 0),
-            (0x8000_0007, 0),
-            (7, 1),
-            (7, 2),
-            (0xb, 0),
-            (0xb, 1),
-            (0xb, 2),
-        ];
-        assert_eq!(left, kept);
-    }
-
-    #[test]
-    fn amd_has_no_register_of_intels_capabilities() {
-        for (name, expected) in [(*b"Auth", 0), (*b"Hygo", 0), (*b"Genu", 1 << 29)] {
-            let host = [leaf(0, 0, [0xd, u32::from_le_bytes(name), 0, 0]), leaf(7, 0, [0, 0, 0, 1 << 29])];
-            assert_eq!(find(&Topology { vcpus: 1 }.apply(&host, 0), 7, 0)[3], expected);
-        }
-    }
-}
+mod tests;
