@@ -1,7 +1,9 @@
 //! Standard streams: one connection to the host each, copied to and from the process's pipe or terminal.
 
+use std::future::pending;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -246,10 +248,16 @@ impl CopyOut {
 /// Copies a process's output until its end. Reports through `drained` when all that lay in its terminal at the process's
 /// death is sent.
 async fn copy_out(mut copy: CopyOut, ended: oneshot::Receiver<()>, drained: oneshot::Sender<()>) {
-    let at_end = copy.copy_until(ended).await || copy.drain().await;
+    let stop = pin!(async {
+        // Of a pipe, nobody says it.
+        if ended.await.is_err() {
+            pending::<()>().await;
+        }
+    });
+    let at_end = copy.copy_until(stop).await || copy.drain().await;
     let _ = drained.send(());
     if !at_end {
-        copy.copy_until(std::future::pending::<()>()).await;
+        copy.copy_until(pending::<()>()).await;
     }
 }
 

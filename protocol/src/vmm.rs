@@ -43,6 +43,8 @@ pub struct Machine {
     /// Number of virtio-blk slots, in which the guest sees no disk until [`Request::AttachDisk`]. They come right
     /// before the network's on the PCI bus, in the order of their numbers.
     pub disk_slots: u8,
+    /// Whether the guest may take its time from the TSC alone, without asking KVM: only if the host's kernel does.
+    pub invariant_tsc: bool,
     /// The guest's vsock context id, at least 3; no other guest on the host has the same.
     pub guest_cid: u32,
     /// What to do with the template.

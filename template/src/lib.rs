@@ -9,6 +9,7 @@
 //! what others start from. It has the file open for writing until it says that the template is complete; then the
 //! kernel is asked whether anybody still has, be it by a mapping alone (`seal`).
 
+pub mod clocksource;
 mod huge_pages;
 mod seal;
 
@@ -82,6 +83,7 @@ pub fn machine(config: &Config) -> Machine {
         kernel_params: kernel_params.trim().to_owned(),
         net_slots: NET_SLOTS,
         disk_slots: u8::try_from(hypervisor.disk_slots).unwrap_or(u8::MAX),
+        invariant_tsc: clocksource::is_tsc(),
         guest_cid: 0,
         template: Template::None,
         debug: hypervisor.enable_debug,

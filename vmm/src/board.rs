@@ -71,7 +71,7 @@ impl Board {
         let image_address = memory::image_address(shape.memory_mib);
         vm.add_read_only(image_address, &image)?;
 
-        let topology = Topology { vcpus: shape.max_vcpus };
+        let topology = Topology { vcpus: shape.max_vcpus, invariant_tsc: shape.invariant_tsc };
         let maker = Maker { vm: vm.fd(), cpuid: vm.cpuid.clone(), topology };
         let vcpus = (0..shape.vcpus).map(|number| maker.make(number)).collect::<Result<_, _>>()?;
         Ok(Self { vm, memory, pluggable, image: (image_address, image.size()), vcpus, maker })

@@ -1,6 +1,6 @@
 //! Standard streams and terminals.
 
-use katana_protocol::agent::ResizeTerminalRequest;
+use katana_protocol::agent::{ResizeTerminalRequest, Stdio};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -20,6 +20,25 @@ async fn a_long_stream_arrives_whole_before_the_end() {
     let bytes = streams.stdout.await.unwrap();
     let pattern: Vec<u8> = (1..=200_000).flat_map(|n| format!("{n}\n").into_bytes()).collect();
     assert!(bytes.len() == SIZE && bytes.chunks(pattern.len()).all(|chunk| pattern.starts_with(chunk)));
+    guest.remove("c").await;
+}
+
+/// Neither waits for the other: the host learns of the exit, with the count of all that was written, before it reads any.
+#[tokio::test]
+async fn the_exit_counts_what_the_host_has_not_taken() {
+    let guest = Guest::new("untaken").await;
+    // A listener for input accepts and does not read.
+    let mut streams = guest.streams(true, false);
+    let ports = Stdio { stdout_port: streams.ports.stdin_port, ..Default::default() };
+    let spec = guest.spec(&["sh", "-c", "cat /dev/zero & sleep 1; kill $!"]);
+    guest.create("c", &spec, &ports).await.unwrap();
+    guest.start("c").await.unwrap();
+    let exit = guest.wait("c", "").await;
+    let mut untaken = Vec::new();
+    streams.stdin.take().unwrap().await.unwrap().read_to_end(&mut untaken).await.unwrap();
+    assert_eq!(exit.stdout_bytes, untaken.len() as u64);
+    // More than a pipe holds: the rest was on its way.
+    assert!(untaken.len() > 64 << 10, "{}", untaken.len());
     guest.remove("c").await;
 }
 

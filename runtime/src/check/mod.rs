@@ -16,6 +16,7 @@ mod ring0;
 use std::io::{self, Write};
 use std::path::Path;
 
+use katana_template::clocksource;
 use nix::unistd::Uid;
 
 /// Why this host cannot run containers in virtual machines.
@@ -47,6 +48,7 @@ pub(crate) fn run(config: Option<&Path>, verbose: bool, out: &mut dyn Write) -> 
         }
     };
     capable(&note)?;
+    note(clock(clocksource::is_tsc()).to_owned());
     writeln!(out, "System is capable of running Kata Containers")?;
     if !Uid::effective().is_root() {
         note("not root: whether containers can be created now is not checked".to_owned());
@@ -57,6 +59,16 @@ pub(crate) fn run(config: Option<&Path>, verbose: bool, out: &mut dyn Write) -> 
     installation::check(&config, &note)?;
     writeln!(out, "System can currently create Kata Containers")?;
     Ok(())
+}
+
+/// What guests take their time from.
+fn clock(tsc: bool) -> &'static str {
+    if tsc {
+        "clock: the TSC, read by guests themselves"
+    } else {
+        "clock: not the TSC (see /sys/devices/system/clocksource/clocksource0): guests have kvm-clock, which KVM corrects, \
+         and ask their kernel for the time"
+    }
 }
 
 /// Whether the machine can run virtual machines at the CPU's own speed.

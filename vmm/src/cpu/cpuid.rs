@@ -141,6 +141,9 @@ const LEVEL_CORE: u32 = 2;
 pub struct Topology {
     /// Number of vCPUs.
     pub vcpus: u8,
+    /// Whether the guest may rely on the TSC where the processor says that it is invariant: Linux then reads it instead
+    /// of kvm-clock, which KVM corrects.
+    pub invariant_tsc: bool,
 }
 
 impl Topology {
@@ -187,6 +190,7 @@ impl Topology {
             // Of AMD's: the size of the core id and the number of cores (APM, E.4.7). KVM may offer zeros, which would be
             // one core. Reserved on Intel.
             0x8000_0008 => leaf.ecx = if amd { self.core_bits() << 12 | (vcpus - 1) } else { 0 },
+            0x8000_0007 if !self.invariant_tsc => leaf.edx &= !leaf8000_0007::EDX_INVARIANT_TSC,
             // Extended APIC id, compute unit of one thread, the only node.
             0x8000_001e => (leaf.eax, leaf.ebx, leaf.ecx) = (vcpu, vcpu & 0xff, 0),
             _ => {}

@@ -54,6 +54,14 @@ pub enum Error {
         /// The register.
         msr: u32,
     },
+    /// Of another host, or of a KVM that was told another frequency.
+    #[error("the template's TSC runs at {template} kHz, this host's at {host} kHz")]
+    TscFrequency {
+        /// Of the guest when it stopped, in kHz.
+        template: u32,
+        /// Of a new guest, in kHz.
+        host: u32,
+    },
     /// Too many CPUID leaves.
     #[error("CPUID: more leaves than KVM takes")]
     CpuId,

@@ -74,9 +74,7 @@ impl CpuState {
     /// # Errors
     /// When KVM does not take a part of it.
     pub fn give(&self, fd: &VcpuFd) -> Result<(), Error> {
-        if fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))? != self.tsc_frequency {
-            fd.set_tsc_khz(self.tsc_frequency).map_err(call("KVM_SET_TSC_KHZ"))?;
-        }
+        self.expect_frequency(fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?)?;
         fd.set_mp_state(self.mp_state).map_err(call("KVM_SET_MP_STATE"))?;
         fd.set_regs(&self.regs).map_err(call("KVM_SET_REGS"))?;
         fd.set_sregs(&self.sregs).map_err(call("KVM_SET_SREGS"))?;
@@ -95,6 +93,14 @@ impl CpuState {
             set(fd, &[entry(TSC_DEADLINE, self.tsc_deadline)])?;
         }
         fd.set_vcpu_events(&self.events).map_err(call("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// The guest has measured the TSC once and counts time by it. KVM could scale it on some processors, each vCPU for
+    /// itself, and on the others pretend, by jumps (KVM API, KVM_SET_TSC_KHZ); a template of this host's own is right
+    /// on all.
+    fn expect_frequency(&self, host: u32) -> Result<(), Error> {
+        let template = self.tsc_frequency;
+        if template == host { Ok(()) } else { Err(Error::TscFrequency { template, host }) }
     }
 }
 
@@ -202,6 +208,28 @@ mod tests {
     fn say_skipped(why: &str) {
         let thread = std::thread::current();
         let _ = writeln!(io::stderr(), "skipped: {}: {why}", thread.name().unwrap_or("a test"));
+    }
+
+    #[test]
+    fn a_guest_that_measured_another_frequency_is_refused() {
+        let Ok(kvm) = std::fs::File::options().read(true).write(true).open("/dev/kvm") else {
+            return say_skipped("cannot open /dev/kvm");
+        };
+        let vm = Vm::new(kvm.into(), 2).unwrap();
+        let fd = create_vcpu(&vm.fd(), 0).unwrap();
+        let mut state = CpuState::take(&fd, &[]).unwrap();
+        let host = state.tsc_frequency;
+        let other = create_vcpu(&vm.fd(), 1).unwrap();
+        // Within the 250 ppm that KVM takes for the same, and far beyond.
+        for template in [host - 1, host + 1, host / 2, host * 2, 0] {
+            state.tsc_frequency = template;
+            assert_eq!(
+                state.give(&other).unwrap_err().to_string(),
+                format!("the template's TSC runs at {template} kHz, this host's at {host} kHz")
+            );
+        }
+        state.tsc_frequency = host;
+        state.give(&other).unwrap();
     }
 
     #[test]

@@ -35,6 +35,7 @@ fn shape() -> Shape {
         kernel_params: String::new(),
         net_slots: 0,
         disk_slots: 0,
+        invariant_tsc: true,
         guest_cid: 3,
         template: Template::Make,
         debug: false,
@@ -68,7 +69,7 @@ fn bench() -> Option<Bench> {
     ports.insert(i8042::PORTS, Arc::new(I8042::new(end.clone()))).unwrap();
     ports.insert(pci::PORTS, Arc::new(PciBus::new(register.clone()))).unwrap();
     let fd = crate::kvm::create_vcpu(&vm.fd(), 0).unwrap();
-    let topology = Topology { vcpus: 1 };
+    let topology = Topology { vcpus: 1, invariant_tsc: true };
     cpu::identify(&fd, 0, &vm.cpuid, &topology).unwrap();
     let (ports, addresses) = (ports.into(), Bus::default().into());
     let vcpu = Vcpu { fd, number: 0, ports, addresses, end: end.clone(), maker: None };

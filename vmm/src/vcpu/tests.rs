@@ -66,7 +66,7 @@ fn bench(code: &[u8]) -> Option<Bench> {
 
     let fd = crate::kvm::create_vcpu(&vm.fd(), 0).unwrap();
     let entry = boot::enter_at(&memory, CODE).unwrap();
-    let topology = Topology { vcpus: 1 };
+    let topology = Topology { vcpus: 1, invariant_tsc: true };
     cpu::identify(&fd, 0, &vm.cpuid, &topology).unwrap();
     cpu::set_up(&fd, 0, Some(&entry)).unwrap();
     // The guest runs on them until the process ends.

@@ -21,7 +21,7 @@ fn every_vcpu_has_its_own_apic_id_everywhere() {
         leaf(0x8000_0008, 0, [0x3030, 1, 0x7007, 0]),
         leaf(0x8000_001e, 0, [9, 0x109, 1, 0]),
     ];
-    let topology = Topology { vcpus: 3 };
+    let topology = Topology { vcpus: 3, invariant_tsc: true };
     for vcpu in 0..3 {
         let leaves = topology.apply(&host, vcpu);
         let id = u32::from(vcpu);
@@ -42,7 +42,7 @@ fn one_vcpu_is_no_hyperthread_and_nothing_is_nested() {
         leaf(1, 0, [0, 0, 1 << 5, 1 << 28]),
         leaf(0x8000_0001, 0, [0, 0, 1 << 2 | 1 << 22 | 2, 0]),
     ];
-    let leaves = Topology { vcpus: 1 }.apply(&host, 0);
+    let leaves = Topology { vcpus: 1, invariant_tsc: true }.apply(&host, 0);
     assert_eq!(find(&leaves, 1, 0), [0, 1 << 16, leaf1::ECX_HYPERVISOR | leaf1::ECX_TSC_DEADLINE, 0]);
     assert_eq!(find(&leaves, 0x8000_0001, 0)[2], 1 << 22);
     assert_eq!(find(&leaves, 0xb, 1)[..2], [0, 1]);
@@ -51,7 +51,7 @@ fn one_vcpu_is_no_hyperthread_and_nothing_is_nested() {
 #[test]
 fn caches_are_shared_as_the_topology_says() {
     let host = [leaf(4, 0, [0xfc00_4121, 0, 0, 0]), leaf(4, 3, [0xfc1f_c163, 0, 0, 0])];
-    let leaves = Topology { vcpus: 4 }.apply(&host, 0);
+    let leaves = Topology { vcpus: 4, invariant_tsc: true }.apply(&host, 0);
     assert_eq!(find(&leaves, 4, 0)[0], 3 << 26 | 0x121);
     assert_eq!(find(&leaves, 4, 3)[0], 3 << 26 | 3 << 14 | 0x163);
 }
@@ -67,7 +67,7 @@ fn a_guest_has_no_counters_no_waiting_no_enclaves_and_is_no_host() {
             .map(|function| leaf(function, 0, all))
             .chain([leaf(7, 1, all), leaf(7, 2, all)])
             .collect();
-    let leaves = Topology { vcpus: 2 }.apply(&leaves, 0);
+    let leaves = Topology { vcpus: 2, invariant_tsc: true }.apply(&leaves, 0);
     let cleared = |function, index| find(&leaves, function, index).map(|register| !register);
     let bits = |numbers: &[u32]| numbers.iter().fold(0, |bits, number| bits | 1 << number);
     // The numbers are those of the manuals (Intel SDM 2A, tables 3-8 and following; AMD APM 3, E.3 and E.4).
@@ -99,10 +99,20 @@ fn a_guest_has_no_counters_no_waiting_no_enclaves_and_is_no_host() {
 }
 
 #[test]
+fn the_tsc_is_invariant_only_if_processor_and_host_say_so() {
+    for (host, invariant_tsc, expected) in
+        [(!0, true, 1 << 8), (!0, false, 0), (!(1 << 8), true, 0), (!(1 << 8), false, 0)]
+    {
+        let leaves = Topology { vcpus: 1, invariant_tsc }.apply(&[leaf(0x8000_0007, 0, [0, 0, 0, host])], 0);
+        assert_eq!(find(&leaves, 0x8000_0007, 0)[3], expected);
+    }
+}
+
+#[test]
 fn amd_has_no_register_of_intels_capabilities() {
     for (name, expected) in [(*b"Auth", 0), (*b"Hygo", 0), (*b"Genu", 1 << 29)] {
         let host = [leaf(0, 0, [0xd, u32::from_le_bytes(name), 0, 0]), leaf(7, 0, [0, 0, 0, 1 << 29])];
-        assert_eq!(find(&Topology { vcpus: 1 }.apply(&host, 0), 7, 0)[3], expected);
+        assert_eq!(find(&Topology { vcpus: 1, invariant_tsc: true }.apply(&host, 0), 7, 0)[3], expected);
     }
 }
 
@@ -168,7 +178,7 @@ fn bits_for(count: u32) -> u32 {
 
 /// What is asked of every host: all leaves tell the same id, that of the vCPU, and one socket of cores.
 fn expect_topology(host: &[kvm_cpuid_entry2], vcpus: u8, vcpu: u8) -> Vec<kvm_cpuid_entry2> {
-    let leaves = Topology { vcpus }.apply(host, vcpu);
+    let leaves = Topology { vcpus, invariant_tsc: true }.apply(host, vcpu);
     let (count, id) = (u32::from(vcpus), u32::from(vcpu));
     let bits = bits_for(count);
     assert!(find(&leaves, 0, 0)[0] >= 0xb);
