@@ -82,6 +82,7 @@ async fn what_the_vmm_says_counts() {
             kernel_params: String::new(),
             net_slots: 0,
             disk_slots: 0,
+            invariant_tsc: true,
             guest_cid: 3,
             template: vmm::Template::None,
             debug: false,
