@@ -57,6 +57,11 @@ pub const TRANSPARENT_HUGE_PAGES: [(&str, &str); 3] = [
 ];
 /// Where the agent mounts the pod's shared directory in the guest.
 pub const GUEST_SHARE: &str = "/run/kata-containers/shared";
+/// The root of a container in its directory there, and the name of one that nobody but the guest changes, of which the
+/// guest may keep what it knows.
+pub const SHARED_ROOT: &str = "rootfs";
+/// See [`SHARED_ROOT`].
+pub const OWN_ROOT: &str = "own";
 /// The directory in it with the volumes, which have numbers as names. No id of a container is like that.
 pub const SHARED_VOLUMES: &str = ".volumes";
 /// Where the agent mounts the pod's shared memory, which containers see as /dev/shm.

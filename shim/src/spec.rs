@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use katana_protocol::{GUEST_DISKS, GUEST_ROOTS, GUEST_SHARE, GUEST_SHM, GUEST_SOCKETS, SHARED_VOLUMES};
+use katana_protocol::{
+    GUEST_DISKS, GUEST_ROOTS, GUEST_SHARE, GUEST_SHM, GUEST_SOCKETS, OWN_ROOT, SHARED_ROOT, SHARED_VOLUMES,
+};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -254,6 +256,14 @@ impl Spec {
         path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
     }
 
+    /// The name of the container's root in the pod's shared directory. Of a pod's container nobody changes it from the
+    /// host; of others, Docker's `cp` does, and a hook may.
+    pub fn shared_root(&self) -> &'static str {
+        let is_pods = self.annotation(&CONTAINER_TYPE).is_some();
+        let hooks = self.hooks.iter().flat_map(|all| [&all.prestart, &all.create_runtime, &all.poststart]);
+        if is_pods && hooks.flatten().next().is_none() { OWN_ROOT } else { SHARED_ROOT }
+    }
+
     /// Whether this is the container that only stands for a pod: it runs the agent's pause, without its image.
     pub fn is_sandbox(&self) -> bool {
         self.annotation(&CONTAINER_TYPE) == Some("sandbox")
@@ -302,7 +312,7 @@ impl Spec {
         root.path = if disks.root {
             Path::new(GUEST_ROOTS).join(id)
         } else {
-            PathBuf::from(format!("{GUEST_SHARE}/{id}/rootfs"))
+            Path::new(GUEST_SHARE).join(id).join(self.shared_root())
         };
         for (number, (mount, source)) in spec.mounts.iter_mut().zip(sources).enumerate() {
             match source {

@@ -6,11 +6,12 @@
 
 use std::fs;
 use std::io;
+use std::iter;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use katana_protocol::SHARED_VOLUMES;
+use katana_protocol::{OWN_ROOT, SHARED_ROOT, SHARED_VOLUMES};
 
 use super::mount_table::{self, Mounted};
 use super::mounts::{self, AddedFlags, Attachments, Detached};
@@ -110,7 +111,8 @@ impl Share {
             let mut volumes = self.volumes();
             let watched = self.add_volumes(id, spec, sources, &mut volumes, mounts)?;
             let follows = volumes.any_follows();
-            Ok(Added { follows, ..attach(id, watched, sources, mounts)? })
+            let root = Path::new("/").join(id).join(spec.shared_root());
+            Ok(Added { follows, ..attach(root, watched, sources, mounts)? })
         });
         if added.is_err() {
             self.remove(id);
@@ -126,8 +128,8 @@ impl Share {
         layers: Option<&[rootfs::Layer]>,
         mounts: &mut Attachments<'_>,
     ) -> Result<()> {
-        let (directory, target) = (self.path.join(id), Path::new(id).join("rootfs"));
-        let point = directory.join("rootfs");
+        let (directory, target) = (self.path.join(id), Path::new(id).join(spec.shared_root()));
+        let point = directory.join(spec.shared_root());
         for part in [&directory, &point] {
             fs::create_dir(part).map_err(|e| Error::io(format_args!("create {}", part.display()), &e))?;
         }
@@ -222,7 +224,7 @@ impl From<Failed> for Error {
 
 /// Attaches a container's mounts.
 fn attach(
-    id: &str,
+    root: PathBuf,
     watched: Vec<PathBuf>,
     sources: &[Source],
     mounts: &mut Attachments<'_>,
@@ -237,9 +239,8 @@ fn attach(
         Source::Volume(number) => Some(Path::new("/").join(SHARED_VOLUMES).join(number.to_string())),
         _ => None,
     });
-    let roots = [Path::new("/").join(id).join("rootfs")].into_iter().chain(volumes);
     let mut mounts = Vec::new();
-    for root in roots {
+    for root in iter::once(root).chain(volumes) {
         let seen = mount_table::tree(&all, &root).into_iter();
         let listed = seen.filter(|mounted| mounted.point != root || !mounted.restrictions().is_empty());
         mounts.extend(listed.map(Mounted::relative));
@@ -250,13 +251,13 @@ fn attach(
 /// Removes a container's directories. What is mounted on them in the VMM's namespace is unmounted by that, as for
 /// volumes.
 fn remove_root(path: &Path, id: &str) -> io::Result<()> {
-    let point = path.join(id).join("rootfs");
-    for directory in [&point, &path.join(id)] {
-        match fs::remove_dir(directory) {
+    let top = path.join(id);
+    for directory in [top.join(SHARED_ROOT), top.join(OWN_ROOT), top] {
+        match fs::remove_dir(&directory) {
             // It was being made when its maker died.
             Err(e) if e.kind() == io::ErrorKind::ResourceBusy => {
-                mounts::unmount_all(directory)?;
-                fs::remove_dir(directory)?;
+                mounts::unmount_all(&directory)?;
+                fs::remove_dir(&directory)?;
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             removed => removed?,

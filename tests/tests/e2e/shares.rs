@@ -3,9 +3,10 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use katana_tests::turn::shared;
-use katana_tests::{DEBIAN, Run, Scratch};
+use katana_tests::{BUSYBOX, DEBIAN, Run, Scratch};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::guest;
@@ -183,4 +184,38 @@ print('size=%d' % os.stat('/volume/file').st_size)
     let output = run.output().ok();
     let size = full.0.join("file").metadata().unwrap().len().to_string();
     output.expect_values(&[("error", "28"), ("written", &size), ("size", &size)]);
+}
+
+/// Whatever the guest has in memory of a file: an open sees what the host wrote before it, even of the same length and
+/// with the old time of modification.
+#[test]
+fn an_open_sees_what_the_host_has_written() {
+    let _turn = shared();
+    let scratch = Scratch::new();
+    let path = scratch.file("file", "0000");
+    let modified = fs::metadata(&path).and_then(|metadata| metadata.modified()).expect("time");
+    let container =
+        Run::new(BUSYBOX).bind(scratch.path(), "/volume", "rw").command(&["sleep", "10000"]).start();
+    let read = || container.sh("cat /volume/file /volume/file").ok().text();
+    let mut before = "0000".to_owned();
+    for round in 1..30 {
+        // Young and old files: of the latter, the guest keeps what it has read.
+        if round % 10 == 0 {
+            std::thread::sleep(Duration::from_secs(4));
+            assert_eq!(read(), before.repeat(2));
+        }
+        assert_eq!(read(), before.repeat(2));
+        before = format!("{round:04}");
+        fs::write(&path, &before).expect("write");
+        fs::File::options()
+            .write(true)
+            .open(&path)
+            .and_then(|file| file.set_modified(modified))
+            .expect("time");
+        assert_eq!(read(), before.repeat(2), "round {round}");
+    }
+    // And what the container itself writes.
+    container.sh("echo mine > /volume/file; cat /volume/file; sleep 4; cat /volume/file /volume/file").ok();
+    assert_eq!(fs::read_to_string(&path).expect("read"), "mine\n");
+    assert_eq!(container.sh("echo more >> /volume/file; cat /volume/file").ok().text(), "mine\nmore\n");
 }

@@ -37,6 +37,8 @@ cases! {
     parts_of_volumes_of_all_kinds_are_bound,
     /// volumeDevices, and devices of the host
     a_block_device_is_read_and_written,
+    /// The container's own root, of which nothing is asked twice
+    2: the_root_is_what_the_container_makes_of_it,
 }
 
 fn volume(scratch: &Scratch, more: Value) -> Value {
@@ -376,4 +378,54 @@ fn a_block_device_is_read_and_written(handler: &str) {
         last.stop(0).unwrap();
         last.remove().unwrap();
     }
+}
+
+fn the_root_is_what_the_container_makes_of_it(handler: &str) {
+    let container = shared_pod(handler).start(json!({}));
+    // Each line prints what it expects; `look` is what is remembered from before.
+    let script = r#"
+        set -e
+        mkdir /root/w && cd /root/w
+        same() { [ "$1" = "$2" ] || { echo "\"$1\", not \"$2\": $3"; exit 1; }; }
+        ! stat name 2>/dev/null && ! cat name 2>/dev/null
+        same "$(ls)" "" "an empty directory"
+        echo one >name
+        same "$(cat name)" one "a name that was missing"
+        same "$(ls)" name "a directory that was listed when it was empty"
+        ln name link; echo three >>link
+        same "$(stat -c "%s %h" name)" "10 2" "by one name, what was written by another"
+        mv name other
+        ! stat name 2>/dev/null
+        same "$(ls)" "$(printf "link\nother")" "after a rename"
+        rm link
+        same "$(stat -c "%h" other)" 1 "links after one was removed"
+        mkdir -p a/b; ls a a/b; touch a/b/c
+        same "$(ls a/b)" c "a directory in a directory"
+        mv a/b d
+        same "$(ls a)$(ls d)" c "a directory that was moved"
+        ! ls a/b 2>/dev/null
+        rm -r a d
+        same "$(ls)" other "after all that"
+        chmod 600 other; same "$(stat -c %a other)" 600 mode
+        chown 12:34 other; same "$(stat -c %u:%g other)" 12:34 owner
+        touch -d "2001-02-03 04:05:06" other; same "$(stat -c %Y other)" 981173106 time
+        truncate -s 3 other; same "$(cat other)" one truncated
+        : >other; same "$(stat -c %s other)" 0 emptied
+        # A file of the image, which is copied when it is first written to.
+        before=$(cat /etc/passwd); stat -c %s /etc/passwd >/dev/null
+        echo last >>/etc/passwd
+        same "$(cat /etc/passwd)" "$before
+last" "a file of the image"
+        rm /etc/passwd; ! cat /etc/passwd 2>/dev/null
+        echo new >/etc/passwd; same "$(cat /etc/passwd)" new "a file of the image, made anew"
+        exec 3<>other; echo through >&3; rm other; same "$(cat <&3)" "" "at the end"; ! stat other 2>/dev/null
+        ln -s /etc/passwd s; same "$(cat s)" new "a link"; rm s; ln -s nowhere s; same "$(readlink s)" nowhere "another"
+        mkfifo f; same "$(stat -c %F f)" fifo "a pipe"
+        echo done
+    "#;
+    let output = container.sh(script);
+    assert!(output.ok().ends_with("done"), "{output:?}");
+    // What a process of the guest has written is the host's at once, in the snapshot: another container does not see it.
+    let other = shared_pod(handler).start(json!({}));
+    assert!(other.sh("ls /root/w").code != 0);
 }

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, GetxattrReply, OpenOptions, SetattrValid,
@@ -14,6 +15,7 @@ use virtiofsd::fuse::{Attr, SetattrIn};
 use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::Id;
 
+use super::cache::{Cache, Version};
 use super::transfer::Look;
 use super::unnamed::{Unnamed, checked};
 use super::{Handle, Inode, acl, inode_flags};
@@ -45,6 +47,7 @@ impl Birth {
 pub struct Host {
     inner: PassthroughFs,
     unnamed: Unnamed,
+    cache: Cache,
 }
 
 fn is(error: &io::Error, number: i32) -> bool {
@@ -58,7 +61,7 @@ fn error<T>(number: i32) -> io::Result<T> {
 impl Host {
     /// `proc_self_fd` is a copy of what the library has.
     pub fn new(inner: PassthroughFs, proc_self_fd: File) -> Self {
-        Self { inner, unnamed: Unnamed::new(proc_self_fd) }
+        Self { inner, unnamed: Unnamed::new(proc_self_fd), cache: Cache::default() }
     }
 
     /// Does something with the file behind a handle.
@@ -113,6 +116,21 @@ impl Host {
             Ok(None)
         };
         Ok((attr, birth.unwrap_or(None)))
+    }
+
+    /// How long the guest may keep an inode's attributes.
+    pub fn attributes_hold(&self, inode: Inode) -> Duration {
+        self.cache.attributes(inode)
+    }
+
+    /// What an open answers besides the handle.
+    fn open_options(&self, ctx: Context, inode: Inode, handle: Handle, flags: u32) -> OpenOptions {
+        let version = || self.with_file(ctx, inode, handle, Version::of).unwrap_or(None);
+        let mut options = OpenOptions::empty();
+        options.set(OpenOptions::KEEP_CACHE, self.cache.keeps_pages(inode, version));
+        // Nothing was written that a close would have to write back.
+        options.set(OpenOptions::NOFLUSH, flags.cast_signed() & libc::O_ACCMODE == libc::O_RDONLY);
+        options
     }
 
     /// Reads or changes an inode's flags: `chattr` and `lsattr`.

@@ -149,7 +149,7 @@ impl Messages {
             return Ok(statx_out(&attr, None, valid));
         }
         let (attr, birth) = self.host.statx(ctx, inode, (flags & GETATTR_FH != 0).then_some(fh))?;
-        Ok(statx_out(&attr, birth, super::CACHE_TIME))
+        Ok(statx_out(&attr, birth, self.host.attributes_hold(inode)))
     }
 }
 

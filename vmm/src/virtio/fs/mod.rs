@@ -11,6 +11,7 @@
 //! takes one chain at a time and first sees to it that another thread wakes up for the next one.
 
 mod acl;
+mod cache;
 mod checks;
 mod host;
 mod inode_flags;

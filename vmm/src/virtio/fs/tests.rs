@@ -1,4 +1,5 @@
 mod access;
+mod cache;
 mod calls;
 mod fuzzing;
 mod replays;

@@ -37,29 +37,38 @@ impl FileSystem for Host {
 
     fn destroy(&self) {
         self.unnamed.clear();
+        self.cache.clear();
         self.inner.destroy();
     }
 
     fn lookup(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         checks::name(name)?;
-        self.inner.lookup(ctx, parent, name)
+        match self.inner.lookup(ctx, parent, name) {
+            Err(failed) if is(&failed, libc::ENOENT) => self.cache.nothing(parent).ok_or(failed),
+            found => Ok(self.cache.answer(parent, name.to_bytes(), found?)),
+        }
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
         if !self.unnamed.forget(inode, count) {
+            self.cache.forget(inode);
             self.inner.forget(ctx, inode, count);
         }
     }
 
     fn batch_forget(&self, ctx: Context, mut requests: Vec<(Inode, u64)>) {
         requests.retain(|(inode, count)| !self.unnamed.forget(*inode, *count));
+        requests.iter().for_each(|(inode, _)| self.cache.forget(*inode));
         self.inner.batch_forget(ctx, requests);
     }
 
     fn getattr(&self, ctx: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)> {
         match self.unnamed.file(inode) {
             Some(file) => Ok((unnamed::attributes(&file)?, CACHE_TIME)),
-            None => self.inner.getattr(ctx, inode, handle),
+            None => {
+                let (attr, _) = self.inner.getattr(ctx, inode, handle)?;
+                Ok((attr, self.cache.attributes(inode)))
+            }
         }
     }
 
@@ -75,7 +84,8 @@ impl FileSystem for Host {
             checks::range(attr.size, 0)?;
         }
         let Some(file) = self.unnamed.file(inode) else {
-            return self.inner.setattr(ctx, inode, attr, handle, valid);
+            let (attr, _) = self.inner.setattr(ctx, inode, attr, handle, valid)?;
+            return Ok((attr, self.cache.attributes(inode)));
         };
         let opened = handle.map_or(Ok(None), |handle| self.unnamed.opened(inode, handle))?;
         let drop = valid.contains(SetattrValid::KILL_SUIDGID);
@@ -97,9 +107,10 @@ impl FileSystem for Host {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         checks::name(name)?;
-        self.make_in(ctx, parent, extensions, |extensions| {
+        let made = self.make_in(ctx, parent, extensions, |extensions| {
             self.inner.symlink(ctx, linkname, parent, name, extensions)
-        })
+        });
+        Ok(self.cache.answer(parent, name.to_bytes(), made?))
     }
 
     fn mknod(
@@ -113,9 +124,10 @@ impl FileSystem for Host {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         checks::name(name)?;
-        self.make_in(ctx, parent, extensions, |extensions| {
+        let made = self.make_in(ctx, parent, extensions, |extensions| {
             self.inner.mknod(ctx, parent, name, mode, rdev, umask, extensions)
-        })
+        });
+        Ok(self.cache.answer(parent, name.to_bytes(), made?))
     }
 
     fn mkdir(
@@ -128,9 +140,10 @@ impl FileSystem for Host {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         checks::name(name)?;
-        self.make_in(ctx, parent, extensions, |extensions| {
+        let made = self.make_in(ctx, parent, extensions, |extensions| {
             self.inner.mkdir(ctx, parent, name, mode, umask, extensions)
-        })
+        });
+        Ok(self.cache.answer(parent, name.to_bytes(), made?))
     }
 
     fn unlink(&self, ctx: Context, parent: Inode, name: &CStr) -> io::Result<()> {
@@ -160,12 +173,15 @@ impl FileSystem for Host {
     fn link(&self, ctx: Context, inode: Inode, newparent: Inode, newname: &CStr) -> io::Result<Entry> {
         checks::name(newname)?;
         let Some(file) = self.unnamed.file(inode) else {
-            return self.inner.link(ctx, inode, newparent, newname);
+            let linked = self.inner.link(ctx, inode, newparent, newname)?;
+            return Ok(self.cache.answer(newparent, newname.to_bytes(), linked));
         };
         self.with_opened(ctx, newparent, libc::O_RDONLY | libc::O_DIRECTORY, |directory| {
             self.unnamed.link(&file, directory, newname)
         })?;
-        self.inner.lookup(ctx, newparent, newname)
+        let linked = self.inner.lookup(ctx, newparent, newname)?;
+        self.cache.is_twice(linked.inode);
+        Ok(linked)
     }
 
     fn open(
@@ -181,13 +197,17 @@ impl FileSystem for Host {
             return Ok((Some(handle), OpenOptions::empty()));
         }
         let quiet = libc::O_NOATIME.cast_unsigned();
-        match self.inner.open(ctx, inode, kill_priv, flags) {
+        let (handle, mut options) = match self.inner.open(ctx, inode, kill_priv, flags) {
             // The guest's kernel has seen to it that its user may. Here, the owner may be nobody on the host.
             Err(error) if flags & quiet != 0 && is(&error, libc::EPERM) => {
-                self.inner.open(ctx, inode, kill_priv, flags & !quiet)
+                self.inner.open(ctx, inode, kill_priv, flags & !quiet)?
             }
-            opened => opened,
+            opened => opened?,
+        };
+        if let Some(handle) = handle {
+            options |= self.open_options(ctx, inode, handle, flags);
         }
+        Ok((handle, options))
     }
 
     fn create(
@@ -217,7 +237,8 @@ impl FileSystem for Host {
                 break;
             }
         }
-        result
+        let (entry, handle, options) = result?;
+        Ok((self.cache.answer(parent, name.to_bytes(), entry), handle, options))
     }
 
     fn read<W: ZeroCopyWriter>(
@@ -374,7 +395,9 @@ impl FileSystem for Host {
 
     fn opendir(&self, ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
         let flags = checks::open_flags(flags);
-        self.inner.opendir(ctx, inode, flags)
+        let (handle, mut options) = self.inner.opendir(ctx, inode, flags)?;
+        options.set(OpenOptions::CACHE_DIR | OpenOptions::KEEP_CACHE, self.cache.keeps_names(inode));
+        Ok((handle, options))
     }
 
     fn readdir(

@@ -1,17 +1,14 @@
-//! Network and file systems: what a container does in a virtual machine against what it does with runc, in the same
-//! run.
+//! Network: what a container does in a virtual machine against what it does with runc, in the same run.
 
 use katana_tests::environment::RUNC;
 use katana_tests::network::{Bridge, Namespace};
-use katana_tests::scratch::noise;
-use katana_tests::{BENCH, Command, Container, NGINX, Run, Scratch};
+use katana_tests::{BENCH, Container, NGINX, Run};
 use serde_json::{Value, json};
 
 /// How long one figure is measured.
 const SECONDS: u32 = 3;
-const FILES: usize = 10_000;
 
-/// What is measured. For all units but seconds, more is better.
+/// What is measured; more is better.
 struct Row {
     name: String,
     unit: &'static str,
@@ -22,8 +19,7 @@ struct Row {
 impl Row {
     /// How fast Katana is when runc is 1.
     fn ratio(&self) -> f64 {
-        let (more, less) = if self.unit == "s" { (self.runc, self.kata) } else { (self.kata, self.runc) };
-        (more / less * 100.0).round() / 100.0
+        (self.kata / self.runc * 100.0).round() / 100.0
     }
 }
 
@@ -31,12 +27,12 @@ impl Row {
 pub fn run(runtime: &str) -> Value {
     let measure = |runtime: &str| {
         eprintln!("with {runtime}:");
-        [network(runtime), files(runtime)].concat()
+        network(runtime)
     };
     let [runc, kata] = [RUNC, runtime].map(measure);
     let row = |((name, unit, runc), (_, _, kata)): (Figure, Figure)| Row { name, unit, runc, kata };
     let rows: Vec<Row> = runc.into_iter().zip(kata).map(row).collect();
-    println!("network and file systems                        runc       kata      ratio, of speeds");
+    println!("network                                         runc       kata      ratio, of speeds");
     for row in &rows {
         let Row { name, unit, runc, kata } = row;
         println!("  {name:40} {runc:10.2} {kata:10.2} {:10.2}  {unit}", row.ratio());
@@ -92,56 +88,6 @@ fn network(runtime: &str) -> Vec<Figure> {
     let rate = text.lines().find_map(|line| line.trim().strip_prefix("Requests/sec:")?.trim().parse().ok());
     figures.push(figure("nginx, requests", "1/s", rate.unwrap_or_else(|| panic!("{text}"))));
     figures
-}
-
-/// fio and tar in a container: fio on its root file system and on a directory of the host, tar on the former.
-fn files(runtime: &str) -> Vec<Figure> {
-    let (volume, input) = (Scratch::new(), Scratch::new());
-    archive(&input);
-    let run =
-        Run::new(BENCH).runtime(runtime).bind(volume.path(), "/volume", "rw").bind(input.path(), "/in", "ro");
-    let container = run.command(&["sleep", "10000"]).start();
-    let mut figures = Vec::new();
-    for (place, directory) in [("root", "/root"), ("volume", "/volume")] {
-        for (name, job, unit) in [
-            ("sequential write", "--rw=write --bs=1M --end_fsync=1", "MiB/s"),
-            ("sequential read", "--rw=read --bs=1M", "MiB/s"),
-            ("random 4k write", "--rw=randwrite --bs=4k --end_fsync=1", "1/s"),
-            ("random 4k read", "--rw=randread --bs=4k", "1/s"),
-        ] {
-            let script = format!(
-                "fio --name=x --filename={directory}/file --size=128M --ioengine=psync --invalidate=0 \
-                 --time_based --runtime={SECONDS} --output-format=json {job}"
-            );
-            let answer = json_of(&container, &script);
-            let of = &answer["jobs"][0][if job.contains("write") { "write" } else { "read" }];
-            let (bytes, rate) = (of["bw_bytes"].as_f64(), of["iops"].as_f64());
-            let value = if unit == "1/s" { rate } else { bytes.map(|bytes| bytes / f64::from(1 << 20)) };
-            figures.push(figure(&format!("fio, {place}, {name}"), unit, value.expect("a figure of fio")));
-        }
-    }
-    let script = "mkdir /root/x; start=$(date +%s%N); tar xf /in/archive -C /root/x
-         echo milliseconds=$((($(date +%s%N) - start) / 1000000))";
-    let output = container.exec_command(&[], &["sh", "-c", script]).patiently().output().ok();
-    let time = output.value("milliseconds").and_then(|text| text.parse::<f64>().ok());
-    let name = format!("tar x of {FILES} files, root");
-    figures.push(figure(&name, "s", time.unwrap_or_else(|| panic!("{output}")) / 1000.0));
-    figures
-}
-
-/// Files of 1 to 4 KiB in a hundred directories.
-fn archive(to: &Scratch) {
-    let from = Scratch::new();
-    let content = noise(4096, 11);
-    for number in 0..FILES {
-        let directory = from.path().join(format!("directory-{}", number % 100));
-        let written = std::fs::create_dir_all(&directory).and_then(|()| {
-            std::fs::write(directory.join(format!("file-{number}")), &content[..1024 + number % 3072])
-        });
-        written.unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
-    }
-    let (from, file) = (from.path().display().to_string(), to.path().join("archive").display().to_string());
-    Command::new(&["tar", "cf", &file, "-C", &from, "."]).output().ok();
 }
 
 fn json_of(container: &Container, script: &str) -> Value {

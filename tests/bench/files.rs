@@ -1,0 +1,159 @@
+//! File systems: what files cost in a pod of Katana's against one of runc's, by work of a fixed size.
+//!
+//! The root is the container's, the volume a directory of the host. All data is in the host's page cache.
+
+use std::path::Path;
+use std::time::Duration;
+
+use katana_tests::cri::{Container, Pod};
+use katana_tests::environment;
+use katana_tests::scratch::noise;
+use katana_tests::{BENCH, Command, Scratch};
+use serde_json::{Value, json};
+
+/// Of tar's archive.
+const FILES: usize = 10_000;
+/// Where work is done: in the root or in the volume.
+const PLACES: [(&str, &str); 2] = [("root", "/root"), ("volume", "/volume")];
+
+/// One kind of work.
+struct Work {
+    name: String,
+    /// Of what there are `count` in it.
+    unit: &'static str,
+    count: f64,
+    /// What is done before, unmeasured, and the work itself.
+    prepare: String,
+    work: String,
+    /// The least that is aimed at, with runc's speed as 1.
+    aim: f64,
+}
+
+/// Shell functions: `fill FILE MIB` writes a file; `fio FILE OPTION...` prints what reading or writing it took, in
+/// nanoseconds, without fio's own start; `old` waits until a change of what was written has another time.
+const FUNCTIONS: &str = r#"
+    fill() { dd if=/dev/zero of="$1" bs=1M count="$2" conv=fsync 2>/dev/null; }
+    fio() {
+        local file=$1; shift
+        command fio --name=x --filename="$file" --thread --ioengine=psync --invalidate=0 --output-format=json "$@" |
+            busybox awk '/"runtime"/ { gsub(/[^0-9]/, "", $3); if ($3 > most) most = $3 } END { printf "ns=%d\n", most * 1000000 }'
+    }
+    old() { sleep 4; }
+    timed() { local start=$(date +%s%N); "$@"; echo "ns=$(($(date +%s%N) - start))"; }
+"#;
+
+fn all_work() -> Vec<Work> {
+    let mut all = Vec::new();
+    let mut add = |name: &str, unit, count, aim, prepare: &str, work: &str| {
+        let (name, prepare, work) = (name.to_owned(), prepare.to_owned(), work.to_owned());
+        all.push(Work { name, unit, count, prepare, work, aim });
+    };
+    for (place, directory) in PLACES {
+        let file = format!("{directory}/file");
+        let fill = format!("fill {file} 32; old");
+        let read = format!("{fill}; cat {file} >/dev/null; cat {file} >/dev/null");
+        let name = |what: &str| format!("{place}: {what}");
+        let sequential = format!("fio {file} --rw=read --bs=1M --size=32M");
+        add(&name("sequential read 1 MiB, first time"), "MiB", 32.0, 0.6, &fill, &sequential);
+        add(&name("sequential read 1 MiB, read before"), "MiB", 32.0, 0.9, &read, &sequential);
+        let random = format!("fio {file} --rw=randread --bs=4k --size=32M --io_size=16M");
+        add(&name("random read 4 KiB, read before"), "read", 4096.0, 0.9, &read, &random);
+        let fill_more = format!("fill {file} 64; old");
+        let touch = format!("fio {file} --ioengine=mmap --rw=read --bs=4k --size=64M");
+        add(&name("pages of a mapping, first time"), "page", 16384.0, 0.7, &fill_more, &touch);
+        let again = format!("{fill_more}; {touch} >/dev/null");
+        add(&name("pages of a mapping, second time"), "page", 16384.0, 0.95, &again, &touch);
+        let aim = if place == "root" { 0.7 } else { 0.4 };
+        let write = format!("fio {file} --rw=randwrite --bs=4k --size=32M --io_size=8M --end_fsync=1");
+        add(&name("random write 4 KiB, fsync at the end"), "write", 2048.0, aim, &fill, &write);
+        let write = format!("fio {file} --rw=write --bs=1M --size=32M --end_fsync=1");
+        add(&name("sequential write 1 MiB, fsync at the end"), "MiB", 32.0, aim, "true", &write);
+    }
+    let many = "many() { local n=0; while [ $n -lt 1000 ]; do echo $n >/root/many/$n; n=$((n + 1)); done; }";
+    add(
+        "root: create, write and close a file",
+        "file",
+        1000.0,
+        0.6,
+        &format!("mkdir /root/many; {many}"),
+        "timed many",
+    );
+    let unpack = "mkdir /root/x; unpack() { tar xf /in/archive -C /root/x; }";
+    add("root: tar x, a file", "file", FILES as f64, 0.6, unpack, "timed unpack");
+    add(
+        "root: rm -r, a file",
+        "file",
+        FILES as f64,
+        0.6,
+        &format!("{unpack}; unpack"),
+        "timed rm -r /root/x",
+    );
+    let find = "look() { find /usr >/dev/null; }; look";
+    add("root: find /usr, second time", "run", 1.0, 0.85, find, "timed look");
+    let small = "mkdir /root/n; for n in $(seq 500); do echo $n >/root/n/$n; done; show() { cat /root/n/* >/dev/null; }";
+    add(
+        "root: open, read and close a file, second time",
+        "file",
+        500.0,
+        0.85,
+        &format!("{small}; show"),
+        "timed show",
+    );
+    let files = "for n in $(seq 16); do fill /root/$n 4; done; old
+        readers() { local n; for n in $(seq 16); do cat /root/$n >/dev/null & done; wait; }";
+    add("root: 16 readers of files of 4 MiB", "MiB", 64.0, 0.6, files, "timed readers");
+    all
+}
+
+/// Measures, prints a table row by row, and answers the figures so far to `written` after each.
+pub fn run(mut written: impl FnMut(&[Value])) {
+    let input = Scratch::new();
+    archive(&input);
+    let unit = if environment::is_counted() { "thousands of instructions" } else { "microseconds" };
+    println!(
+        "files, {unit} each                                       runc       kata  kata's speed, runc = 1 (aim)"
+    );
+    let mut rows = Vec::new();
+    for work in all_work() {
+        let [runc, kata] = ["runc", "kata"].map(|handler| measure(&work, handler, &input));
+        let ratio = (runc / kata * 100.0).round() / 100.0;
+        let Work { name, unit, aim, .. } = &work;
+        println!("  {name:48} {runc:10.1} {kata:10.1}   {ratio:.2} ({aim:.2})  {unit}");
+        rows.push(
+            json!({"name": name, "unit": unit, "runc": runc, "kata": kata, "ratio": ratio, "aim": aim}),
+        );
+        written(&rows);
+    }
+}
+
+/// What one of the work's units takes, in microseconds or thousands of instructions.
+fn measure(work: &Work, handler: &str, input: &Scratch) -> f64 {
+    let volume = Scratch::new();
+    let mount = |path: &Path, to: &str| json!({"host_path": path, "container_path": to});
+    let pod = Pod::run(handler);
+    let mounts = [mount(volume.path(), "/volume"), mount(input.path(), "/in")];
+    let config = json!({"image": {"image": BENCH}, "command": ["sleep", "10000"], "mounts": mounts});
+    let container: Container = pod.start(config);
+    let script = format!("set -e\n{FUNCTIONS}\n{}\n{}", work.prepare, work.work);
+    let output = container.exec(&["bash", "-c", &script]);
+    let time =
+        output.ok().lines().filter_map(|line| line.strip_prefix("ns=")?.parse::<f64>().ok()).next_back();
+    let time = time.unwrap_or_else(|| panic!("{}: {output:?}", work.name));
+    let time = environment::counted(Duration::from_secs_f64(time / 1e9)).as_secs_f64() * 1e6;
+    (time / work.count * 10.0).round() / 10.0
+}
+
+/// Files of 1 to 4 KiB in a hundred directories.
+fn archive(to: &Scratch) {
+    let from = Scratch::new();
+    let content = noise(4096, 11);
+    for number in 0..FILES {
+        let directory = from.path().join(format!("directory-{}", number % 100));
+        let written = std::fs::create_dir_all(&directory).and_then(|()| {
+            std::fs::write(directory.join(format!("file-{number}")), &content[..1024 + number % 3072])
+        });
+        written.unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
+    }
+    let (from, file) = (from.path().display().to_string(), to.path().join("archive").display().to_string());
+    Command::new(&["tar", "cf", &file, "-C", &from, "."]).output().ok();
+}
