@@ -35,14 +35,15 @@ struct State {
     /// The directories of the share's root, in which the roots of containers are.
     tops: HashSet<Inode>,
     inodes: HashMap<Inode, Known>,
+    /// Files that were made without a name and have got one, by the inode without: their numbers on the host. By their
+    /// names the guest has them as other inodes, which change as if the host changed them.
+    twice: HashMap<Inode, u64>,
 }
 
 enum Known {
     Own,
     /// As it was when the guest last opened it and let go of older pages.
     Shared(Version),
-    /// Also another inode of the guest's, which changes it as the host would.
-    Twice,
 }
 
 /// What tells two contents of a file apart.
@@ -85,6 +86,7 @@ impl Cache {
         let mut state = lock(&self.0);
         state.tops.remove(&inode);
         state.inodes.remove(&inode);
+        state.twice.remove(&inode);
     }
 
     /// Completes the answer with what was found or made in a directory.
@@ -96,7 +98,7 @@ impl Cache {
         }
         let is_root = state.tops.contains(&parent) && name == OWN_ROOT.as_bytes();
         let is_within = state.is_own(parent) && entry.attr.flags & ATTR_SUBMOUNT == 0;
-        if (is_root || is_within) && !matches!(state.inodes.get(&entry.inode), Some(Known::Twice)) {
+        if (is_root || is_within) && state.twice.values().all(|number| *number != entry.attr.ino) {
             state.inodes.insert(entry.inode, Known::Own);
             (entry.attr_timeout, entry.entry_timeout) = (OWN_TIME, OWN_TIME);
         }
@@ -116,16 +118,15 @@ impl Cache {
         if lock(&self.0).is_own(inode) { OWN_TIME } else { CACHE_TIME }
     }
 
-    /// An inode's file has been given a second inode.
-    pub fn is_twice(&self, inode: Inode) {
-        lock(&self.0).inodes.insert(inode, Known::Twice);
+    /// A file without a name gets one; `number` is its inode's on the host.
+    pub fn name(&self, unnamed: Inode, number: u64) {
+        lock(&self.0).twice.insert(unnamed, number);
     }
 
     /// Whether the guest's pages of a file stay when it opens the file; `look` finds out its version.
     pub fn keeps_pages(&self, inode: Inode, look: impl FnOnce() -> Option<Version>) -> bool {
         match lock(&self.0).inodes.get(&inode) {
             Some(Known::Own) => return true,
-            Some(Known::Twice) => return false,
             Some(Known::Shared(_)) | None => {}
         }
         let version = look();

@@ -123,6 +123,15 @@ impl Host {
         self.cache.attributes(inode)
     }
 
+    /// The guest gives references back; whether the inode is one without a name.
+    fn forgot_unnamed(&self, inode: Inode, count: u64) -> bool {
+        let unnamed = self.unnamed.forget(inode, count);
+        if self.unnamed.file(inode).is_none() {
+            self.cache.forget(inode);
+        }
+        unnamed
+    }
+
     /// What an open answers besides the handle.
     fn open_options(&self, ctx: Context, inode: Inode, handle: Handle, flags: u32) -> OpenOptions {
         let version = || self.with_file(ctx, inode, handle, Version::of).unwrap_or(None);

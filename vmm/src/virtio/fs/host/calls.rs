@@ -50,15 +50,13 @@ impl FileSystem for Host {
     }
 
     fn forget(&self, ctx: Context, inode: Inode, count: u64) {
-        if !self.unnamed.forget(inode, count) {
-            self.cache.forget(inode);
+        if !self.forgot_unnamed(inode, count) {
             self.inner.forget(ctx, inode, count);
         }
     }
 
     fn batch_forget(&self, ctx: Context, mut requests: Vec<(Inode, u64)>) {
-        requests.retain(|(inode, count)| !self.unnamed.forget(*inode, *count));
-        requests.iter().for_each(|(inode, _)| self.cache.forget(*inode));
+        requests.retain(|(inode, count)| !self.forgot_unnamed(*inode, *count));
         self.inner.batch_forget(ctx, requests);
     }
 
@@ -176,12 +174,11 @@ impl FileSystem for Host {
             let linked = self.inner.link(ctx, inode, newparent, newname)?;
             return Ok(self.cache.answer(newparent, newname.to_bytes(), linked));
         };
+        self.cache.name(inode, unnamed::attributes(&file)?.ino);
         self.with_opened(ctx, newparent, libc::O_RDONLY | libc::O_DIRECTORY, |directory| {
             self.unnamed.link(&file, directory, newname)
         })?;
-        let linked = self.inner.lookup(ctx, newparent, newname)?;
-        self.cache.is_twice(linked.inode);
-        Ok(linked)
+        self.inner.lookup(ctx, newparent, newname)
     }
 
     fn open(

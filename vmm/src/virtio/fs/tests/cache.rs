@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 
 use katana_protocol::{OWN_ROOT, SHARED_ROOT};
-use virtiofsd::fuse::OpenOptions;
+use virtiofsd::fuse::{CreateIn, OpenOptions};
 
 use super::*;
 
@@ -160,4 +160,25 @@ fn only_what_was_opened_to_write_is_flushed() {
     for (flags, flushed) in [(libc::O_RDONLY, false), (libc::O_WRONLY, true), (libc::O_RDWR, true)] {
         assert_eq!(!guest.options(Opcode::Open, file, flags).contains(OpenOptions::NOFLUSH), flushed);
     }
+}
+
+/// What is written by the inode without a name changes the one with a name as if the host did it.
+#[test]
+fn a_file_that_had_no_name_is_asked_for_while_both_are_known() {
+    let (mut guest, [own, _]) = roots();
+    let flags = (libc::O_RDWR | libc::O_TMPFILE).cast_unsigned();
+    let create = CreateIn { flags, mode: 0o600, ..CreateIn::default() };
+    let (error, answer) = guest.request(Opcode::TmpFile, own, 0, &[create.as_slice(), b"/\0"]);
+    let unnamed = object::<EntryOut>(&answer).nodeid;
+    let fh = object::<OpenOut>(&answer[size_of::<EntryOut>()..]).fh;
+    let (linked, _) = guest.request(Opcode::Link, own, 0, &[&unnamed.to_le_bytes(), b"name\0"]);
+    assert_eq!((error, linked), (0, 0));
+    let named = guest.find(own, "name");
+    assert_eq!((named.entry_valid, named.attr_valid), (SECOND, SECOND));
+    assert!(!guest.keeps(named.nodeid));
+    guest.request(Opcode::Release, unnamed, 0, &[&fh.to_le_bytes(), &[0; 16]]);
+    assert_eq!(guest.find(own, "name").attr_valid, SECOND);
+    guest.send(Opcode::Forget, unnamed, 0, &[&1_u64.to_le_bytes()]);
+    guest.wait(REQUESTS);
+    assert_eq!(guest.find(own, "name").attr_valid, DAY);
 }
