@@ -142,8 +142,9 @@ impl Cache {
         same
     }
 
-    /// Whether the guest may keep what it has read of a directory.
-    pub fn keeps_names(&self, directory: Inode) -> bool {
-        lock(&self.0).is_own(directory)
+    /// Whether it is one of the guest's own. Then the guest may also keep what it has read of a directory, and a close
+    /// need not write back what was stored to a mapping: nobody waits for it on the host.
+    pub fn is_own(&self, inode: Inode) -> bool {
+        lock(&self.0).is_own(inode)
     }
 }

@@ -137,8 +137,8 @@ impl Host {
         let version = || self.with_file(ctx, inode, handle, Version::of).unwrap_or(None);
         let mut options = OpenOptions::empty();
         options.set(OpenOptions::KEEP_CACHE, self.cache.keeps_pages(inode, version));
-        // Nothing was written that a close would have to write back.
-        options.set(OpenOptions::NOFLUSH, flags.cast_signed() & libc::O_ACCMODE == libc::O_RDONLY);
+        let reads = flags.cast_signed() & libc::O_ACCMODE == libc::O_RDONLY;
+        options.set(OpenOptions::NOFLUSH, reads || self.cache.is_own(inode));
         options
     }
 

@@ -234,8 +234,10 @@ impl FileSystem for Host {
                 break;
             }
         }
-        let (entry, handle, options) = result?;
-        Ok((self.cache.answer(parent, name.to_bytes(), entry), handle, options))
+        let (entry, handle, mut options) = result?;
+        let entry = self.cache.answer(parent, name.to_bytes(), entry);
+        options.set(OpenOptions::NOFLUSH, self.cache.is_own(entry.inode));
+        Ok((entry, handle, options))
     }
 
     fn read<W: ZeroCopyWriter>(
@@ -393,7 +395,7 @@ impl FileSystem for Host {
     fn opendir(&self, ctx: Context, inode: Inode, flags: u32) -> io::Result<(Option<Handle>, OpenOptions)> {
         let flags = checks::open_flags(flags);
         let (handle, mut options) = self.inner.opendir(ctx, inode, flags)?;
-        options.set(OpenOptions::CACHE_DIR | OpenOptions::KEEP_CACHE, self.cache.keeps_names(inode));
+        options.set(OpenOptions::CACHE_DIR | OpenOptions::KEEP_CACHE, self.cache.is_own(inode));
         Ok((handle, options))
     }
 

@@ -154,11 +154,19 @@ fn pages_of_a_shared_file_stay_while_it_is_unchanged() {
 }
 
 #[test]
-fn only_what_was_opened_to_write_is_flushed() {
-    let (mut guest, [own, _]) = roots();
-    let file = guest.find(own, "file").nodeid;
-    for (flags, flushed) in [(libc::O_RDONLY, false), (libc::O_WRONLY, true), (libc::O_RDWR, true)] {
-        assert_eq!(!guest.options(Opcode::Open, file, flags).contains(OpenOptions::NOFLUSH), flushed);
+fn only_what_was_opened_to_write_and_is_shared_is_flushed() {
+    let (mut guest, roots) = roots();
+    for (root, shared) in roots.into_iter().zip([false, true]) {
+        let file = guest.find(root, "file").nodeid;
+        for (flags, writes) in [(libc::O_RDONLY, false), (libc::O_WRONLY, true), (libc::O_RDWR, true)] {
+            let flushed = !guest.options(Opcode::Open, file, flags).contains(OpenOptions::NOFLUSH);
+            assert_eq!(flushed, shared && writes, "{flags}");
+        }
+        let create = CreateIn { flags: libc::O_WRONLY.cast_unsigned(), mode: 0o600, ..CreateIn::default() };
+        let (error, answer) = guest.request(Opcode::Create, root, 0, &[create.as_slice(), b"new\0"]);
+        let options = object::<OpenOut>(&answer[size_of::<EntryOut>()..]).open_flags;
+        let flushed = !OpenOptions::from_bits_truncate(options).contains(OpenOptions::NOFLUSH);
+        assert_eq!((error, flushed), (0, shared));
     }
 }
 
