@@ -14,6 +14,8 @@ pub enum Kind {
     Main,
     /// Serves files.
     Fs,
+    /// Starts further threads that do. They inherit its filter, and add their own.
+    FsStarter,
     /// Does nothing: stands for a container.
     Placeholder,
     /// Makes and starts vCPUs while the guest runs. They inherit its filter, and add their own.
@@ -33,6 +35,7 @@ impl Kind {
             Self::TemplateVcpu => include_bytes!(concat!(env!("OUT_DIR"), "/template_vcpu.bpf")),
             Self::Main => include_bytes!(concat!(env!("OUT_DIR"), "/main.bpf")),
             Self::Fs => include_bytes!(concat!(env!("OUT_DIR"), "/fs.bpf")),
+            Self::FsStarter => include_bytes!(concat!(env!("OUT_DIR"), "/fs_starter.bpf")),
             Self::Placeholder => include_bytes!(concat!(env!("OUT_DIR"), "/placeholder.bpf")),
             Self::Starter => include_bytes!(concat!(env!("OUT_DIR"), "/starter.bpf")),
         }
@@ -83,7 +86,7 @@ mod tests {
 
     #[test]
     fn what_no_thread_needs_kills_the_process() {
-        for kind in [Kind::Vcpu, Kind::Main, Kind::Fs, Kind::Starter] {
+        for kind in [Kind::Vcpu, Kind::Main, Kind::Fs, Kind::FsStarter, Kind::Starter] {
             let allowed = fate(kind, [libc::SYS_sched_yield, 0, 0, 0]);
             assert!(matches!(allowed, WaitStatus::Exited(_, 0)), "{kind:?}: {allowed:?}");
             for call in [
@@ -132,6 +135,24 @@ mod tests {
     }
 
     #[test]
+    fn the_starter_of_file_threads_leaves_no_namespace() {
+        for (call, allowed) in [
+            ([libc::SYS_clone3, 0, 0, 0], true),
+            ([libc::SYS_clone, c_long::from(libc::SIGCHLD), 0, 0], false),
+            ([libc::SYS_unshare, c_long::from(libc::CLONE_FS), 0, 0], true),
+            ([libc::SYS_unshare, c_long::from(libc::CLONE_NEWUSER), 0, 0], false),
+            ([libc::SYS_unshare, c_long::from(libc::CLONE_NEWNS | libc::CLONE_FS), 0, 0], false),
+            ([libc::SYS_prctl, c_long::from(libc::PR_CAPBSET_READ), 0, 0], false),
+        ] {
+            let fate = fate(Kind::FsStarter, call);
+            assert_eq!(matches!(fate, WaitStatus::Exited(_, 0)), allowed, "{call:?}: {fate:?}");
+        }
+        // What a file thread must not do, it does not inherit either.
+        let fate = fate(Kind::Fs, [libc::SYS_unshare, c_long::from(libc::CLONE_FS), 0, 0]);
+        assert!(matches!(fate, WaitStatus::Signaled(_, SIGSYS, _)), "{fate:?}");
+    }
+
+    #[test]
     fn the_starter_makes_threads_of_the_c_library() {
         for (call, allowed) in [
             ([libc::SYS_clone3, 0, 0, 0], true),
@@ -177,7 +198,8 @@ mod tests {
         assert!(as_expected, "{kind:?}, {call:?}: {fate:?}");
     }
 
-    const WORKERS: [Kind; 5] = [Kind::Vcpu, Kind::TemplateVcpu, Kind::Main, Kind::Fs, Kind::Starter];
+    const WORKERS: [Kind; 6] =
+        [Kind::Vcpu, Kind::TemplateVcpu, Kind::Main, Kind::Fs, Kind::FsStarter, Kind::Starter];
 
     /// What a thread could do with a descriptor of /dev/kvm, of the machine, of a vCPU, a tap, a disk or a terminal
     /// beyond its own work.

@@ -5,8 +5,10 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use katana_tests::host::eventually;
+use katana_tests::scratch::LoopDevice;
 use katana_tests::turn::shared;
-use katana_tests::{BUSYBOX, DEBIAN, Run, Scratch};
+use katana_tests::{BUSYBOX, Command, DEBIAN, Run, Scratch};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::guest;
@@ -218,4 +220,53 @@ fn an_open_sees_what_the_host_has_written() {
     container.sh("echo mine > /volume/file; cat /volume/file; sleep 4; cat /volume/file /volume/file").ok();
     assert_eq!(fs::read_to_string(&path).expect("read"), "mine\n");
     assert_eq!(container.sh("echo more >> /volume/file; cat /volume/file").ok().text(), "mine\nmore\n");
+}
+
+/// A file system that does not write anything until this is dropped.
+struct Frozen<'a>(&'a Path);
+
+impl<'a> Frozen<'a> {
+    fn new(path: &'a Path) -> Self {
+        let place = path.display().to_string();
+        Command::new(&["fsfreeze", "--freeze", &place]).output().ok();
+        Self(path)
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        // What waits for it could not be ended otherwise.
+        let _ = std::process::Command::new("fsfreeze").arg("--unfreeze").arg(self.0).status();
+    }
+}
+
+/// A network file system whose server is gone, a disk that does not answer: who uses it waits, and nobody else.
+#[test]
+fn a_volume_that_does_not_answer_holds_up_those_who_use_it_and_nobody_else() {
+    let _turn = shared();
+    const WAITING: usize = 12;
+    let scratch = Scratch::new();
+    let image = scratch.file("image", "");
+    fs::File::options().write(true).open(&image).and_then(|file| file.set_len(32 << 20)).expect("image");
+    Command::new(&["mkfs.ext4", "-q", &image.display().to_string()]).output().ok();
+    let device = LoopDevice::of(&image);
+    let place = scratch.directory("mounted");
+    mount(Some(device.path()), &place, Some("ext4"), MsFlags::empty(), None::<&str>).expect("mount");
+    let mounted = Mounted(place);
+    let container = Run::new(BUSYBOX).bind(&mounted.0, "/volume", "rw").command(&["sleep", "10000"]).start();
+    let each = |command: &str| {
+        container.sh(&format!("mkdir -p /tmp; for n in $(seq {WAITING}); do {command} done")).ok()
+    };
+    // Files of which each is written by one process: to make one in a directory is something that only one can do at a
+    // time, in the guest.
+    each("echo $n >/volume/$n;");
+    let frozen = Frozen::new(&mounted.0);
+    each("(echo $n >>/volume/$n; echo $n >/tmp/$n) >/dev/null 2>&1 </dev/null &");
+    let ended = "ls /tmp | wc -l";
+    for _ in 0..3 {
+        assert_eq!(container.sh(&format!("cat /etc/passwd >/root/copy && {ended}")).ok().text(), "0\n");
+    }
+    drop(frozen);
+    let all = eventually(|| container.sh(ended).ok().text() == format!("{WAITING}\n"));
+    assert!(all, "{}", container.sh("ls -l /tmp /volume").ok().text());
 }

@@ -10,11 +10,12 @@ use libc::c_long;
 type Ioctls = &'static [&'static [u64]];
 
 /// The kinds of threads, with the names of their compiled filters.
-pub const KINDS: [(&str, &[c_long], Ioctls); 6] = [
+pub const KINDS: [(&str, &[c_long], Ioctls); 7] = [
     ("vcpu", &[], &[VCPU_IOCTLS]),
     ("template_vcpu", TEMPLATE, &[VCPU_IOCTLS, TEMPLATE_IOCTLS]),
     ("main", MAIN, &[MAIN_IOCTLS]),
     ("fs", FS, &[&[INTERRUPT], INODE_FLAGS]),
+    ("fs_starter", FS, &[&[INTERRUPT], INODE_FLAGS]),
     ("starter", &[libc::SYS_sched_getaffinity, libc::SYS_sendmsg], &[VCPU_IOCTLS, STARTER_IOCTLS]),
     (PLACEHOLDER, WAIT_AND_END, &[]),
 ];
@@ -306,7 +307,13 @@ fn usual_rules(
         add(libc::SYS_clone, Rule::OneOf(0, vec![THREAD as u32]))?;
         add(libc::SYS_seccomp, Rule::Without(1, u32::MAX))?;
     }
-    if name == "starter" {
+    if name == "fs_starter" {
+        // To let some time pass, and what its threads do before they confine themselves further.
+        add(libc::SYS_clock_nanosleep, Rule::Any)?;
+        add(libc::SYS_sched_getaffinity, Rule::Any)?;
+        add(libc::SYS_unshare, Rule::OneOf(0, vec![libc::CLONE_FS as u32]))?;
+    }
+    if name == "starter" || name == "fs_starter" {
         // A thread, its name, and the filter that follows for it. clone3(2) has its flags where no filter can look.
         add(libc::SYS_clone3, Rule::Missing)?;
         add(libc::SYS_clone, Rule::OneOf(0, vec![C_THREAD as u32]))?;

@@ -8,7 +8,9 @@
 //! [`Kind::Fs`].
 //!
 //! Several threads serve the queues, because a request can block for long: an fsync, a network file system. Each
-//! takes one chain at a time and first sees to it that another thread wakes up for the next one.
+//! takes one chain at a time and first sees to it that another thread wakes up for the next one. When all of them have
+//! been blocked for a while, another thread comes ([`threads`]): who waits for a server that is gone must not hold up
+//! the rest of the pod, the agent first of all.
 
 mod acl;
 mod cache;
@@ -19,19 +21,17 @@ mod inode_table;
 mod messages;
 mod replay;
 mod shown;
+mod threads;
 mod transfer;
 mod unnamed;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit};
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::DescriptorChain;
@@ -45,7 +45,7 @@ use super::base::{self, Event, Sources};
 use super::queue::DeviceQueue;
 use super::{Activation, VirtioDevice};
 use crate::memory::GuestMemory;
-use crate::seccomp::{self, Kind};
+use crate::seccomp;
 use crate::sync::lock;
 
 /// High priority requests (FORGET and INTERRUPT), and all others. Linux limits requests by the size of the
@@ -53,10 +53,6 @@ use crate::sync::lock;
 const QUEUE_SIZES: [u16; 2] = [128, 1024];
 const REQUESTS: usize = 1;
 const TAG_LENGTH: usize = 36;
-/// Threads: as many requests may block while others continue.
-const THREADS: usize = 4;
-/// Bytes of a thread's stack. Small ones lie next to each other, which saves page tables.
-const STACK: usize = 256 * 1024;
 /// Descriptors that the guest's files leave to the rest of the process: vsock connections, disks, taps.
 const RESERVED_DESCRIPTORS: u64 = 8192;
 /// How long the guest may use what it knows about names and attributes. The host changes files as well: mounts of
@@ -80,6 +76,8 @@ struct Shared {
     state: Mutex<State>,
     /// Signalled when no request is under way.
     idle: Condvar,
+    /// Signalled when each thread has a request.
+    busy: Condvar,
 }
 
 #[derive(Default)]
@@ -89,6 +87,10 @@ struct State {
     number: u64,
     /// Requests under way.
     in_flight: usize,
+    /// Counts requests that have come to their end.
+    finished: u64,
+    /// Threads that serve.
+    threads: usize,
     stopped: bool,
 }
 
@@ -114,7 +116,7 @@ impl Fs {
     pub fn new(tag: &str, proc_self_fd: OwnedFd) -> io::Result<Self> {
         let (descriptors, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
         let descriptors = descriptors - RESERVED_DESCRIPTORS.min(descriptors / 2);
-        let confine = || seccomp::install(Kind::Fs).map_err(io::Error::other);
+        let confine = |kind| seccomp::install(kind).map_err(io::Error::other);
         Self::serve(tag, "/", proc_self_fd, descriptors, confine)
     }
 
@@ -123,7 +125,7 @@ impl Fs {
         root: &str,
         proc_self_fd: OwnedFd,
         descriptors: u64,
-        confine: fn() -> io::Result<()>,
+        confine: threads::Confine,
     ) -> io::Result<Self> {
         let mut config = [0; TAG_LENGTH + 4];
         if tag.is_empty() || tag.len() > TAG_LENGTH {
@@ -142,16 +144,10 @@ impl Fs {
             sources: Sources::new()?,
             state: Mutex::default(),
             idle: Condvar::new(),
+            busy: Condvar::new(),
         });
         let fs = Self { shared, config };
-        let (sender, started) = channel();
-        for number in 0..THREADS {
-            let (shared, sender) = (fs.shared.clone(), sender.clone());
-            let thread = thread::Builder::new().name(format!("fs{number}")).stack_size(STACK);
-            thread.spawn(move || shared.run(confine, &sender))?;
-        }
-        drop(sender);
-        started.iter().take(THREADS).collect::<io::Result<()>>()?;
+        threads::start(&fs.shared, confine)?;
         Ok(fs)
     }
 }
@@ -159,6 +155,7 @@ impl Fs {
 impl Drop for Fs {
     fn drop(&mut self) {
         lock(&self.shared.state).stopped = true;
+        self.shared.busy.notify_all();
         self.shared.sources.wake();
     }
 }
@@ -194,19 +191,6 @@ fn configuration(root: &str, proc_self_fd: OwnedFd, descriptors: u64) -> passthr
 }
 
 impl Shared {
-    /// A thread's life.
-    fn run(&self, confine: fn() -> io::Result<()>, started: &Sender<io::Result<()>>) {
-        // virtiofsd changes the umask and the working directory for single requests; those are then this thread's.
-        let ready = unshare(CloneFlags::CLONE_FS).map_err(io::Error::from);
-        let ready = ready.and_then(|()| know_capabilities()).and_then(|()| confine());
-        let failed = ready.is_err();
-        // Whoever started this thread waits for it.
-        let _ = started.send(ready);
-        if !failed {
-            self.wait_and_serve();
-        }
-    }
-
     fn wait_and_serve(&self) {
         let mut events = [EpollEvent::default()];
         loop {
@@ -251,6 +235,9 @@ impl Shared {
                 queue.kick_again();
             }
             state.in_flight += 1;
+            if state.in_flight == state.threads {
+                self.busy.notify_one();
+            }
             drop(state);
             let head = chain.head_index();
             let result = self.handle(&memory, &chain);
@@ -270,6 +257,7 @@ impl Shared {
     fn finish(&self, number: u64, index: usize, head: u16, (length, error): (usize, Option<Error>)) {
         let mut state = lock(&self.state);
         state.in_flight -= 1;
+        state.finished += 1;
         if state.in_flight == 0 {
             self.idle.notify_all();
         }
@@ -304,31 +292,6 @@ impl Shared {
             log::warn!("fs: {} requests are still under way after a reset", state.in_flight);
         }
     }
-}
-
-/// Loads this thread's capabilities into libcap-ng. It would do so by itself when virtiofsd first drops CAP_FSETID for
-/// a write, but from /proc, which is not there in the jail; the write would then continue with the capability and leave
-/// set-user-ID bits in place.
-fn know_capabilities() -> io::Result<()> {
-    use capng::{Action, CUpdate, Set, Type};
-    // linux/capability.h: struct __user_cap_header_struct, version 3, the calling thread; and effective, permitted,
-    // inheritable, in two halves.
-    let mut header = [0x2008_0522_u32, 0];
-    let mut sets = [0_u32; 6];
-    // SAFETY: the kernel reads the header and fills the two structures of three words each.
-    if unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), sets.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let [effective, permitted, _, effective_high, permitted_high, _] = sets;
-    let held = [(Type::EFFECTIVE, effective, effective_high), (Type::PERMITTED, permitted, permitted_high)];
-    capng::clear(Set::CAPS);
-    let mut updates = Vec::new();
-    for (cap_type, low, high) in held {
-        let set = u64::from(high) << 32 | u64::from(low);
-        let held = (0..u64::BITS).filter(|capability| set & (1 << capability) != 0);
-        updates.extend(held.map(|capability| CUpdate { action: Action::ADD, cap_type, capability }));
-    }
-    capng::update(updates).map_err(|error| io::Error::other(error.to_string()))
 }
 
 impl VirtioDevice for Fs {

@@ -8,9 +8,11 @@ mod special;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::thread;
 use std::time::Instant;
 
 use nix::fcntl::{OFlag, open};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 use virtiofsd::fuse::{
     AttrOut, EntryOut, InHeader, InitInCompat, InitOut, Opcode, OpenOut, OutHeader, ReadIn, SetattrIn,
@@ -47,7 +49,7 @@ fn guest_of(dir: TempDir, descriptors: u64) -> Guest {
     let proc_self_fd = open("/proc/self/fd", flags, Mode::empty()).unwrap();
     let root = dir.as_path().to_str().unwrap().to_owned();
     // Under the filter of the real thing: a system call that it lacks ends the test.
-    let confine = || seccomp::install(Kind::Fs).map_err(io::Error::other);
+    let confine = |kind| seccomp::install(kind).map_err(io::Error::other);
     let fs = Fs::serve("kataShared", &root, proc_self_fd, descriptors, confine).unwrap();
     let mut bench = Bench::new(fs);
     bench.activate(0);
@@ -158,11 +160,11 @@ fn the_configuration_has_tag_and_queues() {
     let proc = || open("/proc/self/fd", OFlag::O_PATH, Mode::empty()).unwrap();
     for tag in ["", "a tag that is longer than thirty-six bytes"] {
         assert_eq!(
-            Fs::serve(tag, "/", proc(), 100, || Ok(())).err().unwrap().kind(),
+            Fs::serve(tag, "/", proc(), 100, |_| Ok(())).err().unwrap().kind(),
             io::ErrorKind::InvalidInput
         );
     }
-    let refused = Fs::serve("x", "/", proc(), 100, || Err(io::ErrorKind::PermissionDenied.into()));
+    let refused = Fs::serve("x", "/", proc(), 100, |_| Err(io::ErrorKind::PermissionDenied.into()));
     assert_eq!(refused.err().unwrap().kind(), io::ErrorKind::PermissionDenied);
 }
 
@@ -225,7 +227,7 @@ fn capabilities_are_dropped_without_proc() {
         unshare(CloneFlags::CLONE_FS).unwrap();
         nix::unistd::chroot(&path).unwrap();
         nix::unistd::chdir("/").unwrap();
-        know_capabilities().unwrap();
+        threads::know_capabilities().unwrap();
         let before = fsetid();
         let dropped = passthrough::credentials::drop_effective_cap("FSETID").unwrap();
         let within = fsetid();

@@ -377,3 +377,37 @@ fn what_is_forgotten_without_room_for_an_answer_is_forgotten() {
         assert!(!is_open(&path), "{opcode:?}");
     }
 }
+
+/// As one that a server who is gone does not answer: the open of a file on which somebody has a lease.
+#[test]
+fn requests_that_the_host_does_not_answer_hold_up_no_others() {
+    const WAITING: usize = 10;
+    let mut guest = guest();
+    guest.init();
+    let lease = |file: &File, kind: libc::c_int| {
+        // SAFETY: neither command takes a pointer. The signal that comes when somebody opens the file is ignored.
+        let set = unsafe {
+            libc::fcntl(file.as_raw_fd(), 10 /* F_SETSIG */, libc::SIGURG) == 0
+                && libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) == 0
+        };
+        assert!(set, "{}", io::Error::last_os_error());
+    };
+    let mut leased = Vec::new();
+    let mut heads = Vec::new();
+    for number in 0..WAITING {
+        let name = format!("leased{number}");
+        let file = File::create(guest.path().join(&name)).unwrap();
+        lease(&file, libc::F_WRLCK);
+        leased.push(file);
+        let node = guest.lookup(name.as_bytes()).nodeid;
+        heads.push(guest.send(Opcode::Open, node, 0, &[&libc::O_RDWR.to_le_bytes(), &[0; 4]]));
+        // Whoever else asks is answered.
+        assert_eq!(guest.request(Opcode::Getattr, ROOT, 0, &[&[0; 16]]).0, 0);
+    }
+    for file in &leased {
+        lease(file, libc::F_UNLCK);
+    }
+    let mut answered: Vec<_> = heads.iter().map(|_| guest.wait(REQUESTS).0).collect();
+    answered.sort_unstable();
+    assert_eq!(answered, heads);
+}
