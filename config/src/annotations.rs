@@ -5,9 +5,11 @@
 use std::collections::BTreeMap;
 use std::path::{Component, Path};
 
+use toml::Spanned;
 use toml::de::DeValue;
 
-use crate::keys::{HYPERVISOR, KEYS, Key, expression};
+use crate::classes::{self, Meaning};
+use crate::keys::{HYPERVISOR, Key, expression};
 use crate::trusted::Links;
 use crate::{Config, Error, Hypervisor, load_file};
 
@@ -16,8 +18,6 @@ pub const CONFIG_PATH: &str = "io.katacontainers.config_path";
 
 /// What all of them begin with.
 const PREFIX: &str = "io.katacontainers.config.";
-/// The section of the keys that can be set, as Kata Containers names it.
-const SECTION: &str = "hypervisor.";
 /// Kata Containers has another name for one key than its configuration file.
 const ALIAS: (&str, &str) = ("default_max_vcpus", "default_maxvcpus");
 /// They name files of the host, or are the very list of what is allowed.
@@ -49,21 +49,56 @@ impl Config {
         load_file(path, Links::Refuse)
     }
 
-    /// This configuration with what a pod's annotations set. Annotations of other kinds are none of its business.
+    /// This configuration with what a pod's annotations set, and a line for each annotation of Kata Containers that has no
+    /// meaning here. Annotations of other kinds are none of its business.
     ///
     /// # Errors
-    /// [`Error::Annotation`] for a key that does not exist or may not be set, and for a bad value.
-    pub fn annotated(mut self, annotations: &BTreeMap<String, String>) -> Result<Self, Error> {
+    /// [`Error::Annotation`] for a key that does not exist or may not be set, for a bad value, and for what must not be
+    /// ignored.
+    pub fn annotated(mut self, annotations: &BTreeMap<String, String>) -> Result<(Self, Vec<String>), Error> {
+        let mut without_meaning = Vec::new();
         for (name, value) in annotations {
             let Some(key) = name.strip_prefix(PREFIX) else { continue };
-            let set = find(&self, key).and_then(|key| {
-                (key.set)(&mut self, &typed(value))?;
-                self.hypervisor.within_most_memory(key.name)
-            });
-            set.map_err(|why| Error::Annotation { name: name.clone(), why })?;
+            let failed = |why| Error::Annotation { name: name.clone(), why };
+            if let Some(remark) = self.annotate(key, &typed(value)).map_err(failed)? {
+                without_meaning.push(format!("annotation {name} has no meaning here: {remark}"));
+            }
         }
-        self.checked()
-            .map_err(|why| Error::Annotation { name: format!("{PREFIX}{SECTION}default_vcpus"), why })
+        let failed = |why| Error::Annotation { name: format!("{PREFIX}hypervisor.default_vcpus"), why };
+        self.check().map_err(failed)?;
+        Ok((self, without_meaning))
+    }
+
+    /// Follows an annotation, or says why that has no meaning.
+    fn annotate(&mut self, name: &str, value: &DeValue<'_>) -> Result<Option<&'static str>, String> {
+        let (section, key) = split(name);
+        match classes::annotation(name, value).or_else(|| classes::meaning(section, key, value)) {
+            Some(Meaning::Sets(_, _)) if section != HYPERVISOR => {
+                Ok(Some("it is the administrator's to set"))
+            }
+            Some(Meaning::Sets(key, _)) => {
+                self.permit(name, key)?;
+                (key.set)(self, value)?;
+                self.hypervisor.within_most_memory(key.name)?;
+                Ok(None)
+            }
+            Some(Meaning::Nothing(remark)) => Ok(Some(remark)),
+            Some(Meaning::Refused(why)) => Err(format!("it cannot be followed: {why}")),
+            None => Err(unknown(section, key)),
+        }
+    }
+
+    /// Whether a pod may set a key.
+    fn permit(&self, name: &str, key: &Key) -> Result<(), String> {
+        if NEVER.contains(&key.name) {
+            return Err("this key cannot be set by annotations".to_owned());
+        }
+        let base = name.strip_prefix("hypervisor.").unwrap_or(name);
+        let mut allowed = self.hypervisor.enable_annotations.iter().filter_map(|text| expression(text).ok());
+        if !allowed.any(|expression| expression.is_match(key.name) || expression.is_match(base)) {
+            return Err(format!("\"{}\" is not in enable_annotations of {}", key.name, self.path.display()));
+        }
+        Ok(())
     }
 }
 
@@ -85,29 +120,29 @@ fn is_below(path: &Path, directory: &Path) -> bool {
     rest && path.is_absolute() && path.components().all(plain)
 }
 
-fn find(config: &Config, name: &str) -> Result<&'static Key, String> {
-    let known = name.strip_prefix(SECTION).and_then(|name| {
-        let name = if name == ALIAS.0 { ALIAS.1 } else { name };
-        KEYS.iter().find(|key| key.section == HYPERVISOR && key.name == name)
-    });
-    let key = known.ok_or("there is no such key")?;
-    if NEVER.contains(&key.name) {
-        return Err("this key cannot be set by annotations".to_owned());
+/// The section of a configuration file and the key there that an annotation speaks of.
+fn split(name: &str) -> (&str, &str) {
+    match name.split_once('.') {
+        Some(("hypervisor", key)) => (HYPERVISOR, if key == ALIAS.0 { ALIAS.1 } else { key }),
+        Some(("agent", key)) => ("agent.kata", key),
+        Some(("runtime", key)) => ("runtime", key),
+        // No section has such a name.
+        _ => (".", name),
     }
-    let allowed = config.hypervisor.enable_annotations.iter().filter_map(|text| expression(text).ok());
-    if !allowed.into_iter().any(|expression| expression.is_match(key.name)) {
-        return Err(format!("\"{}\" is not in enable_annotations of {}", key.name, config.path.display()));
-    }
-    Ok(key)
+}
+
+fn unknown(section: &str, key: &str) -> String {
+    let nearest = classes::nearest_key(section, key);
+    let meant = nearest.map(|nearest| format!("; did you mean {nearest}?"));
+    format!("there is no such key{}", meant.unwrap_or_default())
 }
 
 /// Annotations are strings; what looks like a number or a truth value is one.
 fn typed(value: &str) -> DeValue<'_> {
-    let plain = value.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-    match DeValue::parse(value) {
-        Ok(parsed) if plain && matches!(parsed.get_ref(), DeValue::Integer(_) | DeValue::Boolean(_)) => {
-            parsed.into_inner()
-        }
+    let plain = value.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.'));
+    match DeValue::parse(value).map(Spanned::into_inner) {
+        Ok(parsed @ (DeValue::Integer(_) | DeValue::Boolean(_))) if plain => parsed,
+        Ok(parsed @ DeValue::Float(_)) if plain && value.bytes().any(|byte| byte == b'.') => parsed,
         _ => DeValue::String(value.into()),
     }
 }

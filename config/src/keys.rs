@@ -6,6 +6,7 @@ use std::thread;
 use regex_lite::Regex;
 use toml::de::DeValue;
 
+use crate::kata::VMM;
 use crate::{Config, HostNamespaces, TemplateScope};
 
 /// MiB of memory. The guest's kernel keeps some 20 for itself; with less than this no room is left for containers.
@@ -22,6 +23,9 @@ const LONGEST_PARAMETERS: usize = 1408;
 const MOST_DISKS: i64 = 16;
 /// The most CPUs of a machine, also on a host that has more: what the VMM can make and the guest's kernel is built for.
 pub const MOST_VCPUS: u32 = 254;
+
+/// Words of a kernel's command line that are about where another guest has its console and its root.
+const OTHER_GUEST: [&str; 6] = ["console", "earlyprintk", "init", "root", "rootflags", "rootfstype"];
 
 /// A key and what setting it does.
 pub(crate) struct Key {
@@ -78,11 +82,7 @@ pub(crate) const KEYS: &[Key] = &[
         name: "enable_annotations",
         set: |c, v| expressions(v, &mut c.hypervisor.enable_annotations),
     },
-    Key {
-        section: AGENT,
-        name: "debug_console_enabled",
-        set: |c, v| console(v, &mut c.agent.debug_console_enabled),
-    },
+    Key { section: AGENT, name: "debug_console_enabled", set: |_, v| fixed(v) },
     Key { section: AGENT, name: "enable_debug", set: |c, v| boolean(v, &mut c.agent.enable_debug) },
     Key {
         section: AGENT,
@@ -97,11 +97,7 @@ pub(crate) const KEYS: &[Key] = &[
         set: |c, v| template_scope(v, &mut c.factory.template_scope),
     },
     Key { section: RUNTIME, name: "enable_debug", set: |c, v| boolean(v, &mut c.runtime.enable_debug) },
-    Key {
-        section: RUNTIME,
-        name: "sandbox_cgroup_only",
-        set: |c, v| only_true(v, &mut c.runtime.sandbox_cgroup_only),
-    },
+    Key { section: RUNTIME, name: "sandbox_cgroup_only", set: |_, v| fixed(v) },
     Key {
         section: RUNTIME,
         name: "host_namespaces",
@@ -112,6 +108,17 @@ pub(crate) const KEYS: &[Key] = &[
         name: "config_path_directories",
         set: |c, v| directories(v, &mut c.runtime.config_path_directories),
     },
+];
+
+/// Keys of Kata Containers that set one of ours in another way than by its own value.
+pub(crate) const TRANSLATED: &[Key] = &[
+    Key {
+        section: VMM,
+        name: "kernel_params",
+        set: |c, v| other_parameters(v, &mut c.hypervisor.kernel_params),
+    },
+    Key { section: AGENT, name: "dial_timeout_ms", set: |c, v| longer(v, &mut c.agent.dial_timeout) },
+    Key { section: AGENT, name: "reconnect_timeout_ms", set: |c, v| longer(v, &mut c.agent.dial_timeout) },
 ];
 
 /// The CPUs that a machine on this host can have.
@@ -141,24 +148,10 @@ fn boolean(value: &DeValue<'_>, to: &mut bool) -> Result<(), String> {
     Ok(())
 }
 
-/// Refused while nothing on the host can reach the console that the agent would offer.
-fn console(value: &DeValue<'_>, to: &mut bool) -> Result<(), String> {
-    boolean(value, to)?;
-    if *to {
-        Err("must be false: there is no way yet to reach the console from the host".to_owned())
-    } else {
-        Ok(())
-    }
-}
-
-/// What can be said, because files for Kata Containers say it, and not be changed.
-fn only_true(value: &DeValue<'_>, to: &mut bool) -> Result<(), String> {
-    boolean(value, to)?;
-    if *to {
-        Ok(())
-    } else {
-        Err("must be true: a pod's machine always runs in the pod's own cgroup".to_owned())
-    }
+/// What can be said, because files for Kata Containers say it, and not be changed: the other value has no meaning here
+/// (see `kata`).
+fn fixed(value: &DeValue<'_>) -> Result<(), String> {
+    boolean(value, &mut false)
 }
 
 fn integer(value: &DeValue<'_>) -> Result<i64, String> {
@@ -176,9 +169,16 @@ fn number(value: &DeValue<'_>, least: i64, most: i64, to: &mut u32) -> Result<()
     Ok(())
 }
 
-/// As in Kata Containers: 0 is the default of 1, less than 0 and more than the host has are all of the host's.
+/// As in Kata Containers: 0 is the default of 1, less than 0 and more than the host has are all of the host's. A
+/// fraction is rounded up.
 fn vcpus(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
-    *to = match integer(value)? {
+    let number = match value.as_float().map(|digits| digits.as_str().parse::<f64>()) {
+        Some(Ok(number)) if number < 0.0 => -1,
+        Some(Ok(number)) if number.is_finite() => number.ceil() as i64,
+        Some(_) => return Err("must be a number".to_owned()),
+        None => integer(value)?,
+    };
+    *to = match number {
         0 => 1,
         number => u32::try_from(number).map_or(host_cpus(), |number| number.min(host_cpus())),
     };
@@ -199,6 +199,14 @@ fn most_vcpus(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
 fn most_memory(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
     number(value, 0, ANY_MEMORY, to)?;
     *to = if *to == 0 { host_memory() } else { (*to).min(host_memory()) };
+    Ok(())
+}
+
+/// Milliseconds of another agent, which is there sooner: they never make the time shorter.
+fn longer(value: &DeValue<'_>, to: &mut u32) -> Result<(), String> {
+    let mut milliseconds = 0;
+    number(value, 0, LONGEST_TIMEOUT * 1000, &mut milliseconds)?;
+    *to = (*to).max(milliseconds.div_ceil(1000));
     Ok(())
 }
 
@@ -264,6 +272,19 @@ fn parameters(value: &DeValue<'_>, to: &mut String) -> Result<(), String> {
     }
     *to = text.to_owned();
     Ok(())
+}
+
+/// Parameters for the guest of another VMM.
+fn other_parameters(value: &DeValue<'_>, to: &mut String) -> Result<(), String> {
+    let name = |word: &str| word.split('=').next().unwrap_or_default().to_owned();
+    let words = string(value)?.split(' ').filter(|word| !word.is_empty());
+    let kept: Vec<_> = words.filter(|word| !OTHER_GUEST.contains(&&*name(word))).collect();
+    if let Some(word) = kept.iter().find(|word| name(word).contains("verity")) {
+        return Err(format!(
+            "{word:?} cannot be followed: the image is not verified here, it has to be root's alone; remove the word"
+        ));
+    }
+    parameters(&DeValue::String(kept.join(" ").into()), to)
 }
 
 /// A regular expression that matches whole names.

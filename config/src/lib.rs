@@ -1,20 +1,27 @@
 //! The effective configuration: one TOML file with the section and key names of Kata Containers, plus the
 //! drop-ins beside it.
 //!
-//! Nothing is ignored: an unknown section or key, a wrong type and a value out of range are errors that name
-//! file, line and key.
+//! The sections and keys of Kata Containers' own files are accepted: they work, or have no meaning here, or are refused
+//! because to ignore them would weaken what the file asks for (`kata`). An unknown section or key, a wrong type and a
+//! value out of range are errors. All that is wrong in the files is said at once, with file, line and column.
 
 mod annotations;
+mod classes;
+mod error;
 mod file;
+mod kata;
 mod keys;
 #[cfg(test)]
 mod tests;
 pub mod trusted;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
 pub use annotations::CONFIG_PATH;
+pub use classes::{Class, Use};
+pub use error::{Error, Place, Problem};
 pub use keys::MOST_VCPUS;
 use trusted::Links;
 
@@ -42,6 +49,17 @@ pub struct Config {
     pub factory: Factory,
     /// `[runtime]`
     pub runtime: Runtime,
+    /// The keys of its files that were accepted and have no meaning here.
+    pub without_meaning: Vec<Use>,
+}
+
+/// The keys of a file and what is wrong with it.
+#[derive(Debug)]
+pub struct Report {
+    /// Its keys, in their order.
+    pub uses: Vec<Use>,
+    /// What is wrong, in its order; a file with nothing wrong is accepted.
+    pub problems: Vec<Problem>,
 }
 
 /// The pod's machine.
@@ -76,7 +94,7 @@ pub struct Hypervisor {
 /// The guest's agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Agent {
-    /// Offer a shell in the guest over vsock; always false, see `keys`.
+    /// Offer a shell in the guest over vsock; always false, see `kata`.
     pub debug_console_enabled: bool,
     /// Debug messages of the agent.
     pub enable_debug: bool,
@@ -175,7 +193,7 @@ impl Default for Runtime {
 
 impl Config {
     /// Checks the keys against each other: the base of a machine's memory is there in any case, its processors are not.
-    fn checked(mut self) -> Result<Self, String> {
+    fn check(&mut self) -> Result<(), String> {
         let Hypervisor { default_vcpus, default_maxvcpus, default_memory, default_maxmemory, .. } =
             &mut self.hypervisor;
         *default_maxmemory = (*default_memory).max(*default_maxmemory);
@@ -184,94 +202,23 @@ impl Config {
                 "{default_vcpus} is more than default_maxvcpus, which is {default_maxvcpus}"
             ));
         }
-        Ok(self)
+        Ok(())
     }
-}
 
-/// Why there is no configuration.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// None of the files exists.
-    #[error("no configuration file: {} do not exist", join(.0))]
-    None(Vec<PathBuf>),
-    /// A file or the folder of drop-ins cannot be read.
-    #[error("{}: cannot read the configuration: {source}", path.display())]
-    Read {
-        /// The file or folder.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// Not TOML.
-    #[error("{place}: not valid TOML: {why}")]
-    Syntax {
-        /// Where.
-        place: Place,
-        /// What the parser says.
-        why: String,
-    },
-    /// A section that does not exist.
-    #[error("{place}: unknown section [{section}]")]
-    UnknownSection {
-        /// Where.
-        place: Place,
-        /// Its name.
-        section: String,
-    },
-    /// A key that does not exist.
-    #[error("{place}: unknown key \"{key}\" in {}", described(section))]
-    UnknownKey {
-        /// Where.
-        place: Place,
-        /// The section it stands in.
-        section: String,
-        /// Its name.
-        key: String,
-    },
-    /// A value of the wrong type or out of range.
-    #[error("{place}: key \"{key}\" in {}: {why}", described(section))]
-    Value {
-        /// Where.
-        place: Place,
-        /// The section it stands in.
-        section: String,
-        /// Its name.
-        key: String,
-        /// What is wrong with the value.
-        why: String,
-    },
-    /// A pod's annotation that cannot be followed.
-    #[error("annotation {name}: {why}")]
-    Annotation {
-        /// Its name.
-        name: String,
-        /// Why not.
-        why: String,
-    },
-}
-
-/// A line of a file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
-    /// The file.
-    pub path: PathBuf,
-    /// The line, from 1.
-    pub line: usize,
-}
-
-impl std::fmt::Display for Place {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}", self.path.display(), self.line)
+    /// The keys without a meaning here in one line, each section with its keys; nothing if there are none.
+    #[must_use]
+    pub fn without_meaning_line(&self) -> Option<String> {
+        let mut sections: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for used in &self.without_meaning {
+            let keys = sections.entry(&used.section).or_default();
+            if !keys.contains(&&*used.key) {
+                keys.push(&used.key);
+            }
+        }
+        let list = sections.iter().map(|(section, keys)| format!("[{section}] {}", keys.join(", ")));
+        let list = list.collect::<Vec<_>>().join("; ");
+        (!list.is_empty()).then(|| format!("keys of the configuration without a meaning here: {list}"))
     }
-}
-
-fn join(paths: &[PathBuf]) -> String {
-    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
-}
-
-fn described(section: &str) -> String {
-    if section.is_empty() { "the top level".to_owned() } else { format!("[{section}]") }
 }
 
 /// Loads the configuration. The file is the explicit one if there is one, else that of [`ENVIRONMENT`], else
@@ -288,6 +235,16 @@ pub fn load(explicit: Option<&Path>) -> Result<Config, Error> {
         Some(path) => load_file(&path, Links::Follow),
         None => load_first(&search_path()),
     }
+}
+
+/// What becomes of each key of one file, without its drop-ins.
+///
+/// # Errors
+/// [`Error::Read`]; what is wrong in the file is in the report.
+pub fn examine(path: &Path) -> Result<Report, Error> {
+    let mut loader = file::Loader::new(path, Links::Follow);
+    loader.apply(path)?;
+    Ok(loader.report().0)
 }
 
 /// The files that are tried when none was asked for: the administrator's, then the one that was installed

@@ -152,6 +152,7 @@ fn old_ones_go_and_strangers_stay() {
 #[test]
 fn namespaces_have_their_own_where_they_are_to() {
     let mut config = Config {
+        without_meaning: Vec::new(),
         path: PathBuf::new(),
         hypervisor: Default::default(),
         agent: Default::default(),

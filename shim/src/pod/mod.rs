@@ -56,6 +56,16 @@ pub struct Pod {
     stop: watch::Sender<bool>,
 }
 
+/// Says which keys of the files and which annotations are accepted without a meaning.
+fn log_without_meaning(config: &Config, annotations: &[String]) {
+    if let Some(line) = config.without_meaning_line() {
+        log::debug!("{line}");
+    }
+    for line in annotations {
+        log::warn!("{line}");
+    }
+}
+
 /// Takes an id, until the container is there or has failed.
 struct Reservation<'a> {
     pod: &'a Pod,
@@ -326,9 +336,10 @@ impl Pod {
         let explicit = config_path(options)?.or_else(|| self.config_path.clone());
         let annotations = &first.spec.annotations;
         let common = katana_config::load(explicit.as_deref())?.chosen(annotations)?;
-        let config: Config = common.clone().annotated(annotations)?;
+        let (config, without_meaning) = common.clone().annotated(annotations)?;
         asked.resolve(config.runtime.host_namespaces)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
+        log_without_meaning(&config, &without_meaning);
         let (identity, run) = (&self.identity, Path::new(RUN));
         let launch = Launch { identity, run, first, limits, config: &config, own: config != common };
         let launched = Machine::launch(launch, &self.events).await?;
