@@ -2,6 +2,7 @@
 //! as what they speak of exists here.
 
 mod check;
+mod config;
 mod env;
 mod factory;
 mod version;
@@ -34,6 +35,9 @@ enum Command {
     /// Test whether this system can run containers in virtual machines; exit code 0 if so
     #[command(alias = "kata-check")]
     Check(CheckArgs),
+    /// Look at configuration files
+    #[command(subcommand)]
+    Config(Config),
     /// Show the effective settings, as TOML
     #[command(alias = "kata-env")]
     Env {
@@ -46,6 +50,15 @@ enum Command {
     Factory(Factory),
     /// Show the version
     Version,
+}
+
+#[derive(Subcommand)]
+enum Config {
+    /// Show what becomes of each key of a file, also of one of Kata Containers; exit code 0 if it would be accepted
+    Check {
+        /// The file; its drop-ins are not looked at
+        file: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -104,6 +117,8 @@ enum Error {
     #[error(transparent)]
     Check(#[from] check::Error),
     #[error(transparent)]
+    Config(#[from] config::Error),
+    #[error(transparent)]
     Env(#[from] env::Error),
     #[error("kata-runtime factory: {0}")]
     Factory(#[from] factory::Error),
@@ -126,6 +141,7 @@ fn run(cli: Cli) -> Result<(), Error> {
             args.refuse_releases()?;
             check::run(cli.config.as_deref(), args.verbose, &mut out)?;
         }
+        Some(Command::Config(Config::Check { file })) => config::check(&file, &mut out)?,
         Some(Command::Factory(command)) => {
             let config = cli.config.as_deref();
             let state = match command {
@@ -177,6 +193,7 @@ mod tests {
             "kata-runtime --version",
             "kata-runtime -v",
             "kata-runtime factory init",
+            "kata-runtime config check /a",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }

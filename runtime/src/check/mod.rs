@@ -56,6 +56,9 @@ pub(crate) fn run(config: Option<&Path>, verbose: bool, out: &mut dyn Write) -> 
     }
     let config = katana_config::load(config)?;
     note(format!("configuration: {}", config.path.display()));
+    if let Some(line) = config.without_meaning_line() {
+        eprintln!("WARNING: {line}");
+    }
     installation::check(&config, &note)?;
     writeln!(out, "System can currently create Kata Containers")?;
     Ok(())
