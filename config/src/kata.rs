@@ -3,7 +3,7 @@
 //!
 //! A section of a VMM, such as `[hypervisor.qemu]`, is `hypervisor.*`, whichever VMM it is of.
 
-use crate::classes::Value::{self, Is, Set, Text};
+use crate::value::Value::{self, Is, Set, Text};
 
 /// What becomes of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -14,6 +14,7 @@ mod keys;
 #[cfg(test)]
 mod tests;
 pub mod trusted;
+mod value;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::{FILE, Folder, parse};
-use crate::classes::{Value, other_vmm};
+use crate::classes::other_vmm;
 use crate::kata::{ANNOTATIONS, Fate, TABLE, VMM, VMM_FACTORY, VMMS};
 use crate::keys::{KEYS, TRANSLATED, host_cpus};
+use crate::value::Value;
 use crate::{Class, Config, Error, Hypervisor, examine};
 
 /// The values of files as an installation of Kata Containers 4 has them.
