@@ -11,6 +11,8 @@ use katana_tests::scratch::noise;
 use katana_tests::{BENCH, Command, Scratch};
 use serde_json::{Value, json};
 
+use crate::chart::Chart;
+
 /// Of tar's archive.
 const FILES: usize = 10_000;
 /// Where work is done: in the root or in the volume.
@@ -105,16 +107,20 @@ fn all_work() -> Vec<Work> {
     all
 }
 
-/// Measures the rows whose names contain `wanted`, prints a table row by row, and gives the figures so far to `written`
-/// after each.
-pub fn run(wanted: &str, mut written: impl FnMut(&[Value])) {
+/// Measures the rows whose names contain `wanted`, prints a table row by row, and gives the figures so far and their
+/// picture to `written` after each.
+pub fn run(wanted: &str, mut written: impl FnMut(&[Value], &str)) {
     let input = Scratch::new();
     archive(&input);
-    let unit = if environment::is_counted() { "thousands of instructions" } else { "microseconds" };
+    let (unit, short) = if environment::is_counted() {
+        ("thousands of instructions", "1000 instructions")
+    } else {
+        ("microseconds", "µs")
+    };
     println!(
         "files, {unit} each                                       runc       kata  kata's speed, runc = 1 (aim)"
     );
-    let mut rows = Vec::new();
+    let (mut rows, mut chart) = (Vec::new(), Chart::default());
     for work in all_work().into_iter().filter(|work| work.name.contains(wanted)) {
         let [runc, kata] = ["runc", "kata"].map(|handler| measure(&work, handler, &input));
         let ratio = (runc / kata * 100.0).round() / 100.0;
@@ -123,7 +129,8 @@ pub fn run(wanted: &str, mut written: impl FnMut(&[Value])) {
         rows.push(
             json!({"name": name, "unit": unit, "runc": runc, "kata": kata, "ratio": ratio, "aim": aim}),
         );
-        written(&rows);
+        chart.group(&format!("{name}: {short} for each {unit}"), &[("runc", runc), ("kata", kata)]);
+        written(&rows, &chart.svg());
     }
 }
 

@@ -1,7 +1,7 @@
 //! Katana against runc and other peers in the same run: how long starts take, what a container at rest costs in memory,
 //! and how fast network and file systems are. Run it as root below `tests/with-containerd`; `start`, `memory`,
 //! `timeline` or `io` as arguments measure parts, `io:TEXT` the rows about files whose names contain TEXT. Figures go to files in $KATANA_OUT or target/bench: start.json, with
-//! the memory's, and io.json; pictures to start.svg and timeline-*.svg.
+//! the memory's, and io.json; pictures to start.svg, timeline-*.svg and io.svg.
 
 mod chart;
 mod files;
@@ -47,7 +47,8 @@ fn main() {
         // Where the clock counts instructions, a client that waits for its server costs nothing.
         let network =
             if environment::is_counted() || rows.is_some() { Value::Null } else { network::run(&runtime) };
-        files::run(rows.unwrap_or_default(), |rows| {
+        files::run(rows.unwrap_or_default(), |rows, picture| {
+            write(&directory.join("io.svg"), picture);
             let figures = json!({"network": network, "files": rows});
             write(&directory.join("io.json"), &format!("{figures:#}\n"));
         });

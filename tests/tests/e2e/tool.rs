@@ -134,3 +134,48 @@ fn env_prints_the_effective_configuration() {
         }
     }
 }
+
+/// As a node of Kata Containers has them: their values.
+const STOCK: [(&str, &str); 7] = [
+    ("clh", include_str!("../../../config/src/tests/stock/clh.toml")),
+    ("cloud-hypervisor", include_str!("../../../config/src/tests/stock/cloud-hypervisor.toml")),
+    ("dragonball", include_str!("../../../config/src/tests/stock/dragonball.toml")),
+    ("fc", include_str!("../../../config/src/tests/stock/fc.toml")),
+    ("qemu", include_str!("../../../config/src/tests/stock/qemu.toml")),
+    ("qemu-runtime-rs", include_str!("../../../config/src/tests/stock/qemu-runtime-rs.toml")),
+    ("stratovirt", include_str!("../../../config/src/tests/stock/stratovirt.toml")),
+];
+
+#[test]
+fn files_of_kata_containers_start_containers() {
+    let _turn = shared();
+    if !environment::is_vm_or_say("these are files for virtual machines") {
+        return;
+    }
+    let scratch = Scratch::new();
+    for (name, text) in STOCK {
+        let file = scratch.file(&format!("{name}.toml"), text);
+        let listed = program("kata-runtime", &["config", "check", &file.display().to_string()]).output().ok();
+        assert!(listed.text().contains("no meaning") && !listed.text().contains("  refused "), "{listed}");
+        let ran = Run::new(BUSYBOX).configuration(&file).command(&["echo", name]).output().ok();
+        ran.expect_text(name);
+    }
+}
+
+#[test]
+fn annotations_of_kata_containers_without_a_meaning_stop_no_pod() {
+    let _turn = shared();
+    if !environment::is_vm_or_say("this is about virtual machines") {
+        return;
+    }
+    let annotated = |annotation: &str| {
+        let options = format!("--annotation io.katacontainers.config.{annotation}");
+        Run::new(BUSYBOX).options(&options).command(&["true"]).output()
+    };
+    annotated("hypervisor.machine_type=q35").ok();
+    annotated("runtime.disable_guest_seccomp=false").ok();
+    // To ignore this one would be to run unencrypted what is to be encrypted.
+    let refused = annotated("hypervisor.confidential_guest=true");
+    assert_ne!(refused.code, 0, "{refused}");
+    refused.expect_error_line(&["annotation", "confidential_guest", "neither encrypted nor measured"]);
+}
