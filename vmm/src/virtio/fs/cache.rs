@@ -26,6 +26,10 @@ const OWN_TIME: Duration = Duration::from_secs(24 * 3600);
 /// one has another time.
 const TICK: Duration = Duration::from_secs(2);
 
+/// Inodes of which something is known. It is more than there can be, but a guest that opens what it forgets at the same
+/// time leaves some behind.
+const MOST: usize = 1 << 20;
+
 /// What is known of the guest's inodes.
 #[derive(Default)]
 pub struct Cache(Mutex<State>);
@@ -73,6 +77,15 @@ impl State {
     fn is_own(&self, inode: Inode) -> bool {
         matches!(self.inodes.get(&inode), Some(Known::Own))
     }
+
+    /// Whether that is known from now on.
+    fn learn(&mut self, inode: Inode, known: Known) -> bool {
+        let has_room = self.inodes.len() < MOST || self.inodes.contains_key(&inode);
+        if has_room {
+            self.inodes.insert(inode, known);
+        }
+        has_room
+    }
 }
 
 impl Cache {
@@ -98,8 +111,8 @@ impl Cache {
         }
         let is_root = state.tops.contains(&parent) && name == OWN_ROOT.as_bytes();
         let is_within = state.is_own(parent) && entry.attr.flags & ATTR_SUBMOUNT == 0;
-        if (is_root || is_within) && state.twice.values().all(|number| *number != entry.attr.ino) {
-            state.inodes.insert(entry.inode, Known::Own);
+        let is_own = (is_root || is_within) && state.twice.values().all(|number| *number != entry.attr.ino);
+        if is_own && state.learn(entry.inode, Known::Own) {
             (entry.attr_timeout, entry.entry_timeout) = (OWN_TIME, OWN_TIME);
         }
         entry
@@ -130,14 +143,14 @@ impl Cache {
             Some(Known::Shared(_)) | None => {}
         }
         let version = look();
-        let inodes = &mut lock(&self.0).inodes;
+        let mut state = lock(&self.0);
         let Some(version) = version else {
-            inodes.remove(&inode);
+            state.inodes.remove(&inode);
             return false;
         };
-        let same = matches!(inodes.get(&inode), Some(Known::Shared(before)) if *before == version);
+        let same = matches!(state.inodes.get(&inode), Some(Known::Shared(before)) if *before == version);
         if !same {
-            inodes.insert(inode, Known::Shared(version));
+            state.learn(inode, Known::Shared(version));
         }
         same
     }
