@@ -210,12 +210,18 @@ mod tests {
         let _ = writeln!(io::stderr(), "skipped: {}: {why}", thread.name().unwrap_or("a test"));
     }
 
+    /// A machine for two vCPUs; nothing where there is no KVM.
+    fn vm() -> Option<Vm> {
+        let Ok(kvm) = std::fs::File::options().read(true).write(true).open("/dev/kvm") else {
+            say_skipped("cannot open /dev/kvm");
+            return None;
+        };
+        Some(Vm::new(kvm.into(), 2).unwrap())
+    }
+
     #[test]
     fn a_guest_that_measured_another_frequency_is_refused() {
-        let Ok(kvm) = std::fs::File::options().read(true).write(true).open("/dev/kvm") else {
-            return say_skipped("cannot open /dev/kvm");
-        };
-        let vm = Vm::new(kvm.into(), 2).unwrap();
+        let Some(vm) = vm() else { return };
         let fd = create_vcpu(&vm.fd(), 0).unwrap();
         let mut state = CpuState::take(&fd, &[]).unwrap();
         let host = state.tsc_frequency;
@@ -234,10 +240,7 @@ mod tests {
 
     #[test]
     fn the_clock_runs_from_the_value_that_was_set_also_at_another_frequency() {
-        let Ok(kvm) = std::fs::File::options().read(true).write(true).open("/dev/kvm") else {
-            return say_skipped("cannot open /dev/kvm");
-        };
-        let vm = Vm::new(kvm.into(), 1).unwrap();
+        let Some(vm) = vm() else { return };
         let fd = create_vcpu(&vm.fd(), 0).unwrap();
         let host = fd.get_tsc_khz().unwrap();
         for khz in [host, host / 2, host * 2] {
