@@ -170,8 +170,9 @@ impl Container {
 
         let sockets = Sockets::serve(&sockets, &pod.transport)?;
         let cgroup = Arc::new(Cgroup::create(linux.cgroups_path().as_deref(), id)?);
+        let submounts = Submounts::of(&spec, disks.lower(), mounts, &pod.share).await;
         let work = Work::Container { id: id.to_owned(), spec: Box::new(spec), pause };
-        let built = Self::build(pod, work, mounts, process, seccomp, &cgroup, ports).await;
+        let built = Self::build(pod, work, submounts, process, seccomp, &cgroup, ports).await;
         let built = built.map(|container| Self {
             disks: Mutex::new(disks),
             huge_pages: Mutex::new(huge_pages),
@@ -190,7 +191,7 @@ impl Container {
     async fn build(
         pod: &Pod,
         work: Work,
-        mounts: Vec<SharedMount>,
+        submounts: Submounts,
         process: ProcessSpec,
         seccomp: Option<Filter>,
         cgroup: &Arc<Cgroup>,
@@ -198,7 +199,6 @@ impl Container {
     ) -> Result<Self> {
         let Work::Container { id, spec, .. } = &work else { return Err(Error::Invalid("not a container")) };
         let id = id.clone();
-        let submounts = Submounts::of(spec, mounts, &pod.share).await;
         acls::check(spec)?;
         let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.map_or(Ok(()), |resources| cgroup.apply(resources))?;

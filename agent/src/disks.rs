@@ -46,6 +46,8 @@ pub enum Error {
 pub struct Disks {
     devices: Vec<Device>,
     root: Option<PathBuf>,
+    /// What the root has below its writable layer.
+    lower: Option<PathBuf>,
 }
 
 /// A block device by its numbers, on the host and in the guest.
@@ -67,16 +69,27 @@ impl Disks {
             if (disk.major, disk.minor) != (0, 0) {
                 taken.devices.push(Device { host: numbers((disk.major, disk.minor)), guest: numbers(guest) });
             }
+            let point = Path::new(GUEST_ROOTS).join(container);
+            let failed = |kind: &str| {
+                let (slot, kind) = (disk.slot, kind.to_owned());
+                move |error| Error::Mount { slot, kind, error }
+            };
             if !disk.file_system.is_empty() {
-                let point = Path::new(GUEST_ROOTS).join(container);
                 taken.root = Some(point.clone());
-                mount(&name, disk, &point).map_err(|error| {
-                    let (slot, kind) = (disk.slot, disk.file_system.clone());
-                    Error::Mount { slot, kind, error }
-                })?;
+                mount(&name, disk, &point).map_err(failed(&disk.file_system))?;
+            } else if !disk.lower.is_empty() {
+                taken.root = Some(point.clone());
+                taken.lower = Some(PathBuf::from(&disk.lower));
+                mount(&name, &writable_layer(), &point).map_err(failed("ext4"))?;
+                mount_overlay(&disk.lower, &point).map_err(failed("overlay"))?;
             }
         }
         Ok(taken)
+    }
+
+    /// The directory of the share that is below the root's writable layer.
+    pub fn lower(&self) -> Option<&Path> {
+        self.lower.as_deref()
     }
 
     /// Replaces the host's numbers of devices by the guest's.
@@ -118,10 +131,17 @@ impl Disks {
 impl Drop for Disks {
     fn drop(&mut self) {
         let Some(root) = &self.root else { return };
-        match umount2(root, MntFlags::UMOUNT_NOFOLLOW) {
-            // Not mounted: that is what failed.
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOENT) => {}
-            Err(error) => log::warn!("unmount {}: {error}", root.display()),
+        // An overlay is mounted on its writable layer.
+        loop {
+            match umount2(root, MntFlags::UMOUNT_NOFOLLOW) {
+                Ok(()) => {}
+                // Not mounted any more, or not at all: that is what failed.
+                Err(Errno::EINVAL | Errno::ENOENT) => break,
+                Err(error) => {
+                    log::warn!("unmount {}: {error}", root.display());
+                    break;
+                }
+            }
         }
         let _ = fs::remove_dir(root);
     }
@@ -189,6 +209,27 @@ fn make_node(slot: u32, (major, minor): (u32, u32)) -> io::Result<()> {
     }
 }
 
+/// How the disk of a writable layer is mounted. What is removed from it is given back to the host.
+fn writable_layer() -> Disk {
+    Disk { file_system: "ext4".to_owned(), options: vec!["discard".to_owned()], ..Disk::default() }
+}
+
+/// Covers a writable layer, which is mounted there, by the root of which it is a part. Inode numbers tell files of the one
+/// layer from those of the other, and stay the same when a file is copied up (overlayfs.rst, "Inode properties"). The dot
+/// has the kernel mount what is shared at `lower`, if nobody has walked in yet.
+fn mount_overlay(lower: &str, point: &Path) -> io::Result<()> {
+    let layer = |name| point.join(name).to_string_lossy().into_owned();
+    let options = [
+        format!("lowerdir={lower}/."),
+        format!("upperdir={}", layer("upper")),
+        format!("workdir={}", layer("work")),
+        "xino=on".to_owned(),
+    ];
+    let root = new_mount("overlay", "overlay", &options)?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    attach_mount(root, open(point, flags, Mode::empty())?)
+}
+
 fn mount(device: &Path, disk: &Disk, point: &Path) -> io::Result<()> {
     let options = parse_mount_options(&disk.options).map_err(io::Error::other)?;
     let mut data = options.data;
@@ -210,7 +251,8 @@ mod tests {
 
     #[test]
     fn numbers_of_the_host_become_those_of_the_guest() {
-        let disks = Disks { devices: vec![Device { host: (7, 3), guest: (254, 16) }], root: None };
+        let devices = vec![Device { host: (7, 3), guest: (254, 16) }];
+        let disks = Disks { devices, root: None, lower: None };
         let mut spec: Spec = serde_json::from_str(
             r#"{"linux": {
                 "devices": [

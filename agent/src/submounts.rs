@@ -92,11 +92,11 @@ pub struct Submounts {
 
 impl Submounts {
     /// Walks into each of them, and into the mounts in them, before the container does.
-    pub async fn of(spec: &Spec, mounts: Vec<SharedMount>, users: &Arc<Users>) -> Self {
+    pub async fn of(spec: &Spec, lower: Option<&Path>, mounts: Vec<SharedMount>, users: &Arc<Users>) -> Self {
         let root = spec.root().as_ref().map(|root| root.path().clone());
         let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().clone());
-        let paths: Vec<_> =
-            root.into_iter().chain(sources).filter(|path| path.starts_with(GUEST_SHARE)).collect();
+        let used = root.into_iter().chain(lower.map(Path::to_owned)).chain(sources);
+        let paths: Vec<_> = used.filter(|path| path.starts_with(GUEST_SHARE)).collect();
         let submounts = Self { paths, users: Arc::clone(users) };
         for path in &submounts.paths {
             // Counted first, so that it is not unmounted between.

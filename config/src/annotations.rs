@@ -78,8 +78,13 @@ impl Config {
             }
             Some(Meaning::Sets(key, _)) => {
                 self.permit(name, key)?;
+                let layer = self.hypervisor.writable_layer_size;
                 (key.set)(self, value)?;
                 self.hypervisor.within_most_memory(key.name)?;
+                let asked = self.hypervisor.writable_layer_size;
+                if asked > layer {
+                    return Err(format!("{asked} is more than writable_layer_size, which is {layer}"));
+                }
                 Ok(None)
             }
             Some(Meaning::Nothing(remark)) => Ok(Some(remark)),

@@ -7,7 +7,7 @@ use regex_lite::Regex;
 use toml::de::DeValue;
 
 use crate::kata::VMM;
-use crate::{Config, HostNamespaces, TemplateScope};
+use crate::{Config, HostNamespaces, TemplateScope, WritableLayer};
 
 /// MiB of memory. The guest's kernel keeps some 20 for itself; with less than this no room is left for containers.
 const LEAST_MEMORY: i64 = 64;
@@ -21,6 +21,10 @@ const LONGEST_TIMEOUT: i64 = 3600;
 const LONGEST_PARAMETERS: usize = 1408;
 /// The machine's bus has 31 places, some of which are for other devices.
 const MOST_DISKS: i64 = 16;
+/// MiB of a writable layer: those of `shim/src/storage/ext4.rs`.
+const LEAST_LAYER: i64 = 16;
+/// Likewise.
+const MOST_LAYER: i64 = 8 << 20;
 /// The most CPUs of a machine, also on a host that has more: what the VMM can make and the guest's kernel is built for.
 pub const MOST_VCPUS: u32 = 254;
 
@@ -75,6 +79,16 @@ pub(crate) const KEYS: &[Key] = &[
         section: HYPERVISOR,
         name: "disk_slots",
         set: |c, v| number(v, 0, MOST_DISKS, &mut c.hypervisor.disk_slots),
+    },
+    Key {
+        section: HYPERVISOR,
+        name: "writable_layer",
+        set: |c, v| writable_layer(v, &mut c.hypervisor.writable_layer),
+    },
+    Key {
+        section: HYPERVISOR,
+        name: "writable_layer_size",
+        set: |c, v| number(v, LEAST_LAYER, MOST_LAYER, &mut c.hypervisor.writable_layer_size),
     },
     Key { section: HYPERVISOR, name: "enable_debug", set: |c, v| boolean(v, &mut c.hypervisor.enable_debug) },
     Key {
@@ -219,6 +233,16 @@ fn host_namespaces(value: &DeValue<'_>, to: &mut HostNamespaces) -> Result<(), S
         "refuse" => HostNamespaces::Refuse,
         "guest" => HostNamespaces::Guest,
         other => return Err(format!("must be \"refuse\" or \"guest\", not {other:?}")),
+    };
+    Ok(())
+}
+
+fn writable_layer(value: &DeValue<'_>, to: &mut Option<WritableLayer>) -> Result<(), String> {
+    *to = match string(value)? {
+        "disk" => Some(WritableLayer::Disk),
+        "shared" => Some(WritableLayer::Shared),
+        "" => None,
+        other => return Err(format!("must be \"disk\", \"shared\" or \"\", not {other:?}")),
     };
     Ok(())
 }

@@ -86,10 +86,23 @@ pub struct Hypervisor {
     pub disable_vhost_net: bool,
     /// Disks that containers of a pod can have at a time.
     pub disk_slots: u32,
+    /// Where containers' writes to their roots go; `None`: those of pods to a disk, others to the shared directory.
+    pub writable_layer: Option<WritableLayer>,
+    /// MiB that a container can write to its root, where that is a disk.
+    pub writable_layer_size: u32,
     /// Log the guest's console and boot its kernel verbosely.
     pub enable_debug: bool,
     /// The keys that pods may set by annotations, as regular expressions.
     pub enable_annotations: Vec<String>,
+}
+
+/// What takes the writes of a container to its root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WritableLayer {
+    /// A disk of the guest, whose image is in the snapshot's upper directory.
+    Disk,
+    /// The snapshot's upper directory itself, by virtio-fs.
+    Shared,
 }
 
 /// The guest's agent.
@@ -158,9 +171,13 @@ impl Default for Hypervisor {
             default_memory: 512,
             default_maxmemory: keys::host_memory(),
             disable_vhost_net: false,
-            disk_slots: 4,
+            disk_slots: 8,
+            writable_layer: None,
+            writable_layer_size: 32 << 10,
             enable_debug: false,
-            enable_annotations: ["default_vcpus", "default_memory"].map(String::from).to_vec(),
+            enable_annotations: ["default_vcpus", "default_memory", "writable_layer", "writable_layer_size"]
+                .map(String::from)
+                .to_vec(),
         }
     }
 }

@@ -105,12 +105,17 @@ impl Spec {
         path.strip_prefix("/proc/")?.strip_suffix("/ns/pid")?.parse().ok()
     }
 
-    /// The name of the container's root in the pod's shared directory. Of a pod's container nobody changes it from the
-    /// host; of others, Docker's `cp` does, and a hook may.
-    pub fn shared_root(&self) -> &'static str {
+    /// Whether nobody on the host looks into the container's root or changes it: of a pod's container. Docker's `cp` looks
+    /// into others, and a hook may.
+    pub fn has_own_root(&self) -> bool {
         let is_pods = self.annotation(&CONTAINER_TYPE).is_some();
         let hooks = self.hooks.iter().flat_map(|all| [&all.prestart, &all.create_runtime, &all.poststart]);
-        if is_pods && hooks.flatten().next().is_none() { OWN_ROOT } else { SHARED_ROOT }
+        is_pods && hooks.flatten().next().is_none()
+    }
+
+    /// The name of the container's root in the pod's shared directory.
+    pub fn shared_root(&self) -> &'static str {
+        if self.has_own_root() { OWN_ROOT } else { SHARED_ROOT }
     }
 
     /// Whether this is the container that only stands for a pod: it runs the agent's pause, without its image.

@@ -59,6 +59,16 @@ impl Containerd {
         self.0.join("config.toml")
     }
 
+    /// The directory of images, snapshots and volumes.
+    ///
+    /// # Panics
+    /// When the configuration does not say.
+    pub fn root(&self) -> PathBuf {
+        let text = std::fs::read_to_string(self.configuration()).expect("containerd's configuration");
+        let line = text.lines().find_map(|line| line.strip_prefix("root = \"")?.strip_suffix('"'));
+        line.expect("root in containerd's configuration").into()
+    }
+
     /// Its log.
     pub fn log(&self) -> PathBuf {
         self.0.join("containerd.log")

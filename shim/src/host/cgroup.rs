@@ -1,15 +1,13 @@
 //! The VMM's place in the host's cgroup v2 tree: where the pod's limits and accounting are.
 
-use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
+use super::mark::{is_marked, mark};
 use crate::error::{Error, Result, reason};
 
 /// Where cgroup v2 is mounted.
@@ -77,10 +75,7 @@ fn create(path: &Path) -> io::Result<()> {
         Err(_) => return Ok(()),
         Ok(()) => {}
     }
-    let name = CString::new(path.as_os_str().as_bytes())?;
-    // SAFETY: two strings that outlive the call, and a value of one byte.
-    let marked = unsafe { libc::setxattr(name.as_ptr(), MARK.as_ptr(), c"1".as_ptr().cast(), 1, 0) };
-    if let Err(e) = Errno::result(marked) {
+    if let Err(e) = mark(path, MARK) {
         log::debug!("mark cgroup {}: {e}", path.display());
     }
     Ok(())
@@ -123,9 +118,7 @@ pub fn remove(path: &Path) -> io::Result<()> {
 
 /// Whether a shim has made the directory.
 pub fn is_ours(path: &Path) -> bool {
-    let Ok(name) = CString::new(path.as_os_str().as_bytes()) else { return false };
-    // SAFETY: two strings that outlive the call; without a buffer only the length is asked for.
-    unsafe { libc::getxattr(name.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
+    is_marked(path, MARK)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod events;
 pub mod fds;
 pub mod logger;
+pub mod mark;
 pub mod pidfd;
 pub mod rate;
 pub mod threads;

@@ -8,27 +8,31 @@ use super::Machine;
 use crate::error::{Error, Result};
 use crate::spec::OnDisks;
 use crate::storage::disks::{DiskSlot, Purpose, Wanted};
+use crate::storage::rootfs::Layer;
+
+/// A container's disks.
+#[derive(Debug, Default)]
+pub struct Attached {
+    /// For the agent.
+    pub disks: Vec<api::Disk>,
+    /// For the specification.
+    pub on_disks: OnDisks,
+    /// What is shared of a root whose writable layer is on one.
+    pub below: Option<Layer>,
+}
 
 impl Machine {
-    /// Gives a container its disks. Returns the part for the agent, and the part for the specification.
+    /// Gives a container its disks.
     ///
     /// On a task of its own: it must not stop halfway when containerd drops its request.
-    pub async fn attach_disks(
-        self: &Arc<Self>,
-        container: &str,
-        wanted: Vec<Wanted>,
-    ) -> Result<(Vec<api::Disk>, OnDisks)> {
+    pub async fn attach_disks(self: &Arc<Self>, container: &str, wanted: Vec<Wanted>) -> Result<Attached> {
         let (machine, container) = (Arc::clone(self), container.to_owned());
         let attached = tokio::spawn(async move { machine.try_attach_disks(&container, wanted).await });
         attached.await.map_err(|e| Error::Host(format!("disks: {e}")))?
     }
 
-    async fn try_attach_disks(
-        &self,
-        container: &str,
-        wanted: Vec<Wanted>,
-    ) -> Result<(Vec<api::Disk>, OnDisks)> {
-        let (mut messages, mut on_disks) = (Vec::new(), OnDisks::default());
+    async fn try_attach_disks(&self, container: &str, wanted: Vec<Wanted>) -> Result<Attached> {
+        let Attached { mut disks, mut on_disks, mut below } = Attached::default();
         if self.becomes_template && !wanted.is_empty() {
             self.agent().await?;
         }
@@ -38,7 +42,12 @@ impl Machine {
             let mut slots = self.disks.lock().await;
             let Some(DiskSlot { slot, shared }) = slots.take(container, &disk) else {
                 if !is_needed {
-                    log::info!("{} is mounted on the host: all disk slots are in use", path.display());
+                    log::info!("{} is not made a disk: all disk slots are in use", path.display());
+                    crate::host::threads::blocking(move || {
+                        disk.discard();
+                        Ok(())
+                    })
+                    .await?;
                     continue;
                 }
                 return Err(Error::FailedPrecondition(format!(
@@ -47,20 +56,24 @@ impl Machine {
                     slots.count()
                 )));
             };
-            let message = disk.message(slot);
+            let message = disk.message(slot, container);
             match disk.purpose() {
                 Purpose::Root { .. } => on_disks.root = true,
+                Purpose::Writable(writable) => {
+                    on_disks.root = true;
+                    below = Some(writable.below().clone());
+                }
                 Purpose::Device(mount) => {
                     on_disks.mounts.extend(mount.map(|number| (number, slot)));
                     on_disks.devices.push((message.major.into(), message.minor.into()));
                 }
             }
-            messages.push(message);
+            disks.push(message);
             if !shared {
                 self.vmm.attach_disk(slot, disk.read_only(), disk.into_file()).await?;
             }
         }
-        Ok((messages, on_disks))
+        Ok(Attached { disks, on_disks, below })
     }
 
     /// Whether a container has disks. What it wrote to them is on them after [`Machine::release_disks`].

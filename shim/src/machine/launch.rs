@@ -29,6 +29,7 @@ use crate::spec::{Pod, Spec};
 use crate::storage::disks::{self, Slots};
 use crate::storage::rootfs::Layer;
 use crate::storage::share::Share;
+use crate::storage::writable::Policy;
 
 /// A pod's first container.
 pub struct First<'a> {
@@ -147,6 +148,7 @@ impl Machine {
             ports,
             shared_memory,
             host_namespaces: config.runtime.host_namespaces,
+            writable_layers: Policy::of(&config.hypervisor),
             members: Arc::default(),
             vmm,
             threads,
@@ -190,8 +192,9 @@ async fn disk_slots(launch: &Launch<'_>) -> Result<u8> {
         return Ok(u8::try_from(config.hypervisor.disk_slots).unwrap_or(u8::MAX));
     }
     let (spec, bundle, layers) = ((*spec).clone(), bundle.to_path_buf(), layers.to_vec());
+    let policy = Policy::of(&config.hypervisor);
     crate::host::threads::blocking(move || {
-        let wanted = disks::wanted(&spec, &spec.sources(&bundle, &Pod::default()), &layers)?;
+        let wanted = disks::wanted(&spec, &spec.sources(&bundle, &Pod::default()), &layers, policy)?;
         Ok(u8::try_from(wanted.len()).unwrap_or(u8::MAX))
     })
     .await

@@ -5,7 +5,7 @@
 
 pub mod cleanup;
 mod connect;
-mod disks;
+pub mod disks;
 mod follow;
 mod host_limits;
 mod launch;
@@ -45,6 +45,7 @@ use crate::host::pidfd::PidFd;
 use crate::network::Network;
 use crate::storage::disks::Slots;
 use crate::storage::share::Share;
+use crate::storage::writable::Policy;
 
 /// How long the end of a killed VMM is waited for.
 const END_LIMIT: Duration = Duration::from_secs(10);
@@ -59,6 +60,8 @@ pub struct Machine {
     pub shared_memory: Option<PathBuf>,
     /// What becomes of containers that ask for namespaces of the host.
     pub host_namespaces: HostNamespaces,
+    /// What containers' writable layers are.
+    pub writable_layers: Policy,
     /// The containers that the agent may speak of.
     pub members: Arc<Members>,
     vmm: Vmm,

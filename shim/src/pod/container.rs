@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::guest::agent::{Agent, ProcessName, Uses};
 use crate::host::events::{Publisher, timestamp};
 use crate::machine::Machine;
+use crate::machine::disks::Attached;
 use crate::machine::size::Limits;
 use crate::machine::sockets::{self, Sockets};
 use crate::spec::{Hook, Pod, Spec};
@@ -119,12 +120,13 @@ impl Container {
             if !pause {
                 host_limits.see_sources(&spec, &sources, &layers);
             }
-            let wanted = if pause { Vec::new() } else { disks::wanted(&spec, &sources, &layers)? };
+            let policy = host_limits.writable_layers;
+            let wanted = if pause { Vec::new() } else { disks::wanted(&spec, &sources, &layers, policy)? };
             Ok(((spec, bundle, layers, pod), sources, wanted))
         })
         .await?;
         let (spec, bundle, layers, pod) = found;
-        let (disks, on_disks) = machine.attach_disks(&id, wanted).await?;
+        let Attached { disks, on_disks, below } = machine.attach_disks(&id, wanted).await?;
         let streams = Streams::open(&paths, &id, &namespace, &machine.ports).await?;
         let (stand_ins, sockets) = if pause {
             Default::default()
@@ -139,7 +141,12 @@ impl Container {
             let vmm = machine.running().await?;
             let (share, terminal) = (Arc::clone(&machine.share), paths.terminal);
             let added = crate::host::threads::blocking(move || {
-                let layers = Some(&layers[..]).filter(|_| !on_disks.root);
+                let below = below.as_slice();
+                let layers = if on_disks.root {
+                    Some(below).filter(|below| !below.is_empty())
+                } else {
+                    Some(&layers[..])
+                };
                 let added = share.add(&id, &bundle, &spec, layers, &mut sources, vmm.as_fd())?;
                 let guest_spec = spec.for_guest(&id, terminal, &sources, &pod, &on_disks)?;
                 Ok((spec, id, bundle, guest_spec, added))

@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 
 use super::rootfs::Layer;
 use super::vmm_files;
+use super::writable::{Policy, Writable};
 use crate::error::{Error, Result};
 use crate::spec::{Device, Source, Spec};
 
@@ -31,6 +32,8 @@ pub enum Purpose {
         /// How it is mounted, in the form of fstab.
         options: Vec<String>,
     },
+    /// The writable layer of its root.
+    Writable(Writable),
 }
 
 /// A disk that a container wants.
@@ -61,11 +64,16 @@ pub struct Opened {
 type Identity = (bool, u64, u64);
 
 /// The disks that a container wants: block devices that its specification names, and a root that the guest can mount
-/// itself. Blocks.
-pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer]) -> Result<Vec<Wanted>> {
+/// itself, or its writable layer. Blocks.
+pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer], policy: Policy) -> Result<Vec<Wanted>> {
     let resources = spec.linux.as_ref().and_then(|linux| linux.resources.as_ref());
     let rules = Rules::of(resources);
-    let mut wanted: Vec<_> = root(layers).into_iter().collect();
+    let writable = || {
+        let writable = Writable::of(layers, spec, policy)?;
+        let path = writable.image.clone();
+        Some(Wanted { path, read_only: false, purpose: Purpose::Writable(writable), checked: None })
+    };
+    let mut wanted: Vec<_> = root(layers).or_else(writable).into_iter().collect();
     for device in spec.linux.iter().flat_map(|linux| &linux.devices).filter(|device| device.kind == "b") {
         // Privileged containers get the numbers of all disks of the host, for what they might need.
         if !rules.allow_all() {
@@ -143,15 +151,24 @@ fn numbers(node: &fs::Metadata) -> Option<(i64, i64)> {
 }
 
 impl Wanted {
-    /// Whether there is no other way: a root on a device can also be mounted on the host.
+    /// Whether there is no other way: a root on a device can also be mounted on the host, and a writable layer be shared
+    /// that has nothing in it yet.
     pub fn is_needed(&self) -> bool {
-        let is_device = fs::metadata(&self.path).is_ok_and(|status| status.file_type().is_block_device());
-        !is_device || matches!(self.purpose, Purpose::Device(_))
+        match &self.purpose {
+            Purpose::Device(_) => true,
+            Purpose::Writable(writable) => writable.is_there(),
+            Purpose::Root { .. } => {
+                !fs::metadata(&self.path).is_ok_and(|status| status.file_type().is_block_device())
+            }
+        }
     }
 
     /// Opens it. Blocks.
     pub fn open(self) -> Result<Opened> {
         let failed = |e: &io::Error| Error::io(format_args!("disk {}", self.path.display()), e);
+        if let Purpose::Writable(writable) = &self.purpose {
+            writable.make()?;
+        }
         let file = vmm_files::open(&self.path, File::options().read(true).write(!self.read_only));
         let file = file.map_err(|e| failed(&e))?;
         let status = file.metadata().map_err(|e| failed(&e))?;
@@ -298,19 +315,29 @@ impl Opened {
         self.read_only
     }
 
+    /// It is not used after all: an image that was made for it is removed. Blocks.
+    pub fn discard(self) {
+        if let Purpose::Writable(writable) = &self.purpose {
+            writable.discard();
+        }
+    }
+
     /// What for.
     pub fn purpose(&self) -> &Purpose {
         &self.purpose
     }
 
     /// For the agent.
-    pub fn message(&self, slot: u8) -> api::Disk {
-        let (file_system, options) = match &self.purpose {
-            Purpose::Root { kind, options } => (kind.clone(), options.clone()),
-            Purpose::Device(_) => Default::default(),
-        };
+    pub fn message(&self, slot: u8, container: &str) -> api::Disk {
         let (major, minor) = self.numbers;
-        api::Disk { slot: slot.into(), major, minor, file_system, options, ..Default::default() }
+        let disk = api::Disk { slot: slot.into(), major, minor, ..Default::default() };
+        match &self.purpose {
+            Purpose::Root { kind, options } => {
+                api::Disk { file_system: kind.clone(), options: options.clone(), ..disk }
+            }
+            Purpose::Writable(writable) => api::Disk { lower: writable.lower(container), ..disk },
+            Purpose::Device(_) => disk,
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! May use [`crate::spec`], [`crate::host`] and [`crate::error`].
 
 pub mod disks;
+pub mod ext4;
 pub mod file_system;
 pub mod mount_table;
 pub mod mounts;
@@ -10,3 +11,4 @@ pub mod rootfs;
 pub mod share;
 pub mod vmm_files;
 pub mod volumes;
+pub mod writable;

@@ -85,8 +85,8 @@ fn the_hosts_disks_are_not_for_those_who_may_use_everything() {
         serde_json::from_value::<Spec>(spec).unwrap()
     };
     let privileged = spec(json!([{"allow": false, "access": "rwm"}, {"allow": true, "access": "rwm"}]));
-    assert_eq!(wanted(&privileged, &[], &[]).unwrap(), []);
-    let error = wanted(&spec(json!([])), &[], &[]).unwrap_err().to_string();
+    assert_eq!(wanted(&privileged, &[], &[], Policy::default()).unwrap(), []);
+    let error = wanted(&spec(json!([])), &[], &[], Policy::default()).unwrap_err().to_string();
     assert!(error.contains("/dev/sda") && error.contains("999:0"), "{error}");
 }
 
@@ -106,7 +106,8 @@ fn a_disk_that_is_mounted_has_to_be_allowed() {
             json!({"destination": "/disk", "type": "bind", "source": node, "options": ["rbind", "rw"]});
         let spec = json!({"mounts": [mount], "linux": {"resources": {"devices": rules}}});
         let spec = serde_json::from_value::<Spec>(spec).unwrap();
-        let found = wanted(&spec, &[Source::BlockDevice(node.clone())], &[]).map_err(|e| e.to_string())?;
+        let found = wanted(&spec, &[Source::BlockDevice(node.clone())], &[], Policy::default())
+            .map_err(|e| e.to_string())?;
         Ok::<_, String>(found[0].read_only)
     };
     let none = json!({"allow": false, "access": "rwm"});

@@ -21,6 +21,7 @@ mod sharing;
 mod streaming;
 mod volumes;
 mod watching;
+mod writable;
 
 /// A case and its name.
 type Case = (&'static str, fn(&str));
@@ -73,6 +74,7 @@ fn every_case_with_containerd_2() {
         security::CASES,
         sharing::CASES,
         streaming::CASES,
+        writable::CASES,
     ];
     let runs: Vec<(&str, Case)> = if environment::is_soak() {
         let handlers = ["kata", "kata-shim"].into_iter();
