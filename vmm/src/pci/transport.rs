@@ -204,9 +204,11 @@ impl VirtioPci {
     /// When the process is out of descriptors.
     pub fn show(&self) -> std::io::Result<()> {
         self.make_kicks()?;
+        // In the order of `write_common`: a driver need not wait until it sees the device.
+        let mut common = lock(&self.common);
         let device = lock(&self.device);
-        lock(&self.common).offer(device.features(), device.queue_sizes());
-        drop(device);
+        common.offer(device.features(), device.queue_sizes());
+        drop((common, device));
         self.set_shown(true);
         Ok(())
     }
