@@ -10,6 +10,8 @@ use crate::memory::GuestMemory;
 
 /// Bytes of the structure.
 pub const SIZE: u64 = 64;
+/// Offset of the device status.
+pub const STATUS: u64 = 0x14;
 /// The vector that means "no vector".
 pub const NO_VECTOR: u16 = 0xffff;
 
@@ -36,7 +38,7 @@ mod field {
     pub const DRIVER_FEATURE: usize = 0x0c;
     pub const CONFIG_VECTOR: usize = 0x10;
     pub const NUM_QUEUES: usize = 0x12;
-    pub const STATUS: usize = 0x14;
+    pub const STATUS: usize = super::STATUS as usize;
     pub const GENERATION: usize = 0x15;
     pub const QUEUE_SELECT: usize = 0x16;
     pub const QUEUE_SIZE: usize = 0x18;

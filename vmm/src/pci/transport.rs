@@ -8,7 +8,7 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::PciDevice;
-use super::common::{CommonConfig, Effect, NO_VECTOR, SIZE as COMMON_SIZE};
+use super::common::{CommonConfig, Effect, NO_VECTOR, SIZE as COMMON_SIZE, STATUS, status};
 use super::config::{ConfigSpace, Identity};
 use super::msix::{CONTROL_WRITABLE, Line, Msix, MsixState};
 use crate::bus::{BusDevice, copy_out};
@@ -236,6 +236,17 @@ impl VirtioPci {
         busy.into_iter().filter_map(doorbell).collect()
     }
 
+    fn read_common(&self, offset: u64, data: &mut [u8]) {
+        lock(&self.common).read(offset, data, self.generation.load(Ordering::Acquire));
+        // A reset is over for the driver when it reads zero (4.1.4.3.2). Until then it is to leave its memory to the
+        // device, which may still have it in use.
+        if let ([value @ 0], STATUS) = (data, offset)
+            && !lock(&self.device).at_rest()
+        {
+            *value = status::NEEDS_RESET;
+        }
+    }
+
     fn write_common(&self, offset: u64, data: &[u8]) {
         let mut common = lock(&self.common);
         match common.write(offset, data) {
@@ -458,7 +469,7 @@ impl BusDevice for VirtioPci {
         data.fill(0);
         let within = offset % PAGE;
         match offset - within {
-            COMMON => lock(&self.common).read(within, data, self.generation.load(Ordering::Acquire)),
+            COMMON => self.read_common(within, data),
             ISR => {
                 if let ([isr, ..], 0) = (data, within) {
                     *isr = self.isr.swap(0, Ordering::AcqRel);

@@ -69,8 +69,15 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// `crate::seccomp::install` for its kind) and hands them the activation.
     fn activate(&mut self, activation: Activation) -> io::Result<()>;
 
-    /// The driver reset the device: forget the queues.
+    /// The driver reset the device: forget the queues. On a vCPU's thread as well; for what takes long there is
+    /// [`Self::at_rest`].
     fn reset(&mut self);
+
+    /// Whether all that was under way at the last reset has ended: the device touches neither those queues nor the
+    /// memory that they name any more. Until then the driver is not told that the reset is done.
+    fn at_rest(&self) -> bool {
+        true
+    }
 }
 
 /// What a device is given when its driver is ready.

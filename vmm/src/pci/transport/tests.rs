@@ -14,6 +14,7 @@ struct Device {
     active: Option<Activation>,
     resets: usize,
     refuse: bool,
+    busy: bool,
     written: Vec<(u64, Vec<u8>)>,
 }
 
@@ -51,6 +52,9 @@ impl VirtioDevice for Device {
     fn reset(&mut self) {
         self.active = None;
         self.resets += 1;
+    }
+    fn at_rest(&self) -> bool {
+        !self.busy
     }
 }
 
@@ -160,6 +164,20 @@ fn without_msix_the_interrupt_status_is_set_until_it_is_read() {
     lock(&bench.device).active.as_ref().unwrap().queues[0].interrupt.trigger();
     assert_eq!(bench.get::<1>(ISR), [ISR_QUEUE]);
     assert_eq!(bench.get::<1>(ISR), [0]);
+}
+
+#[test]
+fn a_reset_is_over_when_the_device_is_at_rest() {
+    let bench = bench();
+    bench.negotiate(ALL);
+    bench.set_up_queue(0, 128, GOOD);
+    bench.driver_ok();
+    lock(&bench.device).busy = true;
+    bench.function.write(0x14, &[0]);
+    assert!(lock(&bench.device).active.is_none());
+    assert_eq!(bench.status(), status::NEEDS_RESET);
+    lock(&bench.device).busy = false;
+    assert_eq!(bench.status(), 0);
 }
 
 #[test]
