@@ -1,6 +1,7 @@
 //! The control socket: what the shim asks while the VM runs, and what is reported to it.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use crate::error;
 use crate::machine::Slots;
 use crate::placeholder::{self, Placeholder};
 use crate::sync::lock;
-use crate::vcpus;
+use crate::vcpus::{self, Wanted};
 use crate::virtio::{blk, net};
 
 /// How long a shim may leave its messages unread before they are lost: the guest's devices wait meanwhile.
@@ -63,6 +64,14 @@ impl Control {
     /// When it is gone.
     pub fn hand_over(&self, port: u32, stream: BorrowedFd<'_>) -> Result<(), Error> {
         send(&*self.0, &Event::Connection { port }, &[stream])
+    }
+
+    /// Answers a request that has nothing else to say.
+    ///
+    /// # Errors
+    /// When the shim is gone.
+    pub fn answer(&self, result: Result<(), impl Display>) -> Result<(), Error> {
+        self.report(&Event::Done(result.err().map(|error| error.to_string())))
     }
 
     /// The next request. Waits for it.
@@ -128,7 +137,10 @@ impl ControlService {
             Request::AttachDisk { slot, read_only } => {
                 fd.and_then(|fd| self.attach_disk(slot, read_only, fd))
             }
-            Request::DetachDisk { slot } => self.detach_disk(slot),
+            Request::DetachDisk { slot } => match self.detach_disk(slot) {
+                Ok(()) => return Ok(()),
+                Err(error) => Err(error),
+            },
             Request::AttachNet { slot, mac, pairs } => {
                 let mut taps: Vec<_> = fd.into_iter().chain(fds).collect();
                 let vhosts = taps.split_off(usize::from(pairs).min(taps.len()));
@@ -145,13 +157,11 @@ impl ControlService {
                 let control = self.control.clone();
                 // The answer comes from the thread that makes them.
                 let answer = move |made: Result<(), vcpus::Error>| {
-                    if let Err(error) =
-                        control.report(&Event::Done(made.err().map(|error| error.to_string())))
-                    {
+                    if let Err(error) = control.answer(made) {
                         log::warn!("control socket: {error}");
                     }
                 };
-                match self.slots.vcpus.send((count, Box::new(answer))) {
+                match self.slots.starter.send(Wanted::Vcpus(count, Box::new(answer))) {
                     Ok(()) => return Ok(()),
                     Err(_) => Err(Refused::NoVcpus),
                 }
@@ -173,19 +183,26 @@ impl ControlService {
                 return Ok(());
             }
         };
-        self.control.report(&Event::Done(result.err().map(|error| error.to_string())))
+        self.control.answer(result)
     }
 
     fn attach_disk(&self, slot: u8, read_only: bool, fd: OwnedFd) -> Result<(), Refused> {
         let disk = self.slots.disks.get(usize::from(slot)).ok_or(Refused::NoDisk(slot))?;
         lock(&disk.device).attach(fd.into(), read_only).map_err(|error| Refused::Disk { slot, error })?;
-        Ok(disk.show()?)
+        Ok(disk.show().inspect_err(|_| lock(&disk.device).detach(Box::new(|| ())))?)
     }
 
+    /// The answer comes from the disk's thread, when it has closed the disk: until then, what is under way may still
+    /// change it.
     fn detach_disk(&self, slot: u8) -> Result<(), Refused> {
         let disk = self.slots.disks.get(usize::from(slot)).ok_or(Refused::NoDisk(slot))?;
         disk.hide();
-        lock(&disk.device).detach();
+        let control = self.control.clone();
+        lock(&disk.device).detach(Box::new(move || {
+            if let Err(error) = control.answer(Ok::<_, Refused>(())) {
+                log::warn!("control socket: {error}");
+            }
+        }));
         Ok(())
     }
 

@@ -29,7 +29,7 @@ use crate::vcpu::Vcpu;
 use crate::vcpus::{Starter, Wanted};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
-use crate::virtio::blk::Blk;
+use crate::virtio::blk::{self, Blk};
 use crate::virtio::console::Console;
 use crate::virtio::fs::Fs;
 use crate::virtio::mem::{Mem, OnPlugged};
@@ -53,8 +53,8 @@ pub struct Slots {
     pub nets: Vec<Slot<Net>>,
     /// Memory that can be plugged, if there is any.
     pub memory: Option<Arc<Mutex<Mem>>>,
-    /// Takes requests for more vCPUs, if there can be more.
-    pub vcpus: Sender<Wanted>,
+    /// Takes requests for more vCPUs and threads, if there can be more.
+    pub starter: Sender<Wanted>,
 }
 
 /// A slot for a disk or a NIC, which the guest sees once something is attached. An empty one costs no driver's
@@ -131,7 +131,9 @@ impl Machine {
         devices.add("virtio-balloon", Balloon::new())?;
         let memory =
             pluggable.map(|range| devices.add("virtio-mem", Mem::new(range, plugged))).transpose()?;
-        let disk = |slot| devices.add_slot("virtio-blk", Blk::new(&format!("disk{slot}")));
+        let (sender, wanted) = channel();
+        let start = starter_of(&sender);
+        let disk = |slot| devices.add_slot("virtio-blk", Ok(Blk::new(&format!("disk{slot}"), start.clone())));
         let disks = (0..shape.disk_slots).map(disk).collect::<Result<_, _>>()?;
         let nic = |_| devices.add_slot("virtio-net", Net::new());
         let nets = (0..shape.net_slots).map(nic).collect::<Result<_, _>>()?;
@@ -156,14 +158,20 @@ impl Machine {
         events.add_subscriber(Box::new(EndWatch(end.clone())));
         let ports = ports(pci, &console, &end)?;
         let (ports, addresses) = (Arc::new(ports), Arc::new(addresses));
-        let starter = Starter { maker: vcpu_maker, ports, addresses, end: end.clone(), started: shape.vcpus };
+        let starter = Starter {
+            maker: vcpu_maker,
+            ports,
+            addresses,
+            end: end.clone(),
+            started: shape.vcpus,
+            devices: shape.disk_slots > 0,
+        };
         let mut vcpus: Vec<Vcpu> = (0..).zip(vcpus).map(|(number, fd)| starter.vcpu(number, fd)).collect();
         if let Some(first) = vcpus.first_mut() {
             first.maker = maker;
         }
-        let (sender, wanted) = channel();
         let machine = Self { vm: vm.fd(), vcpus, starter: Some((starter, wanted)), events, console, end };
-        Ok((machine, Slots { vsock, disks, nets, memory, vcpus: sender }))
+        Ok((machine, Slots { vsock, disks, nets, memory, starter: sender }))
     }
 
     /// Starts the vCPUs, and confines this thread.
@@ -222,6 +230,13 @@ impl Machine {
             }
         }
     }
+}
+
+/// What starts the threads of disks.
+fn starter_of(starter: &Sender<Wanted>) -> blk::Starter {
+    let starter = starter.clone();
+    // Who waits for the thread notices when nobody is there to start it.
+    Arc::new(move |start| drop(starter.send(Wanted::Thread(start))))
 }
 
 /// Where a machine begins.

@@ -10,7 +10,7 @@ pub enum Kind {
     Vcpu,
     /// The same as long as it has a template to make, which is before the guest has met a container.
     TemplateVcpu,
-    /// The event loop: all devices but the file server, and the control socket.
+    /// The event loop: all devices but the file server and disks, and the control socket.
     Main,
     /// Serves files.
     Fs,
@@ -18,7 +18,9 @@ pub enum Kind {
     FsStarter,
     /// Does nothing: stands for a container.
     Placeholder,
-    /// Makes and starts vCPUs while the guest runs. They inherit its filter, and add their own.
+    /// Serves a disk.
+    Disk,
+    /// Makes and starts vCPUs and the threads of disks while the guest runs. They inherit its filter, and add their own.
     Starter,
 }
 
@@ -37,6 +39,7 @@ impl Kind {
             Self::Fs => include_bytes!(concat!(env!("OUT_DIR"), "/fs.bpf")),
             Self::FsStarter => include_bytes!(concat!(env!("OUT_DIR"), "/fs_starter.bpf")),
             Self::Placeholder => include_bytes!(concat!(env!("OUT_DIR"), "/placeholder.bpf")),
+            Self::Disk => include_bytes!(concat!(env!("OUT_DIR"), "/disk.bpf")),
             Self::Starter => include_bytes!(concat!(env!("OUT_DIR"), "/starter.bpf")),
         }
     }
@@ -86,7 +89,7 @@ mod tests {
 
     #[test]
     fn what_no_thread_needs_kills_the_process() {
-        for kind in [Kind::Vcpu, Kind::Main, Kind::Fs, Kind::FsStarter, Kind::Starter] {
+        for kind in [Kind::Vcpu, Kind::Main, Kind::Fs, Kind::FsStarter, Kind::Disk, Kind::Starter] {
             let allowed = fate(kind, [libc::SYS_sched_yield, 0, 0, 0]);
             assert!(matches!(allowed, WaitStatus::Exited(_, 0)), "{kind:?}: {allowed:?}");
             for call in [
@@ -198,8 +201,33 @@ mod tests {
         assert!(as_expected, "{kind:?}, {call:?}: {fate:?}");
     }
 
-    const WORKERS: [Kind; 6] =
-        [Kind::Vcpu, Kind::TemplateVcpu, Kind::Main, Kind::Fs, Kind::FsStarter, Kind::Starter];
+    const WORKERS: [Kind; 7] =
+        [Kind::Vcpu, Kind::TemplateVcpu, Kind::Main, Kind::Fs, Kind::FsStarter, Kind::Disk, Kind::Starter];
+
+    #[test]
+    fn a_disk_is_used_by_its_thread_which_does_nothing_else() {
+        let none = c_long::from(-1_i8);
+        for call in [libc::SYS_preadv, libc::SYS_pwritev, libc::SYS_fdatasync] {
+            for (kind, able) in
+                [(Kind::Disk, true), (Kind::Starter, true), (Kind::Main, false), (Kind::Vcpu, false)]
+            {
+                expect(kind, [call, none, 0, 0], able);
+            }
+        }
+        for call in [
+            libc::SYS_openat,
+            libc::SYS_clone,
+            libc::SYS_prctl,
+            libc::SYS_seccomp,
+            libc::SYS_lseek,
+            libc::SYS_ftruncate,
+            libc::SYS_epoll_ctl,
+            libc::SYS_recvmsg,
+            libc::SYS_socketpair,
+        ] {
+            expect(Kind::Disk, [call, none, 0, 0], false);
+        }
+    }
 
     /// What a thread could do with a descriptor of /dev/kvm, of the machine, of a vCPU, a tap, a disk or a terminal
     /// beyond its own work.

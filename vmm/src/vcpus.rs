@@ -60,10 +60,16 @@ impl Maker {
     }
 }
 
-/// A number of vCPUs that are to be there, and the callback that takes the result.
-pub type Wanted = (u8, Box<dyn FnOnce(Result<(), Error>) + Send>);
+/// What is asked of the thread of [`Starter::start`].
+pub enum Wanted {
+    /// That there be a number of vCPUs; the callback takes the result.
+    Vcpus(u8, Box<dyn FnOnce(Result<(), Error>) + Send>),
+    /// To start a thread of a device, which confines itself further.
+    Thread(Box<dyn FnOnce() + Send>),
+}
 
-/// Makes and starts vCPUs while the guest runs, on a thread of its own: no other one may do what that needs.
+/// Makes and starts vCPUs while the guest runs, and other threads, on a thread of its own: no other one may do what that
+/// needs.
 pub struct Starter {
     /// Makes them.
     pub maker: Maker,
@@ -75,6 +81,8 @@ pub struct Starter {
     pub end: Arc<End>,
     /// How many there are.
     pub started: u8,
+    /// Whether devices may want threads.
+    pub devices: bool,
 }
 
 impl Starter {
@@ -84,20 +92,24 @@ impl Starter {
         Vcpu { fd, number, ports, addresses, end, maker: None }
     }
 
-    /// Starts the thread, unless there are all vCPUs that there can be. It ends with the VM.
+    /// Starts the thread, unless there are all vCPUs that there can be, and no devices that want any. It ends with the
+    /// VM.
     ///
     /// # Errors
     /// When there can be no more threads.
     pub fn start(mut self, wanted: Receiver<Wanted>) -> io::Result<()> {
-        if self.started == self.maker.topology.vcpus {
+        if self.started == self.maker.topology.vcpus && !self.devices {
             return Ok(());
         }
         let body = move || match seccomp::install(Kind::Starter) {
-            Ok(()) => wanted.into_iter().for_each(|(count, answer)| answer(self.grow_to(count))),
+            Ok(()) => wanted.into_iter().for_each(|wanted| match wanted {
+                Wanted::Vcpus(count, answer) => answer(self.grow_to(count)),
+                Wanted::Thread(start) => start(),
+            }),
             // Nobody takes requests then, which those who make them find out.
-            Err(error) => log::error!("no more vCPUs can be made: {error}"),
+            Err(error) => log::error!("no more vCPUs and threads can be made: {error}"),
         };
-        thread::Builder::new().name("vcpus".to_owned()).stack_size(256 * 1024).spawn(body).map(drop)
+        thread::Builder::new().name("starter".to_owned()).stack_size(256 * 1024).spawn(body).map(drop)
     }
 
     fn grow_to(&mut self, count: u8) -> Result<(), Error> {

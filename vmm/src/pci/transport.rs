@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::PciDevice;
 use super::common::{CommonConfig, Effect, NO_VECTOR, SIZE as COMMON_SIZE, STATUS, status};
@@ -189,7 +189,8 @@ impl VirtioPci {
     fn make_kicks(&self) -> std::io::Result<()> {
         let count = lock(&self.device).queue_sizes().len();
         for queue in self.queues.iter().take(count).filter(|queue| queue.kick.get().is_none()) {
-            let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+            // A thread that serves nothing else waits in read(2).
+            let kick = EventFd::new(EFD_CLOEXEC)?;
             queue.kick.get_or_init(|| Arc::new(kick));
         }
         Ok(())

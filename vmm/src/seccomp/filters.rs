@@ -10,13 +10,14 @@ use libc::c_long;
 type Ioctls = &'static [&'static [u64]];
 
 /// The kinds of threads, with the names of their compiled filters.
-pub const KINDS: [(&str, &[c_long], Ioctls); 7] = [
+pub const KINDS: [(&str, &[c_long], Ioctls); 8] = [
     ("vcpu", &[], &[VCPU_IOCTLS]),
     ("template_vcpu", TEMPLATE, &[VCPU_IOCTLS, TEMPLATE_IOCTLS]),
     ("main", MAIN, &[MAIN_IOCTLS]),
     ("fs", FS, &[&[INTERRUPT], INODE_FLAGS]),
     ("fs_starter", FS, &[&[INTERRUPT], INODE_FLAGS]),
-    ("starter", &[libc::SYS_sched_getaffinity, libc::SYS_sendmsg], &[VCPU_IOCTLS, STARTER_IOCTLS]),
+    ("disk", DISK, &[&[INTERRUPT]]),
+    ("starter", STARTER, &[VCPU_IOCTLS, STARTER_IOCTLS]),
     (PLACEHOLDER, WAIT_AND_END, &[]),
 ];
 
@@ -85,22 +86,16 @@ const STARTER_IOCTLS: &[u64] = &[0xae41, 0x4008_ae90, 0x4008_ae89, 0x41a0_ae8d, 
 const TEMPLATE: &[c_long] =
     &[libc::SYS_pwrite64, libc::SYS_mincore, libc::SYS_sendmsg, libc::SYS_prctl, libc::SYS_seccomp];
 
-/// Sockets of vsock and control, disks, taps, the event loop.
+/// Sockets of vsock and control, taps, the event loop; the size and kind of what is to be a disk.
 const MAIN: &[c_long] = &[
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_epoll_ctl,
     libc::SYS_readv,
     libc::SYS_writev,
-    libc::SYS_pread64,
-    libc::SYS_pwrite64,
-    libc::SYS_preadv,
-    libc::SYS_pwritev,
     libc::SYS_lseek,
     libc::SYS_fstat,
     libc::SYS_statx,
-    libc::SYS_fsync,
-    libc::SYS_fdatasync,
     libc::SYS_sendmsg,
     libc::SYS_recvmsg,
     libc::SYS_sendto,
@@ -108,6 +103,16 @@ const MAIN: &[c_long] = &[
     libc::SYS_shutdown,
     // For an irqfd.
     libc::SYS_eventfd2,
+];
+/// A disk's requests, and the answer when it is detached. Its thread waits for its queue in read(2).
+const DISK: &[c_long] = &[libc::SYS_preadv, libc::SYS_pwritev, libc::SYS_fdatasync, libc::SYS_sendmsg];
+/// An answer, what the C library does before a thread begins, and what disks need, whose threads begin with this.
+const STARTER: &[c_long] = &[
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sendmsg,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_fdatasync,
 ];
 /// The flags of clone(2) in `placeholder.rs`: a thread, and neither a process nor a namespace.
 const THREAD: libc::c_int = libc::CLONE_VM

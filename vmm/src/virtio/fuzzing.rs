@@ -1,16 +1,13 @@
 //! Fuzzing of queues: a driver that does anything, for any device.
 
-use std::io::Write;
 use std::sync::Arc;
 
 use event_manager::MutEventSubscriber;
 use katana_fuzz::{Input, fuzz};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::tempfile::TempFile;
 
 use super::VirtioDevice;
 use super::balloon::Balloon;
-use super::blk::Blk;
 use super::console::Console;
 use super::mem::Mem;
 use super::pmem::Pmem;
@@ -123,18 +120,6 @@ fn fuzz_balloon() {
 fn fuzz_pmem() {
     let mut bench = Bench::new(Pmem::new(1 << 32, 1 << 20).unwrap());
     fuzz("pmem", |input| drive(&mut bench, 0, input));
-}
-
-#[test]
-fn fuzz_blk() {
-    let mut file = TempFile::new().unwrap().into_file();
-    file.write_all(&[7; 64 * 512]).unwrap();
-    let mut bench = Bench::new(Blk::new("disk0").unwrap());
-    bench.device().attach(file.try_clone().unwrap(), false).unwrap();
-    fuzz("blk", |input| {
-        drive(&mut bench, 0, input);
-        assert_eq!(file.metadata().unwrap().len(), 64 * 512, "a disk keeps its size");
-    });
 }
 
 #[test]

@@ -32,8 +32,8 @@ use crate::memory::GuestMemory;
 /// A virtio device as the transport sees it.
 ///
 /// Its queues are served on the device thread: the device is a subscriber of that thread's event manager and
-/// is locked while it handles an event or a call of the transport. The file server is the exception; it has
-/// threads of its own.
+/// is locked while it handles an event or a call of the transport. The file server and disks are the exceptions; they
+/// have threads of their own.
 pub trait VirtioDevice: MutEventSubscriber + Send {
     /// Device type, virtio 1.2, section 5.
     fn device_type(&self) -> u32;
@@ -65,8 +65,8 @@ pub trait VirtioDevice: MutEventSubscriber + Send {
     /// The driver has set DRIVER_OK. An error sets DEVICE_NEEDS_RESET and is logged.
     ///
     /// Called on a vCPU's thread, whose seccomp filter lets it do little more than use locks, eventfds and memory:
-    /// a device with threads of its own starts them in its constructor (each of them then calls
-    /// `crate::seccomp::install` for its kind) and hands them the activation.
+    /// a device with threads of its own starts them in its constructor or when something is attached (each of them then
+    /// calls `crate::seccomp::install` for its kind) and hands them the activation.
     fn activate(&mut self, activation: Activation) -> io::Result<()>;
 
     /// The driver reset the device: forget the queues. On a vCPU's thread as well; for what takes long there is
@@ -97,7 +97,7 @@ pub struct Activation {
 pub struct VirtQueue {
     /// The rings.
     pub queue: Queue,
-    /// Readable when the driver has made buffers available (an ioeventfd).
+    /// Readable when the driver has made buffers available (an ioeventfd). Reading waits for that.
     pub kick: Arc<EventFd>,
     /// Raised when buffers were used.
     pub interrupt: Interrupt,

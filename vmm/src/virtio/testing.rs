@@ -2,12 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use virtio_queue::mock::MockSplitQueue;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::{Activation, Interrupt, Trigger, VirtQueue, VirtioDevice};
 use crate::memory::GuestMemory;
@@ -24,6 +26,18 @@ const INDIRECT: u16 = 4;
 const DATA: u64 = 8 << 20;
 /// From one queue's rings to the next one's; they start at 0.
 const QUEUE_SPACE: u64 = 0x2_0000;
+
+/// One heap for all threads, as in `main.rs`. For those of a thread's own, the C library looks around in /proc and /sys,
+/// which filters do not allow.
+#[used]
+// SAFETY: what is in this section are functions, which are called before there are threads.
+#[unsafe(link_section = ".init_array")]
+static ONE_HEAP: extern "C" fn() = one_heap;
+
+extern "C" fn one_heap() {
+    // SAFETY: mallopt takes two integers, and no other thread exists yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
 
 /// Address, length, flags.
 pub type Piece = (u64, u32, u16);
@@ -66,7 +80,7 @@ impl Ring {
         let used = (avail + 6 + 2 * u64::from(size)).next_multiple_of(4);
         queue.set_used_ring_address(Some(used as u32), Some(0));
         assert!(queue.is_valid(memory) && used + 6 + 8 * u64::from(size) < base + QUEUE_SPACE);
-        let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let kick = Arc::new(EventFd::new(EFD_CLOEXEC).unwrap());
         let (interrupt, interrupts) = interrupt();
         let (memory, table) = (memory.clone(), mock.desc_table_addr().0);
         let ring = Self {
@@ -190,6 +204,22 @@ impl Ring {
     }
 }
 
+/// Waits for what another thread does.
+pub fn wait_until<T>(what: &str, mut is_there: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(there) = is_there() {
+            return there;
+        }
+        assert!(start.elapsed() < Duration::from_secs(10), "{what}: not within ten seconds");
+        if start.elapsed() > Duration::from_millis(1) {
+            thread::sleep(Duration::from_millis(1));
+        } else {
+            thread::yield_now();
+        }
+    }
+}
+
 /// A device with its driver.
 pub struct Bench<D> {
     pub device: Arc<Mutex<D>>,
@@ -226,9 +256,11 @@ impl<D: VirtioDevice + MutEventSubscriber> Bench<D> {
         self.run();
     }
 
+    /// Resets the device, and waits until it is at rest.
     pub fn reset(&mut self) {
         self.device().reset();
         self.run();
+        wait_until("the device is at rest", || self.device().at_rest().then_some(()));
     }
 
     /// Lets the device thread work until it has nothing more to do.
@@ -277,12 +309,17 @@ impl<D: VirtioDevice + MutEventSubscriber> Bench<D> {
         self.rings[queue].used()
     }
 
+    /// The next returned chain, for which it waits: a device may have threads.
+    pub fn wait_used(&mut self, queue: usize) -> (u16, u32) {
+        wait_until("a chain comes back", || self.rings[queue].used())
+    }
+
     /// Offers chains that break the rules and checks that all come back empty.
     pub fn offer_hostile(&mut self, queue: usize) {
         let count = self.rings[queue].write_hostile();
         self.kick(queue);
         for index in 0..count {
-            assert_eq!(self.used(queue), Some((4 * index as u16, 0)));
+            assert_eq!(self.wait_used(queue), (4 * index as u16, 0));
         }
         assert_eq!(self.used(queue), None);
     }

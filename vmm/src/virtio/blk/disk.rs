@@ -1,0 +1,184 @@
+//! A disk, and what a driver can ask of it (virtio 1.2, 5.2.6).
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsFd;
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+use vm_memory::{ByteValued, Le32, Le64};
+
+use crate::virtio::chain::{Buffers, Chain};
+
+/// The unit of capacity and position, whatever the block size.
+pub const SECTOR: u64 = 512;
+/// The name that the guest finds in /sys/block/vdX/serial.
+pub type Serial = [u8; 20];
+/// Data of one request: with less work at once, a reset need not wait for long. Linux sends 1.25 MiB unless configured
+/// otherwise.
+const LONGEST_TRANSFER: usize = 64 << 20;
+
+/// A file or block device that serves as a disk. Dropped, it is closed.
+pub struct Disk {
+    file: File,
+    shape: Shape,
+}
+
+/// What a driver sees of a disk.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// Its size.
+    pub sectors: u64,
+    /// Whether it refuses writes.
+    pub read_only: bool,
+}
+
+/// Why a file is no disk.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file's size cannot be read.
+    #[error("its size cannot be read: {0}")]
+    Size(#[source] io::Error),
+    /// No file or block device, or an empty one.
+    #[error("it holds not even one sector")]
+    Empty,
+}
+
+/// The start of a request, virtio 1.2, 5.2.6.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Header {
+    kind: Le32,
+    reserved: Le32,
+    sector: Le64,
+}
+
+// SAFETY: plain integers without padding.
+unsafe impl ByteValued for Header {}
+
+/// Why a request has no answer at all.
+#[derive(Debug, thiserror::Error)]
+#[error("a request without room for a status")]
+pub struct NoStatus;
+
+/// Why a request failed; what its status says.
+enum Failure {
+    Io,
+    Unsupported,
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        // The guest's driver reports it with the sector; this is for the host's log, where a full disk is found.
+        log::debug!("blk: a request failed: {error}");
+        Self::Io
+    }
+}
+
+/// Serves one request, or fails it without a disk; returns how many bytes of its memory were written.
+///
+/// # Errors
+/// When it has no room for an answer.
+pub fn request(mut chain: Chain<'_>, disk: Option<&Disk>, serial: &Serial) -> Result<u32, NoStatus> {
+    // How the parts are spread over descriptors is the driver's business (virtio 1.2, 2.7.4.1): the status is the
+    // last byte that can be written.
+    let room = chain.writable.len().checked_sub(1).ok_or(NoStatus)?;
+    let mut answer = chain.writable.split_front(room);
+    let result = match (chain.readable.read::<Header>(), disk) {
+        (Some(header), Some(disk)) => disk.perform(header, &chain.readable, &mut answer, serial),
+        _ => Err(Failure::Io),
+    };
+    let (status, written) = match result {
+        Ok(written) => (VIRTIO_BLK_S_OK, written),
+        Err(Failure::Io) => (VIRTIO_BLK_S_IOERR, 0),
+        Err(Failure::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+    };
+    chain.writable.write_bytes(&[status as u8]);
+    Ok(u32::try_from(written + 1).unwrap_or(u32::MAX))
+}
+
+impl Disk {
+    /// A disk of what is in a regular file or a block device.
+    ///
+    /// # Errors
+    /// When the file is none of these.
+    pub fn new(mut file: File, read_only: bool) -> Result<Self, Error> {
+        // A block device's metadata have no size, but its end can be found.
+        let sectors = file.seek(SeekFrom::End(0)).map_err(Error::Size)? / SECTOR;
+        if sectors == 0 {
+            return Err(Error::Empty);
+        }
+        Ok(Self { file, shape: Shape { sectors, read_only } })
+    }
+
+    /// What a driver sees of it.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    fn perform(
+        &self,
+        header: Header,
+        data: &Buffers<'_>,
+        answer: &mut Buffers<'_>,
+        serial: &Serial,
+    ) -> Result<usize, Failure> {
+        let sector = header.sector.to_native();
+        match header.kind.to_native() {
+            VIRTIO_BLK_T_IN => self.read(sector, answer),
+            VIRTIO_BLK_T_OUT => self.write(sector, data),
+            VIRTIO_BLK_T_FLUSH => {
+                self.file.sync_data()?;
+                Ok(0)
+            }
+            VIRTIO_BLK_T_GET_ID => Ok(answer.write_bytes(serial)),
+            _ => Err(Failure::Unsupported),
+        }
+    }
+
+    /// Where a transfer starts, in bytes, if all of it is inside the disk.
+    fn offset(&self, sector: u64, length: usize) -> Result<u64, Failure> {
+        let whole = (length as u64).is_multiple_of(SECTOR) && length <= LONGEST_TRANSFER;
+        let end = sector.checked_add(length as u64 / SECTOR);
+        match end {
+            Some(end) if whole && end <= self.shape.sectors => Ok(sector * SECTOR),
+            _ => Err(Failure::Io),
+        }
+    }
+
+    fn read(&self, sector: u64, answer: &mut Buffers<'_>) -> Result<usize, Failure> {
+        let length = answer.len();
+        let mut offset = self.offset(sector, length)?;
+        while !answer.is_empty() {
+            match answer.read_from_at(self.file.as_fd(), offset)? {
+                // The file was truncated under the guest.
+                0 => return Err(Failure::Io),
+                count => {
+                    answer.advance(count);
+                    offset += count as u64;
+                }
+            }
+        }
+        Ok(length)
+    }
+
+    fn write(&self, sector: u64, data: &Buffers<'_>) -> Result<usize, Failure> {
+        let mut offset = self.offset(sector, data.len())?;
+        if self.shape.read_only {
+            return Err(Failure::Io);
+        }
+        let mut data = data.clone();
+        while !data.is_empty() {
+            match data.write_to_at(self.file.as_fd(), offset)? {
+                0 => return Err(Failure::Io),
+                count => {
+                    data.advance(count);
+                    offset += count as u64;
+                }
+            }
+        }
+        Ok(0)
+    }
+}
