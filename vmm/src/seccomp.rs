@@ -207,7 +207,7 @@ mod tests {
     #[test]
     fn a_disk_is_used_by_its_thread_which_does_nothing_else() {
         let none = c_long::from(-1_i8);
-        for call in [libc::SYS_preadv, libc::SYS_pwritev, libc::SYS_fdatasync] {
+        for call in [libc::SYS_preadv, libc::SYS_pwritev, libc::SYS_fdatasync, libc::SYS_fallocate] {
             for (kind, able) in
                 [(Kind::Disk, true), (Kind::Starter, true), (Kind::Main, false), (Kind::Vcpu, false)]
             {

@@ -105,7 +105,8 @@ const MAIN: &[c_long] = &[
     libc::SYS_eventfd2,
 ];
 /// A disk's requests, and the answer when it is detached. Its thread waits for its queue in read(2).
-const DISK: &[c_long] = &[libc::SYS_preadv, libc::SYS_pwritev, libc::SYS_fdatasync, libc::SYS_sendmsg];
+const DISK: &[c_long] =
+    &[libc::SYS_preadv, libc::SYS_pwritev, libc::SYS_fdatasync, libc::SYS_fallocate, libc::SYS_sendmsg];
 /// An answer, what the C library does before a thread begins, and what disks need, whose threads begin with this.
 const STARTER: &[c_long] = &[
     libc::SYS_sched_getaffinity,
@@ -113,6 +114,7 @@ const STARTER: &[c_long] = &[
     libc::SYS_preadv,
     libc::SYS_pwritev,
     libc::SYS_fdatasync,
+    libc::SYS_fallocate,
 ];
 /// The flags of clone(2) in `placeholder.rs`: a thread, and neither a process nor a namespace.
 const THREAD: libc::c_int = libc::CLONE_VM

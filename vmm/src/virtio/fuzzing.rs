@@ -15,8 +15,8 @@ use super::rng::Rng;
 use super::testing::{Bench, MEMORY, Piece};
 use crate::memory::{self, Pluggable};
 
-/// Where most descriptors point to.
-const DATA: u64 = 8 << 20;
+/// Where most descriptors point to: at some multiple of 64 bytes, of which there are 256.
+pub const DATA: u64 = 8 << 20;
 /// Wake-ups of the device thread in which any input is dealt with.
 const MOST_WAKE_UPS: usize = 2000;
 

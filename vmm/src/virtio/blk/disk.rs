@@ -4,9 +4,12 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use vm_memory::{ByteValued, Le32, Le64};
 
@@ -19,6 +22,12 @@ pub type Serial = [u8; 20];
 /// Data of one request: with less work at once, a reset need not wait for long. Linux sends 1.25 MiB unless configured
 /// otherwise.
 const LONGEST_TRANSFER: usize = 64 << 20;
+/// Ranges of one request to clear.
+pub const MOST_RANGES: u32 = 16;
+/// Sectors of such a range, 1 GiB: as with transfers, the host's file system is not to be busy for long.
+pub const LONGEST_RANGE: u32 = 1 << 21;
+/// What file systems give back is whole blocks of this many sectors.
+pub const RANGE_ALIGNMENT: u32 = 8;
 
 /// A file or block device that serves as a disk. Dropped, it is closed.
 pub struct Disk {
@@ -33,6 +42,8 @@ pub struct Shape {
     pub sectors: u64,
     /// Whether it refuses writes.
     pub read_only: bool,
+    /// Whether it takes requests to discard sectors and to write zeros.
+    pub clears: bool,
 }
 
 /// Why a file is no disk.
@@ -57,6 +68,18 @@ struct Header {
 
 // SAFETY: plain integers without padding.
 unsafe impl ByteValued for Header {}
+
+/// `struct virtio_blk_discard_write_zeroes`.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Range {
+    sector: Le64,
+    sectors: Le32,
+    flags: Le32,
+}
+
+// SAFETY: plain integers without padding.
+unsafe impl ByteValued for Range {}
 
 /// Why a request has no answer at all.
 #[derive(Debug, thiserror::Error)]
@@ -105,12 +128,14 @@ impl Disk {
     /// # Errors
     /// When the file is none of these.
     pub fn new(mut file: File, read_only: bool) -> Result<Self, Error> {
+        let metadata = file.metadata().map_err(Error::Size)?;
         // A block device's metadata have no size, but its end can be found.
-        let sectors = file.seek(SeekFrom::End(0)).map_err(Error::Size)? / SECTOR;
+        let size = if metadata.is_file() { Ok(metadata.len()) } else { file.seek(SeekFrom::End(0)) };
+        let sectors = size.map_err(Error::Size)? / SECTOR;
         if sectors == 0 {
             return Err(Error::Empty);
         }
-        Ok(Self { file, shape: Shape { sectors, read_only } })
+        Ok(Self { file, shape: Shape { sectors, read_only, clears: metadata.is_file() && !read_only } })
     }
 
     /// What a driver sees of it.
@@ -134,6 +159,9 @@ impl Disk {
                 Ok(0)
             }
             VIRTIO_BLK_T_GET_ID => Ok(answer.write_bytes(serial)),
+            kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) if self.shape.clears => {
+                self.clear(kind, data)
+            }
             _ => Err(Failure::Unsupported),
         }
     }
@@ -180,5 +208,56 @@ impl Disk {
             }
         }
         Ok(0)
+    }
+
+    /// Has ranges of sectors read as zeros. None is touched unless all of them are right.
+    fn clear(&self, kind: u32, data: &Buffers<'_>) -> Result<usize, Failure> {
+        let (count, rest) = (data.len() / size_of::<Range>(), data.len() % size_of::<Range>());
+        if rest != 0 || !(1..=MOST_RANGES as usize).contains(&count) {
+            return Err(Failure::Io);
+        }
+        let mut data = data.clone();
+        let mut ranges = Vec::with_capacity(count);
+        while let Some(range) = data.read::<Range>() {
+            ranges.push((clearing(kind, range.flags.to_native())?, self.range(range)?));
+        }
+        for (mode, (offset, length)) in ranges {
+            self.allocate(mode, offset, length)?;
+        }
+        Ok(0)
+    }
+
+    /// Where a range starts and how long it is, in bytes, if all of it is inside the disk.
+    fn range(&self, range: Range) -> Result<(i64, i64), Failure> {
+        let (sector, sectors) = (range.sector.to_native(), range.sectors.to_native());
+        let end = sector.checked_add(sectors.into()).filter(|end| *end <= self.shape.sectors);
+        if end.is_none() || !(1..=LONGEST_RANGE).contains(&sectors) {
+            return Err(Failure::Io);
+        }
+        // No file is longer than an offset can say.
+        let bytes = |sectors: u64| i64::try_from(sectors * SECTOR).map_err(|_| Failure::Io);
+        Ok((bytes(sector)?, bytes(sectors.into())?))
+    }
+
+    fn allocate(&self, mode: FallocateFlags, offset: i64, length: i64) -> Result<(), Failure> {
+        loop {
+            match fallocate(&self.file, mode | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, length) {
+                Err(Errno::EINTR) => {}
+                // The driver does without, from now on.
+                Err(Errno::EOPNOTSUPP) => return Err(Failure::Unsupported),
+                done => return Ok(done.map_err(io::Error::from)?),
+            }
+        }
+    }
+}
+
+/// How to clear a range (virtio 1.2, 5.2.6.2): what may be given back to the host is.
+fn clearing(kind: u32, flags: u32) -> Result<FallocateFlags, Failure> {
+    match (kind, flags) {
+        (VIRTIO_BLK_T_DISCARD, 0) | (VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => {
+            Ok(FallocateFlags::FALLOC_FL_PUNCH_HOLE)
+        }
+        (VIRTIO_BLK_T_WRITE_ZEROES, 0) => Ok(FallocateFlags::FALLOC_FL_ZERO_RANGE),
+        _ => Err(Failure::Unsupported),
     }
 }

@@ -15,11 +15,12 @@ use std::sync::Arc;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use self::disk::{Disk, SECTOR, Serial, Shape};
+use self::disk::{Disk, LONGEST_RANGE, MOST_RANGES, RANGE_ALIGNMENT, SECTOR, Serial, Shape};
 pub use self::thread::{Detached, Starter};
 use self::thread::{Served, Worker};
 use super::queue::DeviceQueue;
@@ -84,14 +85,22 @@ impl Blk {
     }
 
     /// virtio 1.2, 5.2.4, as far as the offered features give it a meaning.
-    fn config(&self) -> [u8; 24] {
-        let mut config = [0; 24];
+    fn config(&self) -> [u8; 60] {
+        let mut config = [0; 60];
         let capacity = self.shape.map_or(0, |shape| shape.sectors);
-        let fields: [(usize, &[u8]); 3] = [
+        let fields: [(usize, &[u8]); 9] = [
             (0, &capacity.to_le_bytes()),
             // All of a queue but header and status.
             (12, &(u32::from(QUEUE_SIZES[REQUESTS]) - 2).to_le_bytes()),
             (20, &(SECTOR as u32).to_le_bytes()),
+            // max_discard_sectors, max_discard_seg, discard_sector_alignment.
+            (36, &LONGEST_RANGE.to_le_bytes()),
+            (40, &MOST_RANGES.to_le_bytes()),
+            (44, &RANGE_ALIGNMENT.to_le_bytes()),
+            // max_write_zeroes_sectors, max_write_zeroes_seg, write_zeroes_may_unmap.
+            (48, &LONGEST_RANGE.to_le_bytes()),
+            (52, &MOST_RANGES.to_le_bytes()),
+            (56, &[1]),
         ];
         for (offset, bytes) in fields {
             config.iter_mut().skip(offset).zip(bytes).for_each(|(to, from)| *to = *from);
@@ -114,10 +123,13 @@ impl VirtioDevice for Blk {
 
     fn features(&self) -> u64 {
         let read_only = self.shape.is_some_and(|shape| shape.read_only);
+        let clears = u64::from(self.shape.is_some_and(|shape| shape.clears));
         1 << VIRTIO_BLK_F_FLUSH
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | u64::from(read_only) << VIRTIO_BLK_F_RO
+            | clears << VIRTIO_BLK_F_DISCARD
+            | clears << VIRTIO_BLK_F_WRITE_ZEROES
     }
 
     fn queue_sizes(&self) -> &[u16] {

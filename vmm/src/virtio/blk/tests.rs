@@ -1,3 +1,4 @@
+mod clearing;
 mod fuzzing;
 mod threads;
 

@@ -1,8 +1,9 @@
 use katana_fuzz::{Input, fuzz};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES};
 
 use super::*;
 use crate::memory::GuestMemory;
-use crate::virtio::fuzzing::drive;
+use crate::virtio::fuzzing::{self, drive};
 use crate::virtio::simple::{Answer, Simple};
 use crate::virtio::testing::wait_until;
 
@@ -26,12 +27,31 @@ fn file() -> File {
     file
 }
 
+/// A header of some kind, and three ranges, which make sense more often than anything at random.
+fn a_request(number: u64) -> Vec<u8> {
+    let kinds = [
+        VIRTIO_BLK_T_IN,
+        VIRTIO_BLK_T_OUT,
+        VIRTIO_BLK_T_FLUSH,
+        VIRTIO_BLK_T_GET_ID,
+        VIRTIO_BLK_T_DISCARD,
+        VIRTIO_BLK_T_WRITE_ZEROES,
+    ];
+    let kind = kinds[number as usize % kinds.len()];
+    let range =
+        |unmap: u64| [(number % 66).to_le_bytes(), (number % 5 + (unmap << 32)).to_le_bytes()].concat();
+    let header = [u64::from(kind).to_le_bytes(), (number % 65).to_le_bytes()].concat();
+    [header, range(0), range(number / 6 % 2), range(0)].concat()
+}
+
 #[test]
 fn fuzz_blk() {
     let file = file();
     let disk = Disk::new(file.try_clone().unwrap(), false).unwrap();
     let mut bench = Bench::new(Simple::new(Direct(disk)).unwrap());
+    let requests: Vec<u8> = (0..256).flat_map(a_request).collect();
     fuzz("blk", |input| {
+        bench.memory.write_slice(&requests, GuestAddress(fuzzing::DATA)).unwrap();
         drive(&mut bench, 0, input);
         assert_eq!(file.metadata().unwrap().len(), 64 * 512, "a disk keeps its size");
     });
