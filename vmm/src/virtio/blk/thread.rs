@@ -69,6 +69,8 @@ struct Orders {
     serves: Option<Arc<EventFd>>,
     /// Whether that queue is to be left.
     leave: bool,
+    /// Whether the queue and its memory are in use just now, and not only waited for.
+    busy: bool,
     /// Whose disk is to be closed.
     detached: Vec<Detached>,
 }
@@ -151,9 +153,11 @@ impl Worker {
         self.wake(orders);
     }
 
-    /// Whether nothing is done any more with queues of before the last reset.
+    /// Whether nothing is done any more with queues of before the last reset. A thread that only waits for one leaves it
+    /// untouched when it wakes up: a driver that resets an idle disk need not wait for that.
     pub fn at_rest(&self) -> bool {
-        !lock(&self.orders).leave
+        let orders = lock(&self.orders);
+        !(orders.leave && orders.busy)
     }
 
     fn wake(&self, orders: MutexGuard<'_, Orders>) {
@@ -174,6 +178,7 @@ impl Worker {
             queue.serve(memory, |chain| {
                 request(chain, disk.as_ref().filter(|_| self.goes_on()), &self.serial)
             });
+            lock(&self.orders).busy = false;
             while let Err(error) = queue.kick().read() {
                 if error.kind() != io::ErrorKind::Interrupted {
                     log::error!("blk: a queue's kick: {error}");
@@ -213,6 +218,7 @@ impl Worker {
                 self.report_closed();
                 orders = lock(&self.orders);
             } else if served.is_some() {
+                orders.busy = true;
                 return served.as_mut();
             } else if disk.is_none() {
                 orders.runs = false;
