@@ -171,7 +171,7 @@ impl Default for Hypervisor {
             default_memory: 512,
             default_maxmemory: keys::host_memory(),
             disable_vhost_net: false,
-            disk_slots: 8,
+            disk_slots: 12,
             writable_layer: None,
             writable_layer_size: 32 << 10,
             enable_debug: false,

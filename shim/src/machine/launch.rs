@@ -161,7 +161,7 @@ impl Machine {
             bounds,
             size,
             host_limits,
-            disks: Slots::new(disk_slots).into(),
+            disks: Slots::new(disk_slots, if spec.is_sandbox() { disk_slots / 3 } else { 0 }).into(),
             watcher: tokio::sync::Mutex::default(),
             follower: tokio::sync::Mutex::default(),
         });

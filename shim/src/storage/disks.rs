@@ -228,6 +228,7 @@ impl<'a> Rules<'a> {
 #[derive(Debug)]
 pub struct Slots {
     slots: Vec<Option<Use>>,
+    kept: usize,
     /// By container.
     taken: HashMap<String, Vec<u8>>,
 }
@@ -249,17 +250,20 @@ pub struct DiskSlot {
 }
 
 impl Slots {
-    /// So many empty slots.
-    pub fn new(count: u8) -> Self {
-        Self { slots: (0..count).map(|_| None).collect(), taken: HashMap::new() }
+    /// So many empty slots, of which writable layers leave some for disks that cannot be had in another way.
+    pub fn new(count: u8, kept: u8) -> Self {
+        Self { slots: (0..count).map(|_| None).collect(), kept: kept.into(), taken: HashMap::new() }
     }
 
     /// Takes a slot for a container. A disk that another one has is shared with it, so that both see what either
-    /// writes;
-    /// `None` when all slots are in use.
+    /// writes; `None` when all slots are in use.
     pub fn take(&mut self, container: &str, disk: &Opened) -> Option<DiskSlot> {
         let fits = |used: &Use| used.identity == disk.identity && (disk.read_only || !used.read_only);
         let shared = self.slots.iter().position(|slot| slot.as_ref().is_some_and(fits));
+        let free = self.slots.iter().filter(|slot| slot.is_none()).count();
+        if matches!(disk.purpose, Purpose::Writable(_)) && free <= self.kept {
+            return None;
+        }
         let number = shared.or_else(|| self.slots.iter().position(Option::is_none))?;
         let slot = u8::try_from(number).ok()?;
         let used = self.slots.get_mut(number)?.get_or_insert(Use {

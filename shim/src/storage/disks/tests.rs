@@ -128,7 +128,7 @@ fn opened(inode: u64, read_only: bool) -> Opened {
 
 #[test]
 fn a_disk_of_two_containers_takes_one_slot() {
-    let mut slots = Slots::new(2);
+    let mut slots = Slots::new(2, 0);
     let place = |slot, shared| Some(DiskSlot { slot, shared });
     assert_eq!(slots.take("a", &opened(5, false)), place(0, false));
     assert_eq!(slots.take("b", &opened(5, true)), place(0, true));

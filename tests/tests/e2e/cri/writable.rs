@@ -121,9 +121,8 @@ fn nothing_stays_of_a_root_whose_machine_is_killed(handler: &str) {
     let container = pod.start(json!({}));
     let before = images();
     assert!(!before.is_empty());
-    container
-        .sh("echo kept > /root/kept && sync /root/kept && (while :; do echo x >> /root/more; done) &")
-        .ok();
+    let writes = "while :; do echo x >> /root/more; done > /dev/null 2>&1 &";
+    container.sh(&format!("echo kept > /root/kept && sync /root/kept\n{writes}")).ok();
     let pid = nix::unistd::Pid::from_raw(container.pid());
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
     container.ended();
