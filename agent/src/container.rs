@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use katana_protocol::agent::{Disk, HostSocket, SharedMount};
@@ -158,6 +159,9 @@ impl Container {
         let Request { id, spec, ports, pause, disks, sockets, mounts } = request;
         let mut spec: Spec = serde_json::from_slice(spec)?;
         let process = spec.process_mut().take().ok_or(Error::Invalid("process is missing"))?;
+        // First of all: what is shared of a root that is otherwise on a disk has to be there.
+        let lower = disks.iter().find(|disk| !disk.lower.is_empty()).map(|disk| PathBuf::from(&disk.lower));
+        let submounts = Submounts::of(&spec, lower, mounts, &pod.share).await;
         let disks = take_disks(id, disks).await?;
         disks.translate(&mut spec);
         let linux = spec.linux_mut().as_mut().ok_or(Error::Invalid("linux is missing"))?;
@@ -170,7 +174,6 @@ impl Container {
 
         let sockets = Sockets::serve(&sockets, &pod.transport)?;
         let cgroup = Arc::new(Cgroup::create(linux.cgroups_path().as_deref(), id)?);
-        let submounts = Submounts::of(&spec, disks.lower(), mounts, &pod.share).await;
         let work = Work::Container { id: id.to_owned(), spec: Box::new(spec), pause };
         let built = Self::build(pod, work, submounts, process, seccomp, &cgroup, ports).await;
         let built = built.map(|container| Self {
@@ -386,7 +389,11 @@ impl Container {
     /// Kills what is left and removes the cgroup. Its mounts went with its last process; a root on a disk is unmounted.
     pub async fn remove(&self) -> Result<()> {
         self.cgroup.remove().await?;
-        drop(std::mem::take(&mut *self.disks()));
+        let disks = std::mem::take(&mut *self.disks());
+        if !disks.is_empty() {
+            // It may have to write much.
+            let _ = tokio::task::spawn_blocking(move || drop(disks)).await;
+        }
         drop(std::mem::take(&mut *self.huge_pages.lock().unwrap_or_else(PoisonError::into_inner)));
         drop(std::mem::take(&mut *self.sockets.lock().unwrap_or_else(PoisonError::into_inner)));
         self.oom_watch.abort();

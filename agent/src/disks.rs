@@ -1,7 +1,8 @@
 //! The machine's disks: made ready for a container, released after the last one.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -41,13 +42,14 @@ pub enum Error {
     },
 }
 
-/// The disks of a container. Its root, if that is on one, is unmounted when this is dropped.
+/// The disks of a container. Its root, if that is on one, is unmounted when this is dropped, which blocks until all of it
+/// is written.
 #[derive(Debug, Default)]
 pub struct Disks {
     devices: Vec<Device>,
     root: Option<PathBuf>,
-    /// What the root has below its writable layer.
-    lower: Option<PathBuf>,
+    /// The file system of a writable layer that nobody reads later.
+    volatile: Option<File>,
 }
 
 /// A block device by its numbers, on the host and in the guest.
@@ -79,17 +81,19 @@ impl Disks {
                 mount(&name, disk, &point).map_err(failed(&disk.file_system))?;
             } else if !disk.lower.is_empty() {
                 taken.root = Some(point.clone());
-                taken.lower = Some(PathBuf::from(&disk.lower));
-                mount(&name, &writable_layer(), &point).map_err(failed("ext4"))?;
+                mount(&name, &writable_layer(disk.volatile), &point).map_err(failed("ext4"))?;
+                if disk.volatile {
+                    taken.volatile = Some(File::open(&point).map_err(failed("ext4"))?);
+                }
                 mount_overlay(&disk.lower, &point).map_err(failed("overlay"))?;
             }
         }
         Ok(taken)
     }
 
-    /// The directory of the share that is below the root's writable layer.
-    pub fn lower(&self) -> Option<&Path> {
-        self.lower.as_deref()
+    /// Whether nothing has to be done for these.
+    pub fn is_empty(&self) -> bool {
+        self.devices.is_empty() && self.root.is_none()
     }
 
     /// Replaces the host's numbers of devices by the guest's.
@@ -131,6 +135,11 @@ impl Disks {
 impl Drop for Disks {
     fn drop(&mut self) {
         let Some(root) = &self.root else { return };
+        if let Some(layer) = self.volatile.take()
+            && let Err(error) = shut_down(&layer)
+        {
+            log::warn!("{}: {error}", root.display());
+        }
         // An overlay is mounted on its writable layer.
         loop {
             match umount2(root, MntFlags::UMOUNT_NOFOLLOW) {
@@ -147,17 +156,21 @@ impl Drop for Disks {
     }
 }
 
-/// Releases a disk that no container uses any more: what was written to it is on it afterwards. Blocks.
-pub fn release(slot: u32) -> Result<(), Error> {
-    try_release(slot).map_err(|error| Error::Disk(slot, error))
+/// Releases a disk that no container uses any more: what was written to it is on it afterwards, unless it is volatile.
+/// Blocks.
+pub fn release(slot: u32, volatile: bool) -> Result<(), Error> {
+    try_release(slot, volatile).map_err(|error| Error::Disk(slot, error))
 }
 
-fn try_release(slot: u32) -> io::Result<()> {
+fn try_release(slot: u32, volatile: bool) -> io::Result<()> {
     let function = pci::function(Kind::Disk, slot)?;
     if let Some(disk) = pci::made_of(&function, "block") {
         let name = disk.file_name().ok_or(io::ErrorKind::InvalidData)?;
-        // What programs wrote to the device itself.
-        unused(&Path::new("/dev").join(name))?.sync_all()?;
+        let device = unused(&Path::new("/dev").join(name))?;
+        if !volatile {
+            // What programs wrote to the device itself.
+            device.sync_all()?;
+        }
     }
     pci::unbind(&function)?;
     match fs::remove_file(Path::new(GUEST_DISKS).join(slot.to_string())) {
@@ -168,7 +181,7 @@ fn try_release(slot: u32) -> io::Result<()> {
 
 /// Opens a disk when no file system is on it any more. The kernel ends one some time after its last mount, in the
 /// background, and writes to it until then; it notifies nobody of that.
-fn unused(device: &Path) -> io::Result<fs::File> {
+fn unused(device: &Path) -> io::Result<File> {
     let begun = Instant::now();
     loop {
         // For a block device O_EXCL means that no file system is mounted from it (open(2)).
@@ -209,18 +222,30 @@ fn make_node(slot: u32, (major, minor): (u32, u32)) -> io::Result<()> {
     }
 }
 
-/// How the disk of a writable layer is mounted. What is removed from it is given back to the host.
-fn writable_layer() -> Disk {
-    Disk { file_system: "ext4".to_owned(), options: vec!["discard".to_owned()], ..Disk::default() }
+/// How the disk of a writable layer is mounted. What is removed from it is given back to the host. A volatile one does not
+/// outlive the host, so that it need not be on the host's disk, only in the host's hands.
+fn writable_layer(volatile: bool) -> Disk {
+    let options = ["discard"].into_iter().chain(volatile.then_some("barrier=0"));
+    let options = options.map(String::from).collect();
+    Disk { file_system: "ext4".to_owned(), options, ..Disk::default() }
+}
+
+/// Has a file system write nothing from now on (`EXT4_IOC_SHUTDOWN` with `EXT4_GOING_FLAGS_NOLOGFLUSH`).
+fn shut_down(layer: &File) -> io::Result<()> {
+    const NO_LOG_FLUSH: u32 = 2;
+    nix::ioctl_write_ptr_bad!(shutdown, nix::request_code_read!(b'X', 125, size_of::<u32>()), u32);
+    // SAFETY: a descriptor, and a number that outlives the call.
+    unsafe { shutdown(layer.as_raw_fd(), &NO_LOG_FLUSH) }?;
+    Ok(())
 }
 
 /// Covers a writable layer, which is mounted there, by the root of which it is a part. Inode numbers tell files of the one
-/// layer from those of the other, and stay the same when a file is copied up (overlayfs.rst, "Inode properties"). The dot
-/// has the kernel mount what is shared at `lower`, if nobody has walked in yet.
+/// layer from those of the other, and stay the same when a file is copied up (overlayfs.rst, "Inode properties").
+/// Somebody has walked into `lower` (`submounts`): the kernel does not do so by itself at the end of a path.
 fn mount_overlay(lower: &str, point: &Path) -> io::Result<()> {
     let layer = |name| point.join(name).to_string_lossy().into_owned();
     let options = [
-        format!("lowerdir={lower}/."),
+        format!("lowerdir={lower}"),
         format!("upperdir={}", layer("upper")),
         format!("workdir={}", layer("work")),
         "xino=on".to_owned(),
@@ -252,7 +277,7 @@ mod tests {
     #[test]
     fn numbers_of_the_host_become_those_of_the_guest() {
         let devices = vec![Device { host: (7, 3), guest: (254, 16) }];
-        let disks = Disks { devices, root: None, lower: None };
+        let disks = Disks { devices, root: None, volatile: None };
         let mut spec: Spec = serde_json::from_str(
             r#"{"linux": {
                 "devices": [

@@ -376,7 +376,8 @@ impl Agent for Service {
     }
 
     async fn release_disk(&self, _: &TtrpcContext, request: ReleaseDiskRequest) -> ttrpc::Result<Empty> {
-        let released = tokio::task::spawn_blocking(move || disks::release(request.slot)).await;
+        let released =
+            tokio::task::spawn_blocking(move || disks::release(request.slot, request.volatile)).await;
         let released = released.map_err(|e| ttrpc::Error::Others(e.to_string()))?;
         released.map_err(|e| container_status(e.into()))?;
         Ok(Empty::new())

@@ -92,10 +92,15 @@ pub struct Submounts {
 
 impl Submounts {
     /// Walks into each of them, and into the mounts in them, before the container does.
-    pub async fn of(spec: &Spec, lower: Option<&Path>, mounts: Vec<SharedMount>, users: &Arc<Users>) -> Self {
+    pub async fn of(
+        spec: &Spec,
+        lower: Option<PathBuf>,
+        mounts: Vec<SharedMount>,
+        users: &Arc<Users>,
+    ) -> Self {
         let root = spec.root().as_ref().map(|root| root.path().clone());
         let sources = spec.mounts().iter().flatten().filter_map(|mount| mount.source().clone());
-        let used = root.into_iter().chain(lower.map(Path::to_owned)).chain(sources);
+        let used = root.into_iter().chain(lower).chain(sources);
         let paths: Vec<_> = used.filter(|path| path.starts_with(GUEST_SHARE)).collect();
         let submounts = Self { paths, users: Arc::clone(users) };
         for path in &submounts.paths {

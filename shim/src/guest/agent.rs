@@ -192,11 +192,12 @@ impl Agent {
     }
 
     /// Has the guest release a disk that no container uses any more.
-    pub async fn release_disk(&self, slot: u8) -> Result<()> {
-        let request = api::ReleaseDiskRequest { slot: slot.into(), ..Default::default() };
+    pub async fn release_disk(&self, slot: u8, volatile: bool) -> Result<()> {
+        let request = api::ReleaseDiskRequest { slot: slot.into(), volatile, ..Default::default() };
         let client = self.client.clone();
-        self.call("ReleaseDisk", Some(LONG), async move {
-            client.release_disk(with_duration(LONG), &request).await
+        let limit = if volatile { TIDY } else { LONG };
+        self.call("ReleaseDisk", Some(limit), async move {
+            client.release_disk(with_duration(limit), &request).await
         })
         .await?;
         Ok(())
@@ -282,9 +283,9 @@ impl Agent {
         Ok(())
     }
 
-    /// Removes a stopped container. What it has on disks may have to be written.
-    pub async fn remove_container(&self, id: &str, has_disks: bool) -> Result<()> {
-        let limit = if has_disks { LONG } else { TIDY };
+    /// Removes a stopped container. What it has on disks may have to be written, if somebody reads it later.
+    pub async fn remove_container(&self, id: &str, writes: bool) -> Result<()> {
+        let limit = if writes { LONG } else { TIDY };
         let (client, request) = (self.client.clone(), container(id));
         self.call("RemoveContainer", Some(limit), async move {
             client.remove_container(with_duration(limit), &request).await

@@ -7,7 +7,7 @@ use katana_protocol::agent as api;
 use super::Machine;
 use crate::error::{Error, Result};
 use crate::spec::OnDisks;
-use crate::storage::disks::{DiskSlot, Purpose, Wanted};
+use crate::storage::disks::{DiskSlot, Lasting, Purpose, Wanted};
 use crate::storage::rootfs::Layer;
 
 /// A container's disks.
@@ -38,9 +38,16 @@ impl Machine {
         }
         for wanted in wanted {
             let (path, is_needed) = (wanted.path.clone(), wanted.is_needed());
-            let disk = crate::host::threads::blocking(move || wanted.open()).await?;
+            let opened = crate::host::threads::blocking(move || wanted.open()).await;
+            let disk = match opened {
+                Err(e) if !is_needed => {
+                    log::warn!("{e}: it is shared instead of being a disk");
+                    continue;
+                }
+                opened => opened?,
+            };
             let mut slots = self.disks.lock().await;
-            let Some(DiskSlot { slot, shared }) = slots.take(container, &disk) else {
+            let Some(DiskSlot { slot, shared }) = slots.take(container, &disk, is_needed) else {
                 if !is_needed {
                     log::info!("{} is not made a disk: all disk slots are in use", path.display());
                     crate::host::threads::blocking(move || {
@@ -76,8 +83,9 @@ impl Machine {
         Ok(Attached { disks, on_disks, below })
     }
 
-    /// Whether a container has disks. What it wrote to them is on them after [`Machine::release_disks`].
-    pub async fn has_disks(&self, container: &str) -> bool {
+    /// Whether a container has disks, and whether they outlive it: what it wrote to them is on them after
+    /// [`Machine::release_disks`] then.
+    pub async fn has_disks(&self, container: &str) -> Option<Lasting> {
         self.disks.lock().await.has(container)
     }
 
@@ -85,10 +93,10 @@ impl Machine {
     pub async fn release_disks(self: &Arc<Self>, container: &str) {
         let (machine, container) = (Arc::clone(self), container.to_owned());
         let released = tokio::spawn(async move {
-            let mut slots = machine.disks.lock().await;
-            for slot in slots.leave(&container) {
-                match machine.release_disk(slot).await {
-                    Ok(()) => slots.free(slot),
+            let unused = machine.disks.lock().await.leave(&container);
+            for (slot, volatile) in unused {
+                match machine.release_disk(slot, volatile).await {
+                    Ok(()) => machine.disks.lock().await.free(slot),
                     // The guest may still write to it: nobody else gets the slot.
                     Err(e) => log::error!("disk slot {slot}: {e}"),
                 }
@@ -97,11 +105,11 @@ impl Machine {
         let _ = released.await;
     }
 
-    async fn release_disk(&self, slot: u8) -> Result<()> {
+    async fn release_disk(&self, slot: u8, volatile: bool) -> Result<()> {
         if self.is_dead() {
             return Ok(());
         }
-        self.agent().await?.release_disk(slot).await?;
+        self.agent().await?.release_disk(slot, volatile).await?;
         self.vmm.detach_disk(slot).await
     }
 }

@@ -24,7 +24,7 @@ use crate::machine::disks::Attached;
 use crate::machine::size::Limits;
 use crate::machine::sockets::{self, Sockets};
 use crate::spec::{Hook, Pod, Spec};
-use crate::storage::disks;
+use crate::storage::disks::{self, Lasting};
 use crate::storage::rootfs::Layer;
 use crate::storage::share::Added;
 
@@ -251,7 +251,7 @@ impl Container {
         log::debug!("timeline: container ended");
         let execs_end = self.execs().values().any(|exec| exec.phase() == Phase::Running);
         // Delete has to write disks first. After a SIGKILL, the agent may be about to report a lack of memory.
-        if exit.status != KILLED && !execs_end && !self.machine.has_disks(&self.id).await {
+        if exit.status != KILLED && !execs_end && self.machine.has_disks(&self.id).await.is_none() {
             self.machine.kill();
         }
     }
@@ -334,10 +334,10 @@ impl Container {
             Phase::Created => self.discard().await?,
         };
         // A machine that ends takes all else with it, but not what is to be written to disks.
-        let has_disks = self.machine.has_disks(&self.id).await;
-        if (guest_goes_on || has_disks)
+        let disks = self.machine.has_disks(&self.id).await;
+        if (guest_goes_on || disks.is_some())
             && !self.machine.is_dead()
-            && let Err(e) = self.agent.remove_container(&self.id, has_disks).await
+            && let Err(e) = self.agent.remove_container(&self.id, disks == Some(Lasting(true))).await
         {
             log::error!("remove container {}: {e}", self.id);
         }

@@ -394,7 +394,8 @@ impl Pod {
             return Ok(deleted(pid, exit));
         }
         let pid = container.pid;
-        let guest_goes_on = self.containers().len() > 1;
+        // containerd's sandbox is there without a container.
+        let guest_goes_on = self.containers().len() > 1 || self.sandboxed.get().is_some();
         let exit = container.delete(guest_goes_on).await?;
         self.containers().remove(&request.id);
         self.remove_limits(&container).await;

@@ -1,7 +1,7 @@
 //! Disks: block devices and images that a container uses, in the machine's slots for them.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -73,7 +73,8 @@ pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer], policy: Policy)
         let path = writable.image.clone();
         Some(Wanted { path, read_only: false, purpose: Purpose::Writable(writable), checked: None })
     };
-    let mut wanted: Vec<_> = root(layers).or_else(writable).into_iter().collect();
+    let mut wanted: Vec<_> = root(layers).into_iter().collect();
+    let has_root = !wanted.is_empty();
     for device in spec.linux.iter().flat_map(|linux| &linux.devices).filter(|device| device.kind == "b") {
         // Privileged containers get the numbers of all disks of the host, for what they might need.
         if !rules.allow_all() {
@@ -101,6 +102,10 @@ pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer], policy: Policy)
             let (purpose, checked) = (Purpose::Device(Some(number)), Some((major, minor)));
             wanted.push(Wanted { path: path.clone(), read_only, purpose, checked });
         }
+    }
+    if !has_root {
+        // Last: the others are needed.
+        wanted.extend(writable());
     }
     Ok(wanted)
 }
@@ -171,6 +176,16 @@ impl Wanted {
         }
         let file = vmm_files::open(&self.path, File::options().read(true).write(!self.read_only));
         let file = file.map_err(|e| failed(&e))?;
+        if let Purpose::Writable(_) = &self.purpose {
+            // The VMM has it until it has let go of the disk. Two guests would destroy the file system.
+            file.try_lock().map_err(|e| match e {
+                TryLockError::WouldBlock => Error::FailedPrecondition(format!(
+                    "writable layer {}: another container uses it",
+                    self.path.display()
+                )),
+                TryLockError::Error(e) => failed(&e),
+            })?;
+        }
         let status = file.metadata().map_err(|e| failed(&e))?;
         if self.checked.is_some() && self.checked != numbers(&status) {
             return Err(is_another(&self.path));
@@ -237,8 +252,13 @@ pub struct Slots {
 struct Use {
     identity: Identity,
     read_only: bool,
+    volatile: bool,
     users: usize,
 }
+
+/// Whether something on a container's disks outlives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lasting(pub bool);
 
 /// A slot, and whether its disk is there already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -256,12 +276,15 @@ impl Slots {
     }
 
     /// Takes a slot for a container. A disk that another one has is shared with it, so that both see what either
-    /// writes; `None` when all slots are in use.
-    pub fn take(&mut self, container: &str, disk: &Opened) -> Option<DiskSlot> {
-        let fits = |used: &Use| used.identity == disk.identity && (disk.read_only || !used.read_only);
+    /// writes; `None` when all slots are in use, or all but those that are kept for others if it is not `needed`.
+    pub fn take(&mut self, container: &str, disk: &Opened, needed: bool) -> Option<DiskSlot> {
+        // What nobody uses is being taken away, or could not be.
+        let fits = |used: &Use| {
+            used.users > 0 && used.identity == disk.identity && (disk.read_only || !used.read_only)
+        };
         let shared = self.slots.iter().position(|slot| slot.as_ref().is_some_and(fits));
         let free = self.slots.iter().filter(|slot| slot.is_none()).count();
-        if matches!(disk.purpose, Purpose::Writable(_)) && free <= self.kept {
+        if matches!(disk.purpose, Purpose::Writable(_)) && !needed && free <= self.kept {
             return None;
         }
         let number = shared.or_else(|| self.slots.iter().position(Option::is_none))?;
@@ -269,6 +292,7 @@ impl Slots {
         let used = self.slots.get_mut(number)?.get_or_insert(Use {
             identity: disk.identity,
             read_only: disk.read_only,
+            volatile: matches!(&disk.purpose, Purpose::Writable(writable) if writable.is_volatile()),
             users: 0,
         });
         used.users += 1;
@@ -276,14 +300,15 @@ impl Slots {
         Some(DiskSlot { slot, shared: shared.is_some() })
     }
 
-    /// A container is gone; the answer is the slots that nobody uses any more, to be passed to [`Slots::free`].
-    pub fn leave(&mut self, container: &str) -> Vec<u8> {
+    /// A container is gone; the answer is the slots that nobody uses any more, to be passed to [`Slots::free`], and whether
+    /// what is on them is of use to nobody.
+    pub fn leave(&mut self, container: &str) -> Vec<(u8, bool)> {
         let mut unused = Vec::new();
         for slot in self.taken.remove(container).unwrap_or_default() {
             if let Some(Some(used)) = self.slots.get_mut(usize::from(slot)) {
                 used.users -= 1;
                 if used.users == 0 {
-                    unused.push(slot);
+                    unused.push((slot, used.volatile));
                 }
             }
         }
@@ -302,9 +327,13 @@ impl Slots {
         self.slots.len()
     }
 
-    /// Whether a container has a disk.
-    pub fn has(&self, container: &str) -> bool {
-        self.taken.contains_key(container)
+    /// Whether a container has disks, and if so, whether any is of use to others later.
+    pub fn has(&self, container: &str) -> Option<Lasting> {
+        let slots = self.taken.get(container)?;
+        let lasting = |slot: &u8| {
+            self.slots.get(usize::from(*slot)).and_then(Option::as_ref).is_some_and(|used| !used.volatile)
+        };
+        Some(Lasting(slots.iter().any(lasting)))
     }
 }
 
@@ -339,7 +368,9 @@ impl Opened {
             Purpose::Root { kind, options } => {
                 api::Disk { file_system: kind.clone(), options: options.clone(), ..disk }
             }
-            Purpose::Writable(writable) => api::Disk { lower: writable.lower(container), ..disk },
+            Purpose::Writable(writable) => {
+                api::Disk { lower: writable.lower(container), volatile: writable.is_volatile(), ..disk }
+            }
             Purpose::Device(_) => disk,
         }
     }

@@ -24,6 +24,8 @@ const DESCRIPTOR: usize = 32;
 pub const LEAST: u64 = 16 << 20;
 /// See [`LEAST`].
 pub const MOST: u64 = 8 << 40;
+/// Blocks of the journal: the least that jbd2 takes. All of them are written in time, and count as the container's.
+const JOURNAL: u32 = 1024;
 /// A last group with fewer blocks is left out.
 const LEAST_OF_LAST: u32 = 1024;
 
@@ -61,7 +63,6 @@ struct Shape {
     blocks: u32,
     groups: u32,
     inodes_per_group: u32,
-    journal: u32,
 }
 
 impl Shape {
@@ -76,9 +77,8 @@ impl Shape {
         let blocks = if blocks > GROUP && rest < LEAST_OF_LAST { blocks - rest } else { blocks };
         // Whole blocks of inodes.
         let inodes = (bytes / BYTES_PER_INODE).min(MOST_INODES) / 16 * 16;
-        let journal = if bytes < 512 << 20 { 1024 } else { 4096 };
         let inodes_per_group = u32::try_from(inodes).unwrap_or(u32::MAX);
-        Ok(Self { blocks, groups: blocks.div_ceil(GROUP), inodes_per_group, journal })
+        Ok(Self { blocks, groups: blocks.div_ceil(GROUP), inodes_per_group })
     }
 
     fn descriptor_blocks(self) -> u32 {
@@ -108,7 +108,7 @@ impl Shape {
 
     /// Blocks that are in use from the start, all at the beginning of their group.
     fn used(self, group: u32) -> u32 {
-        if group == 0 { self.journal_start() + self.journal } else { 2 + self.table_blocks() }
+        if group == 0 { self.journal_start() + JOURNAL } else { 2 + self.table_blocks() }
     }
 
     fn free(self) -> u32 {
@@ -125,7 +125,7 @@ pub fn make(file: &File, bytes: u64, upper: Access, random: [u8; 32]) -> io::Res
     file.set_len(u64::from(shape.blocks) * BLOCK as u64)?;
     let at = |block: u32| u64::from(block) * BLOCK as u64;
     file.write_all_at(&head(shape, upper, &random), 0)?;
-    file.write_all_at(&directories(shape), at(shape.directories()))?;
+    file.write_all_at(&directories(), at(shape.directories()))?;
     let last = shape.groups - 1;
     if last > 0 {
         // That of the last group is to be there (e2fsck, "Last group block bitmap uninitialized").
@@ -150,10 +150,7 @@ fn head(shape: Shape, upper: Access, random: &[u8; 32]) -> Vec<u8> {
     let root = Access { mode: DIRECTORY | 0o755, uid: 0, gid: 0 };
     let mut inodes = vec![
         (ROOT_INODE, inode(root, 2 + DIRECTORIES.len() as u16, shape.directories(), 1)),
-        (
-            JOURNAL_INODE,
-            inode(Access { mode: REGULAR | 0o600, ..root }, 1, shape.journal_start(), shape.journal),
-        ),
+        (JOURNAL_INODE, inode(Access { mode: REGULAR | 0o600, ..root }, 1, shape.journal_start(), JOURNAL)),
     ];
     for ((number, name), block) in (FIRST_INODE..).zip(DIRECTORIES).zip(shape.directories() + 1..) {
         let access = if name == UPPER { upper } else { Access { mode: 0o700, ..root } };
@@ -269,7 +266,7 @@ fn inode(access: Access, links: u16, start: u32, blocks: u32) -> Vec<u8> {
 }
 
 /// The root directory, those in it, and the first block of the journal.
-fn directories(shape: Shape) -> Vec<u8> {
+fn directories() -> Vec<u8> {
     let names = (FIRST_INODE..).zip(DIRECTORIES);
     let mut blocks = directory(
         &[(ROOT_INODE, "."), (ROOT_INODE, "..")].into_iter().chain(names.clone()).collect::<Vec<_>>(),
@@ -281,15 +278,8 @@ fn directories(shape: Shape) -> Vec<u8> {
     // it is empty, and one file system uses it.
     let journal = blocks.len();
     blocks.resize(journal + BLOCK, 0);
-    let words = [
-        (0, 0xc03b_3998),
-        (4, 4),
-        (0xc, BLOCK as u32),
-        (0x10, shape.journal),
-        (0x14, 1),
-        (0x18, 1),
-        (0x40, 1),
-    ];
+    let words =
+        [(0, 0xc03b_3998), (4, 4), (0xc, BLOCK as u32), (0x10, JOURNAL), (0x14, 1), (0x18, 1), (0x40, 1)];
     for (offset, word) in words {
         put(&mut blocks, journal + offset, &u32::to_be_bytes(word));
     }

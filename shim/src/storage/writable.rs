@@ -58,6 +58,8 @@ pub struct Writable {
     below: Layer,
     /// The name of that in the container's directory of the share.
     name: &'static str,
+    /// Whether nobody reads it when the container is gone.
+    volatile: bool,
 }
 
 impl Writable {
@@ -67,7 +69,18 @@ impl Writable {
         let (upper, below) = split(layer)?;
         let image = upper.join(IMAGE);
         let may_be = is_marked(&image, MARK) || policy.is_disk(spec) && is_empty(upper);
-        may_be.then(|| Self { image, bytes: u64::from(policy.mib) << 20, below, name: spec.shared_root() })
+        may_be.then(|| Self {
+            image,
+            bytes: u64::from(policy.mib) << 20,
+            below,
+            name: spec.shared_root(),
+            volatile: spec.has_own_root(),
+        })
+    }
+
+    /// Whether nobody reads it when its container is gone: containers of pods are not started again on what one has left.
+    pub fn is_volatile(&self) -> bool {
+        self.volatile
     }
 
     /// What is mounted on the host and shared.
@@ -108,6 +121,10 @@ impl Writable {
             let file = File::options().write(true).create_new(true).mode(0o600).open(&unfinished)?;
             ext4::make(&file, self.bytes, access, crate::host::random().map_err(io::Error::other)?)?;
             mark(&unfinished, MARK)?;
+            if !self.volatile {
+                // A name that is there after a failure of power has its contents.
+                file.sync_all()?;
+            }
             fs::rename(&unfinished, &self.image)
         })();
         if made.is_err() {
@@ -136,7 +153,8 @@ fn split(layer: &Layer) -> Option<(&Path, Layer)> {
             // Ids are translated by the file system, which is done to the whole of it.
             Some(("uidmap" | "gidmap", _)) => return None,
             _ if matches!(option.as_str(), "rw" | "volatile") => {}
-            _ if option == "ro" => return None,
+            // Nobody writes to it, or its mount has restrictions that the guest's would not have.
+            _ if ["ro", "nosuid", "nodev", "noexec"].contains(&option.as_str()) => return None,
             _ => rest.push(option.clone()),
         }
     }

@@ -10,6 +10,7 @@ use super::Container;
 use crate::error::{Error, Result};
 use crate::pod::process::{Exit, Phase, Process};
 use crate::pod::stdio::Streams;
+use crate::storage::disks::Lasting;
 
 /// How long a process that was never started may take to end.
 const END_LIMIT: Duration = Duration::from_secs(10);
@@ -73,8 +74,8 @@ impl Container {
             }
             self.agent.wait_process(name).await?;
             if is_init {
-                let has_disks = self.machine.has_disks(&self.id).await;
-                self.agent.remove_container(&self.id, has_disks).await
+                let writes = self.machine.has_disks(&self.id).await == Some(Lasting(true));
+                self.agent.remove_container(&self.id, writes).await
             } else {
                 self.agent.remove_process(name).await
             }

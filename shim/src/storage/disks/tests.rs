@@ -130,18 +130,45 @@ fn opened(inode: u64, read_only: bool) -> Opened {
 fn a_disk_of_two_containers_takes_one_slot() {
     let mut slots = Slots::new(2, 0);
     let place = |slot, shared| Some(DiskSlot { slot, shared });
-    assert_eq!(slots.take("a", &opened(5, false)), place(0, false));
-    assert_eq!(slots.take("b", &opened(5, true)), place(0, true));
-    assert_eq!(slots.take("b", &opened(6, true)), place(1, false));
+    assert_eq!(slots.take("a", &opened(5, false), true), place(0, false));
+    assert_eq!(slots.take("b", &opened(5, true), true), place(0, true));
+    assert_eq!(slots.take("b", &opened(6, true), true), place(1, false));
     // It would have to be written to.
-    assert_eq!(slots.take("c", &opened(6, false)), None);
+    assert_eq!(slots.take("c", &opened(6, false), true), None);
     assert!(slots.leave("a").is_empty());
-    assert_eq!(slots.leave("b"), [0, 1]);
+    assert_eq!(slots.leave("b"), [(0, false), (1, false)]);
+    // The host may have given the number of its inode to another file by now.
+    assert_eq!(slots.take("c", &opened(6, true), true), None);
     // Until the guest has released it.
-    assert_eq!(slots.take("c", &opened(7, false)), None);
+    assert_eq!(slots.take("c", &opened(7, false), true), None);
     slots.free(1);
-    assert_eq!(slots.take("c", &opened(7, false)), place(1, false));
-    assert!(slots.has("c") && !slots.has("b"));
+    assert_eq!(slots.take("c", &opened(7, false), true), place(1, false));
+    assert_eq!((slots.has("c"), slots.has("b")), (Some(Lasting(true)), None));
+}
+
+/// A writable layer can be shared instead.
+#[test]
+fn writable_layers_leave_slots_to_others() {
+    let mut slots = Slots::new(3, 1);
+    let upper = std::env::temp_dir().join(format!("katana-slots-{}", std::process::id()));
+    fs::create_dir_all(&upper).unwrap();
+    let options = [&format!("upperdir={}", upper.display()), "workdir=/w", "lowerdir=/l"];
+    let layers = [layer("overlay", "overlay", &options)];
+    let spec = json!({"annotations": {"io.kubernetes.cri.container-type": "container"}});
+    let spec = serde_json::from_value::<Spec>(spec).unwrap();
+    let layer = |inode| {
+        let writable = Writable::of(&layers, &spec, Policy::default()).unwrap();
+        Opened { purpose: Purpose::Writable(writable), ..opened(inode, false) }
+    };
+    assert!(slots.take("a", &layer(1), false).is_some() && slots.take("b", &layer(2), false).is_some());
+    assert_eq!(slots.take("c", &layer(3), false), None);
+    // What is on it cannot be had in another way.
+    assert!(slots.take("c", &layer(3), true).is_some());
+    assert_eq!(slots.has("c"), Some(Lasting(false)));
+    assert_eq!(slots.leave("c"), [(2, true)]);
+    slots.free(2);
+    assert!(slots.take("d", &opened(4, false), true).is_some());
+    fs::remove_dir(&upper).unwrap();
 }
 
 #[test]

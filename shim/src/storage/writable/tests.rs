@@ -40,6 +40,7 @@ fn the_rest_of_an_overlay_is_read_only() {
     for other in [
         overlay(&["lowerdir=/s/8:/s/7"]),
         overlay(&["workdir=/w", "upperdir=/u", "lowerdir=/s/8", "ro"]),
+        overlay(&["workdir=/w", "upperdir=/u", "lowerdir=/s/8", "nodev"]),
         overlay(&["workdir=/w", "upperdir=/u", r"lowerdir=/s/a\\:b"]),
         overlay(&["workdir=/w", "upperdir=/u", "lowerdir=/s/8", "uidmap=0:1000:1"]),
         Layer { kind: "bind".into(), ..overlay(&["rw"]) },
