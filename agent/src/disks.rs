@@ -5,24 +5,28 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use katana_protocol::agent::Disk;
-use katana_protocol::{GUEST_DISKS, GUEST_ROOTS};
+use katana_protocol::{GUEST_DISKS, GUEST_ROOTS, GUEST_VOLUMES};
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
-use nix::mount::{MntFlags, umount2};
-use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use nix::fcntl::{AT_FDCWD, OFlag, open};
+use nix::mount::{MntFlags, MsFlags, umount2};
+use nix::sys::stat::{FchmodatFlags, Mode, SFlag, fchmodat, fstat, makedev, mknod};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, Spec};
 
-use crate::init::parse_mount_options;
+use crate::init::{Make, Root, parse_mount_options};
 use crate::pci::{self, Kind};
 use crate::syscalls::{MOUNT_ATTR_RDONLY, MountAttributes, attach_mount, new_mount, set_mount};
 
 /// How long the kernel may take to end a file system whose last mount is gone, and between two looks at it.
 const END_LIMIT: Duration = Duration::from_secs(10);
 const END_INTERVAL: Duration = Duration::from_millis(5);
+
+/// The directory of a volume's file system that is the volume.
+const VOLUME: &str = "upper";
 
 /// What cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +90,9 @@ impl Disks {
                     taken.volatile = Some(File::open(&point).map_err(failed("ext4"))?);
                 }
                 mount_overlay(&disk.lower, &point).map_err(failed("overlay"))?;
+            } else if disk.is_volume {
+                let made = mount_volume(&name, disk).and_then(|top| make_path(&top, Path::new(&disk.volume)));
+                made.map_err(failed("ext4"))?;
             }
         }
         Ok(taken)
@@ -164,6 +171,7 @@ pub fn release(slot: u32, volatile: bool) -> Result<(), Error> {
 
 fn try_release(slot: u32, volatile: bool) -> io::Result<()> {
     let function = pci::function(Kind::Disk, slot)?;
+    unmount_volume(slot)?;
     if let Some(disk) = pci::made_of(&function, "block") {
         let name = disk.file_name().ok_or(io::ErrorKind::InvalidData)?;
         let device = unused(&Path::new("/dev").join(name))?;
@@ -220,6 +228,51 @@ fn make_node(slot: u32, (major, minor): (u32, u32)) -> io::Result<()> {
         Ok(()) | Err(Errno::EEXIST) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Mounts a volume, unless another container of the pod has done so, and returns its top directory. Shared in the sense of
+/// propagation, as what is shared by the host is: a mount that one container makes in it with `rshared` shows in others.
+fn mount_volume(name: &Path, disk: &Disk) -> io::Result<PathBuf> {
+    static MOUNTING: Mutex<()> = Mutex::new(());
+    let _mounting = MOUNTING.lock().unwrap_or_else(PoisonError::into_inner);
+    let point = Path::new(GUEST_VOLUMES).join(disk.slot.to_string());
+    let top = point.join(VOLUME);
+    // What is there is on the file system, and not below it.
+    if !top.exists() {
+        mount(name, &writable_layer(disk.volatile), &point)?;
+        let none = None::<&str>;
+        nix::mount::mount(none, &point, none, MsFlags::MS_SHARED, none)?;
+    }
+    Ok(top)
+}
+
+/// Makes a directory of a volume, as kubelet makes one of a subPath: with the mode of the volume. What is there already
+/// stays, and no link in it leads out of the volume.
+fn make_path(top: &Path, path: &Path) -> io::Result<()> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root = Root::new(open(top, flags, Mode::empty())?);
+    let mode = Mode::from_bits_truncate(fstat(&root)?.st_mode & 0o7777);
+    let mut made = PathBuf::new();
+    for name in path.components() {
+        made.push(name);
+        if matches!(root.open(&made), Err(error) if error.kind() == io::ErrorKind::NotFound) {
+            let directory = root.ensure(&made, Make::Directory)?;
+            // Through /proc, since what is open is only a place.
+            let directory = format!("/proc/self/fd/{}", directory.as_raw_fd());
+            fchmodat(AT_FDCWD, directory.as_str(), mode, FchmodatFlags::FollowSymlink)?;
+        }
+    }
+    Ok(())
+}
+
+fn unmount_volume(slot: u32) -> io::Result<()> {
+    let point = Path::new(GUEST_VOLUMES).join(slot.to_string());
+    match umount2(&point, MntFlags::UMOUNT_NOFOLLOW) {
+        Ok(()) => {}
+        Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    }
+    fs::remove_dir(&point)
 }
 
 /// How the disk of a writable layer is mounted. What is removed from it is given back to the host. A volatile one does not

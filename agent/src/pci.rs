@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 const BUS: &str = "/sys/bus/pci";
 /// virtio 1.2, 4.1.2
@@ -18,6 +19,8 @@ pub enum Kind {
 }
 
 impl Kind {
+    const ALL: [Self; 2] = [Self::Nic, Self::Disk];
+
     fn number(self) -> &'static str {
         match self {
             Self::Nic => "0x1041",
@@ -28,14 +31,33 @@ impl Kind {
 
 /// The function of this number among those of a kind.
 pub fn function(kind: Kind, slot: u32) -> io::Result<PathBuf> {
+    let mut of_kind = functions()?.iter().filter(|(other, _)| *other == kind);
+    let (_, function) =
+        of_kind.nth(usize::try_from(slot).unwrap_or(usize::MAX)).ok_or(io::ErrorKind::NotFound)?;
+    Ok(function.clone())
+}
+
+/// Looks for all of them, ahead of the first that somebody asks for.
+pub fn scan() -> io::Result<()> {
+    functions().map(drop)
+}
+
+/// Those of each kind, in the order of their slots. No function comes or goes after the boot: slots are on the bus while
+/// they are empty.
+fn functions() -> io::Result<&'static [(Kind, PathBuf)]> {
+    static FUNCTIONS: OnceLock<Vec<(Kind, PathBuf)>> = OnceLock::new();
+    if let Some(functions) = FUNCTIONS.get() {
+        return Ok(functions);
+    }
     let is = |function: &Path, file, expected| {
         fs::read_to_string(function.join(file)).is_ok_and(|id| id.trim() == expected)
     };
     let mut functions = children(&Path::new(BUS).join("devices"))?;
-    functions.retain(|function| is(function, "vendor", VENDOR) && is(function, "device", kind.number()));
+    functions.retain(|function| is(function, "vendor", VENDOR));
     functions.sort();
-    let slot = usize::try_from(slot).unwrap_or(usize::MAX);
-    functions.into_iter().nth(slot).ok_or_else(|| io::ErrorKind::NotFound.into())
+    let kind = |function: &Path| Kind::ALL.into_iter().find(|kind| is(function, "device", kind.number()));
+    let functions = functions.into_iter().filter_map(|function| Some((kind(&function)?, function)));
+    Ok(FUNCTIONS.get_or_init(|| functions.collect()))
 }
 
 /// FUNCTION/virtioN/CLASS/NAME: what its driver made of it, if one has taken it.

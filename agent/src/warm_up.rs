@@ -12,6 +12,7 @@ use nix::sys::sysinfo::sysinfo;
 
 use crate::cgroup;
 use crate::device_filter::DeviceFilter;
+use crate::pci;
 
 /// A cgroup that stays, with a device filter: with the first of each, the kernel changes its own code in dozens of
 /// places (static keys), so as to count what each cgroup uses, and to ask the filters.
@@ -34,6 +35,7 @@ pub fn warm_up(host_bridge: &File) -> io::Result<()> {
     let cgroup = Path::new(cgroup::ROOT).join(CGROUP);
     fs::create_dir(&cgroup)?;
     DeviceFilter::attach(&[], &cgroup, None).map_err(io::Error::other)?;
+    pci::scan()?;
     let memory = sysinfo().map_err(io::Error::from)?.ram_total();
     for _ in 0..(memory.div_ceil(REPORTED_AT_ONCE) + 1).min(MOST_ROUNDS) {
         host_bridge.write_at(&[bridge::LATER], bridge::REGISTER)?;

@@ -248,9 +248,8 @@ pub(crate) const TABLE: &[Group] = &[
          class",
         &["experimental_force_guest_pull"],
     ),
-    group(RUNTIME, Nothing, "an emptyDir is the host's", &["disable_guest_empty_dir"]),
     group(RUNTIME, Refused(Text("block-encrypted")),
-        "an emptyDir is the host's, and not encrypted: encrypt the host's disk, and set shared-fs",
+        "an emptyDir is not encrypted: encrypt the host's disk, and set shared-fs",
         &["emptydir_mode"],
     ),
     group(RUNTIME, Nothing, "no device of the host is given to a guest", &[

@@ -119,6 +119,11 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         section: RUNTIME,
+        name: "disable_guest_empty_dir",
+        set: |c, v| boolean(v, &mut c.runtime.disable_guest_empty_dir),
+    },
+    Key {
+        section: RUNTIME,
         name: "config_path_directories",
         set: |c, v| directories(v, &mut c.runtime.config_path_directories),
     },

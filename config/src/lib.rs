@@ -145,6 +145,8 @@ pub struct Runtime {
     pub sandbox_cgroup_only: bool,
     /// What becomes of containers that ask for namespaces of the host.
     pub host_namespaces: HostNamespaces,
+    /// Whether directories that a pod has alone (emptyDir) are shared; otherwise they are disks of its machine.
+    pub disable_guest_empty_dir: bool,
     /// Directories from which a pod may choose its configuration by [`CONFIG_PATH`].
     pub config_path_directories: Vec<PathBuf>,
 }
@@ -203,6 +205,7 @@ impl Default for Runtime {
         Self {
             enable_debug: false,
             sandbox_cgroup_only: true,
+            disable_guest_empty_dir: false,
             host_namespaces: HostNamespaces::Refuse,
             config_path_directories: Vec::new(),
         }

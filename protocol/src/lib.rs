@@ -68,6 +68,9 @@ pub const SHARED_VOLUMES: &str = ".volumes";
 pub const GUEST_SHM: &str = "/run/kata-containers/shm";
 /// Where the agent makes nodes of disks, with the numbers of their slots as names.
 pub const GUEST_DISKS: &str = "/run/kata-containers/disks";
+/// Where the agent mounts disks that are volumes, with the numbers of their slots as names. The volume is the directory
+/// "upper" in it.
+pub const GUEST_VOLUMES: &str = "/run/kata-containers/volumes";
 /// Where the agent mounts roots of containers that are on disks, with the containers' ids as names.
 pub const GUEST_ROOTS: &str = "/run/kata-containers/roots";
 /// Where the agent listens for the host's sockets, with the numbers of their ports as names.

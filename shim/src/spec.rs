@@ -9,7 +9,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use katana_protocol::{
-    GUEST_DISKS, GUEST_ROOTS, GUEST_SHARE, GUEST_SHM, GUEST_SOCKETS, OWN_ROOT, SHARED_ROOT, SHARED_VOLUMES,
+    GUEST_ROOTS, GUEST_SHARE, GUEST_SHM, GUEST_SOCKETS, OWN_ROOT, SHARED_ROOT, SHARED_VOLUMES,
 };
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 use serde_json::{Map, Value};
@@ -39,8 +39,10 @@ pub enum Source {
         /// Options of hugetlbfs for its top directory.
         top: String,
     },
-    /// A block device of the host, which becomes a disk of the machine.
+    /// A block device of the host, which is to be a disk of the machine.
     BlockDevice(PathBuf),
+    /// On a disk of the machine: the guest's path.
+    Disk(PathBuf),
     /// A socket of the host, which gets a stand-in in the guest.
     Socket(PathBuf),
     /// It has, at this port.
@@ -52,8 +54,8 @@ pub enum Source {
 pub struct OnDisks {
     /// Whether its root is on one.
     pub root: bool,
-    /// The slots of those that are sources of mounts, by the number of the mount.
-    pub mounts: BTreeMap<usize, u8>,
+    /// The guest's paths of those that are sources of mounts, by the number of the mount.
+    pub mounts: BTreeMap<usize, PathBuf>,
     /// The host's numbers of devices.
     pub devices: Vec<(i64, i64)>,
 }
@@ -108,9 +110,13 @@ impl Spec {
     /// Whether nobody on the host looks into the container's root or changes it: of a pod's container. Docker's `cp` looks
     /// into others, and a hook may.
     pub fn has_own_root(&self) -> bool {
-        let is_pods = self.annotation(&CONTAINER_TYPE).is_some();
         let hooks = self.hooks.iter().flat_map(|all| [&all.prestart, &all.create_runtime, &all.poststart]);
-        is_pods && hooks.flatten().next().is_none()
+        self.is_of_pod() && hooks.flatten().next().is_none()
+    }
+
+    /// Whether it is a container of a Kubernetes pod.
+    pub fn is_of_pod(&self) -> bool {
+        self.annotation(&CONTAINER_TYPE).is_some()
     }
 
     /// The name of the container's root in the pod's shared directory.
@@ -168,21 +174,18 @@ impl Spec {
         } else {
             Path::new(GUEST_SHARE).join(id).join(self.shared_root())
         };
-        for (number, (mount, source)) in spec.mounts.iter_mut().zip(sources).enumerate() {
+        for (mount, source) in spec.mounts.iter_mut().zip(sources) {
             match source {
                 Source::Volume(number) => {
                     mount.source = Some(PathBuf::from(format!("{GUEST_SHARE}/{SHARED_VOLUMES}/{number}")));
                 }
                 Source::SharedMemory => mount.source = Some(PathBuf::from(GUEST_SHM)),
-                Source::BlockDevice(_) => {
-                    let slot = disks.mounts.get(&number).map(u8::to_string).unwrap_or_default();
-                    mount.source = Some(Path::new(GUEST_DISKS).join(slot));
-                }
+                Source::Disk(path) => mount.source = Some(path.clone()),
                 Source::HugePages { page, top } => mount.become_huge_pages(*page, top),
                 Source::StandIn(port) => {
                     mount.source = Some(Path::new(GUEST_SOCKETS).join(port.to_string()));
                 }
-                Source::Host(_) | Source::Socket(_) | Source::Guest => {}
+                Source::Host(_) | Source::BlockDevice(_) | Source::Socket(_) | Source::Guest => {}
             }
         }
         if let Some(hooks) = &mut spec.hooks {

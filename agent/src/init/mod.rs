@@ -14,6 +14,7 @@ mod program;
 mod rootfs;
 mod terminal;
 
+pub use confined::{Make, Root};
 pub use devices::forget as forget_devices;
 pub use mount_options::parse as parse_mount_options;
 pub use namespaces::CLONE_NEWTIME;

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 
+use katana_protocol::GUEST_VOLUMES;
 use nix::fcntl::{OFlag, open};
 use nix::sched::CloneFlags;
 use nix::sys::stat::{Mode, SFlag, fstat};
@@ -140,11 +141,27 @@ fn bind_mount(
     bind: Bind,
     options: &Options,
 ) -> io::Result<()> {
-    let source = open(source, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())?;
+    let source = open_source(source)?;
     let make = if is(&fstat(&source)?, SFlag::S_IFDIR) { Make::Directory } else { Make::File };
     let target = root.ensure(destination, make)?;
     check_proc(&target, is_proc(&source))?;
     finish(&clone_mount(&source, bind == Bind::Recursive)?, &target, options)
+}
+
+/// What is to be bound. In a volume on a disk, to which containers write, no link leads out of it.
+fn open_source(source: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+    match volume_of(source) {
+        Some((top, path)) => Root::new(open(&top, flags, Mode::empty())?).open(&path),
+        None => Ok(open(source, flags, Mode::empty())?),
+    }
+}
+
+/// The volume in which a path is, and the path from there.
+fn volume_of(path: &Path) -> Option<(PathBuf, PathBuf)> {
+    let mut names = path.strip_prefix(GUEST_VOLUMES).ok()?.components();
+    let (slot, top) = (names.next()?, names.next()?);
+    Some((Path::new(GUEST_VOLUMES).join(slot).join(top), names.as_path().to_owned()))
 }
 
 /// The container's /proc is a proc file system, and nothing is mounted in it but over files that cannot grant anything:

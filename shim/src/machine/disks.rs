@@ -1,13 +1,15 @@
 //! Disks of the host in the slots of the machine.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use katana_protocol::agent as api;
+use katana_protocol::{GUEST_DISKS, agent as api};
 
 use super::Machine;
 use crate::error::{Error, Result};
 use crate::spec::OnDisks;
-use crate::storage::disks::{DiskSlot, Lasting, Purpose, Wanted};
+use crate::storage::disk_slots::{DiskSlot, Lasting};
+use crate::storage::disks::{Purpose, Wanted};
 use crate::storage::rootfs::Layer;
 
 /// A container's disks.
@@ -33,54 +35,59 @@ impl Machine {
 
     async fn try_attach_disks(&self, container: &str, wanted: Vec<Wanted>) -> Result<Attached> {
         let Attached { mut disks, mut on_disks, mut below } = Attached::default();
+        // Two containers must not both find a directory without an image.
+        let _attaching = self.attaching.lock().await;
         if self.becomes_template && !wanted.is_empty() {
             self.agent().await?;
         }
         for wanted in wanted {
-            let (path, is_needed) = (wanted.path.clone(), wanted.is_needed());
-            let opened = crate::host::threads::blocking(move || wanted.open()).await;
-            let disk = match opened {
-                Err(e) if !is_needed => {
-                    log::warn!("{e}: it is shared instead of being a disk");
-                    continue;
-                }
-                opened => opened?,
-            };
-            let mut slots = self.disks.lock().await;
-            let Some(DiskSlot { slot, shared }) = slots.take(container, &disk, is_needed) else {
-                if !is_needed {
-                    log::info!("{} is not made a disk: all disk slots are in use", path.display());
-                    crate::host::threads::blocking(move || {
-                        disk.discard();
-                        Ok(())
-                    })
-                    .await?;
-                    continue;
-                }
-                return Err(Error::FailedPrecondition(format!(
-                    "disk {}: all {} disk slots of the pod's VM are in use (disk_slots in the configuration)",
-                    path.display(),
-                    slots.count()
-                )));
-            };
-            let message = disk.message(slot, container);
-            match disk.purpose() {
+            let Some((message, purpose)) = self.attach_disk(container, wanted).await? else { continue };
+            match purpose {
                 Purpose::Root { .. } => on_disks.root = true,
                 Purpose::Writable(writable) => {
                     on_disks.root = true;
                     below = Some(writable.below().clone());
                 }
                 Purpose::Device(mount) => {
-                    on_disks.mounts.extend(mount.map(|number| (number, slot)));
+                    let node = Path::new(GUEST_DISKS).join(message.slot.to_string());
+                    on_disks.mounts.extend(mount.map(|number| (number, node)));
                     on_disks.devices.push((message.major.into(), message.minor.into()));
+                }
+                Purpose::Volume(volume, number) => {
+                    on_disks.mounts.insert(number, volume.in_guest(message.slot));
                 }
             }
             disks.push(message);
-            if !shared {
-                self.vmm.attach_disk(slot, disk.read_only(), disk.into_file()).await?;
-            }
         }
         Ok(Attached { disks, on_disks, below })
+    }
+
+    /// Gives a container a disk; `None` if it is shared instead.
+    async fn attach_disk(&self, container: &str, wanted: Wanted) -> Result<Option<(api::Disk, Purpose)>> {
+        let (is_needed, again) = (wanted.is_needed(), wanted.clone());
+        let disk = match crate::host::threads::blocking(move || wanted.open()).await {
+            Err(e) if !is_needed => return share(again, &e.to_string()).await,
+            opened => opened?,
+        };
+        let mut slots = self.disks.lock().await;
+        if !slots.have(&disk) {
+            disk.lock()?;
+        }
+        let Some(DiskSlot { slot, shared }) = slots.take(container, &disk, is_needed) else {
+            if !is_needed {
+                return share(again, "all disk slots are in use").await;
+            }
+            return Err(Error::FailedPrecondition(format!(
+                "disk {}: all {} disk slots of the pod's VM are in use (disk_slots in the configuration)",
+                again.path.display(),
+                slots.count()
+            )));
+        };
+        let (message, purpose) = (disk.message(slot, container), disk.purpose().clone());
+        if !shared {
+            self.vmm.attach_disk(slot, disk.read_only(), disk.into_file()).await?;
+        }
+        Ok(Some((message, purpose)))
     }
 
     /// Whether a container has disks, and whether they outlive it: what it wrote to them is on them after
@@ -94,6 +101,9 @@ impl Machine {
         let (machine, container) = (Arc::clone(self), container.to_owned());
         let released = tokio::spawn(async move {
             let unused = machine.disks.lock().await.leave(&container);
+            // The next container may want the same.
+            let lasting = unused.iter().any(|(_, volatile)| !volatile);
+            let _attaching = if lasting { Some(machine.attaching.lock().await) } else { None };
             for (slot, volatile) in unused {
                 match machine.release_disk(slot, volatile).await {
                     Ok(()) => machine.disks.lock().await.free(slot),
@@ -112,4 +122,14 @@ impl Machine {
         self.agent().await?.release_disk(slot, volatile).await?;
         self.vmm.detach_disk(slot).await
     }
+}
+
+/// A disk that is shared instead.
+async fn share<T: Send + 'static>(wanted: Wanted, why: &str) -> Result<Option<T>> {
+    log::info!("{}: {why}: it is shared instead of being a disk", wanted.path.display());
+    crate::host::threads::blocking(move || {
+        wanted.share();
+        Ok(None)
+    })
+    .await
 }

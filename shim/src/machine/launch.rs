@@ -26,7 +26,8 @@ use crate::host::events::Publisher;
 use crate::host::pidfd::ProcessId;
 use crate::network::{Network, Nics};
 use crate::spec::{Pod, Spec};
-use crate::storage::disks::{self, Slots};
+use crate::storage::disk_slots::Slots;
+use crate::storage::disks;
 use crate::storage::rootfs::Layer;
 use crate::storage::share::Share;
 use crate::storage::writable::Policy;
@@ -148,7 +149,7 @@ impl Machine {
             ports,
             shared_memory,
             host_namespaces: config.runtime.host_namespaces,
-            writable_layers: Policy::of(&config.hypervisor),
+            disk_policy: Policy::of(config),
             members: Arc::default(),
             vmm,
             threads,
@@ -161,6 +162,7 @@ impl Machine {
             bounds,
             size,
             host_limits,
+            attaching: tokio::sync::Mutex::default(),
             disks: Slots::new(disk_slots, if spec.is_sandbox() { disk_slots / 3 } else { 0 }).into(),
             watcher: tokio::sync::Mutex::default(),
             follower: tokio::sync::Mutex::default(),
@@ -192,7 +194,7 @@ async fn disk_slots(launch: &Launch<'_>) -> Result<u8> {
         return Ok(u8::try_from(config.hypervisor.disk_slots).unwrap_or(u8::MAX));
     }
     let (spec, bundle, layers) = ((*spec).clone(), bundle.to_path_buf(), layers.to_vec());
-    let policy = Policy::of(&config.hypervisor);
+    let policy = Policy::of(config);
     crate::host::threads::blocking(move || {
         let wanted = disks::wanted(&spec, &spec.sources(&bundle, &Pod::default()), &layers, policy)?;
         Ok(u8::try_from(wanted.len()).unwrap_or(u8::MAX))

@@ -43,7 +43,7 @@ use crate::guest::ports::Ports;
 use crate::guest::vmm::{Vmm, wait_end};
 use crate::host::pidfd::PidFd;
 use crate::network::Network;
-use crate::storage::disks::Slots;
+use crate::storage::disk_slots::Slots;
 use crate::storage::share::Share;
 use crate::storage::writable::Policy;
 
@@ -60,8 +60,8 @@ pub struct Machine {
     pub shared_memory: Option<PathBuf>,
     /// What becomes of containers that ask for namespaces of the host.
     pub host_namespaces: HostNamespaces,
-    /// What containers' writable layers are.
-    pub writable_layers: Policy,
+    /// What of containers' files is on disks.
+    pub disk_policy: Policy,
     /// The containers that the agent may speak of.
     pub members: Arc<Members>,
     vmm: Vmm,
@@ -82,6 +82,8 @@ pub struct Machine {
     /// On a host with cgroup v2.
     host_limits: Option<Arc<HostLimits>>,
     disks: tokio::sync::Mutex<Slots>,
+    /// Held while a container gets disks, and while some are taken away that another one may get.
+    attaching: tokio::sync::Mutex<()>,
     /// For the first volume that is watched.
     watcher: tokio::sync::Mutex<Option<Watcher>>,
     /// For the first volume that follows the host's mounts.

@@ -23,8 +23,9 @@ use crate::machine::Machine;
 use crate::machine::disks::Attached;
 use crate::machine::size::Limits;
 use crate::machine::sockets::{self, Sockets};
-use crate::spec::{Hook, Pod, Spec};
-use crate::storage::disks::{self, Lasting};
+use crate::spec::{Hook, Pod, Source, Spec};
+use crate::storage::disk_slots::Lasting;
+use crate::storage::disks;
 use crate::storage::rootfs::Layer;
 use crate::storage::share::Added;
 
@@ -120,13 +121,16 @@ impl Container {
             if !pause {
                 host_limits.see_sources(&spec, &sources, &layers);
             }
-            let policy = host_limits.writable_layers;
+            let policy = host_limits.disk_policy;
             let wanted = if pause { Vec::new() } else { disks::wanted(&spec, &sources, &layers, policy)? };
             Ok(((spec, bundle, layers, pod), sources, wanted))
         })
         .await?;
         let (spec, bundle, layers, pod) = found;
         let Attached { disks, on_disks, below } = machine.attach_disks(&id, wanted).await?;
+        for (number, path) in &on_disks.mounts {
+            sources.iter_mut().skip(*number).take(1).for_each(|source| *source = Source::Disk(path.clone()));
+        }
         let streams = Streams::open(&paths, &id, &namespace, &machine.ports).await?;
         let (stand_ins, sockets) = if pause {
             Default::default()

@@ -1,6 +1,5 @@
 //! Disks: block devices and images that a container uses, in the machine's slots for them.
 
-use std::collections::HashMap;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,11 +10,13 @@ use katana_protocol::agent as api;
 use nix::sys::stat::{major, minor};
 use serde_json::{Map, Value};
 
+use super::image::Image;
+use super::pod_volumes::PodVolume;
 use super::rootfs::Layer;
 use super::vmm_files;
 use super::writable::{Policy, Writable};
 use crate::error::{Error, Result};
-use crate::spec::{Device, Source, Spec};
+use crate::spec::{Device, Mount, Source, Spec};
 
 /// File systems on disks that the guest's kernel can mount.
 const GUEST_FILE_SYSTEMS: [&str; 2] = ["ext4", "erofs"];
@@ -34,6 +35,8 @@ pub enum Purpose {
     },
     /// The writable layer of its root.
     Writable(Writable),
+    /// The source of the mount of this number: a directory that its pod has alone.
+    Volume(PodVolume, usize),
 }
 
 /// A disk that a container wants.
@@ -52,7 +55,7 @@ pub struct Wanted {
 
 /// A disk that is open.
 pub struct Opened {
-    file: OwnedFd,
+    file: File,
     read_only: bool,
     purpose: Purpose,
     /// The device's numbers; 0 for an image.
@@ -61,16 +64,17 @@ pub struct Opened {
 }
 
 /// The same disk has the same: of a device its number, of an image file system and inode.
-type Identity = (bool, u64, u64);
+pub type Identity = (bool, u64, u64);
 
 /// The disks that a container wants: block devices that its specification names, and a root that the guest can mount
-/// itself, or its writable layer. Blocks.
+/// itself, or its writable layer, and directories that its pod has alone. Of the latter, those that are to be shared are
+/// marked. Blocks.
 pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer], policy: Policy) -> Result<Vec<Wanted>> {
     let resources = spec.linux.as_ref().and_then(|linux| linux.resources.as_ref());
     let rules = Rules::of(resources);
     let writable = || {
         let writable = Writable::of(layers, spec, policy)?;
-        let path = writable.image.clone();
+        let path = writable.image.path().to_owned();
         Some(Wanted { path, read_only: false, purpose: Purpose::Writable(writable), checked: None })
     };
     let mut wanted: Vec<_> = root(layers).into_iter().collect();
@@ -103,11 +107,25 @@ pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer], policy: Policy)
             wanted.push(Wanted { path: path.clone(), read_only, purpose, checked });
         }
     }
+    // Last: the others are needed.
     if !has_root {
-        // Last: the others are needed.
         wanted.extend(writable());
     }
+    wanted.extend(volumes(spec, sources, policy));
     Ok(wanted)
+}
+
+fn volumes(spec: &Spec, sources: &[Source], policy: Policy) -> Vec<Wanted> {
+    if !spec.is_of_pod() {
+        return Vec::new();
+    }
+    let volume = |(number, (mount, source)): (usize, (&Mount, &Source))| {
+        let Source::Host(source) = source else { return None };
+        let volume = PodVolume::of(mount, source, policy)?;
+        let path = volume.image.path().to_owned();
+        Some(Wanted { path, read_only: false, purpose: Purpose::Volume(volume, number), checked: None })
+    };
+    spec.mounts.iter().zip(sources).enumerate().filter_map(volume).collect()
 }
 
 /// A root that is one file system on a device or in an image. More than one mount, overlays, and what the guest's
@@ -155,13 +173,36 @@ fn numbers(node: &fs::Metadata) -> Option<(i64, i64)> {
     is_device.then(|| (number(major(node.rdev())), number(minor(node.rdev()))))
 }
 
+impl Purpose {
+    /// The image that a shim makes for it.
+    fn image(&self) -> Option<&Image> {
+        match self {
+            Self::Writable(writable) => Some(&writable.image),
+            Self::Volume(volume, _) => Some(&volume.image),
+            Self::Device(_) | Self::Root { .. } => None,
+        }
+    }
+}
+
 impl Wanted {
-    /// Whether there is no other way: a root on a device can also be mounted on the host, and a writable layer be shared
-    /// that has nothing in it yet.
+    /// It is shared instead: an image that was made for it is removed. Blocks.
+    pub fn share(&self) {
+        if let Some(image) = self.purpose.image() {
+            image.discard();
+        }
+        if let Purpose::Volume(volume, _) = &self.purpose {
+            volume.share();
+        }
+    }
+
+    /// Whether there is no other way: a root on a device can also be mounted on the host, and a directory be shared that has
+    /// no image yet.
     pub fn is_needed(&self) -> bool {
         match &self.purpose {
             Purpose::Device(_) => true,
-            Purpose::Writable(writable) => writable.is_there(),
+            Purpose::Writable(Writable { image, .. }) | Purpose::Volume(PodVolume { image, .. }, _) => {
+                image.is_there()
+            }
             Purpose::Root { .. } => {
                 !fs::metadata(&self.path).is_ok_and(|status| status.file_type().is_block_device())
             }
@@ -171,21 +212,11 @@ impl Wanted {
     /// Opens it. Blocks.
     pub fn open(self) -> Result<Opened> {
         let failed = |e: &io::Error| Error::io(format_args!("disk {}", self.path.display()), e);
-        if let Purpose::Writable(writable) = &self.purpose {
-            writable.make()?;
+        if let Some(image) = self.purpose.image() {
+            image.make()?;
         }
         let file = vmm_files::open(&self.path, File::options().read(true).write(!self.read_only));
         let file = file.map_err(|e| failed(&e))?;
-        if let Purpose::Writable(_) = &self.purpose {
-            // The VMM has it until it has let go of the disk. Two guests would destroy the file system.
-            file.try_lock().map_err(|e| match e {
-                TryLockError::WouldBlock => Error::FailedPrecondition(format!(
-                    "writable layer {}: another container uses it",
-                    self.path.display()
-                )),
-                TryLockError::Error(e) => failed(&e),
-            })?;
-        }
         let status = file.metadata().map_err(|e| failed(&e))?;
         if self.checked.is_some() && self.checked != numbers(&status) {
             return Err(is_another(&self.path));
@@ -200,7 +231,7 @@ impl Wanted {
             ((0, 0), (false, status.dev(), status.ino()))
         };
         let Self { read_only, purpose, .. } = self;
-        Ok(Opened { file: file.into(), read_only, purpose, numbers, identity })
+        Ok(Opened { file, read_only, purpose, numbers, identity })
     }
 }
 
@@ -239,108 +270,10 @@ impl<'a> Rules<'a> {
     }
 }
 
-/// The machine's slots, and who uses them.
-#[derive(Debug)]
-pub struct Slots {
-    slots: Vec<Option<Use>>,
-    kept: usize,
-    /// By container.
-    taken: HashMap<String, Vec<u8>>,
-}
-
-#[derive(Debug)]
-struct Use {
-    identity: Identity,
-    read_only: bool,
-    volatile: bool,
-    users: usize,
-}
-
-/// Whether something on a container's disks outlives it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Lasting(pub bool);
-
-/// A slot, and whether its disk is there already.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DiskSlot {
-    /// Its number.
-    pub slot: u8,
-    /// Whether another container has brought the disk.
-    pub shared: bool,
-}
-
-impl Slots {
-    /// So many empty slots, of which writable layers leave some for disks that cannot be had in another way.
-    pub fn new(count: u8, kept: u8) -> Self {
-        Self { slots: (0..count).map(|_| None).collect(), kept: kept.into(), taken: HashMap::new() }
-    }
-
-    /// Takes a slot for a container. A disk that another one has is shared with it, so that both see what either
-    /// writes; `None` when all slots are in use, or all but those that are kept for others if it is not `needed`.
-    pub fn take(&mut self, container: &str, disk: &Opened, needed: bool) -> Option<DiskSlot> {
-        // What nobody uses is being taken away, or could not be.
-        let fits = |used: &Use| {
-            used.users > 0 && used.identity == disk.identity && (disk.read_only || !used.read_only)
-        };
-        let shared = self.slots.iter().position(|slot| slot.as_ref().is_some_and(fits));
-        let free = self.slots.iter().filter(|slot| slot.is_none()).count();
-        if matches!(disk.purpose, Purpose::Writable(_)) && !needed && free <= self.kept {
-            return None;
-        }
-        let number = shared.or_else(|| self.slots.iter().position(Option::is_none))?;
-        let slot = u8::try_from(number).ok()?;
-        let used = self.slots.get_mut(number)?.get_or_insert(Use {
-            identity: disk.identity,
-            read_only: disk.read_only,
-            volatile: matches!(&disk.purpose, Purpose::Writable(writable) if writable.is_volatile()),
-            users: 0,
-        });
-        used.users += 1;
-        self.taken.entry(container.to_owned()).or_default().push(slot);
-        Some(DiskSlot { slot, shared: shared.is_some() })
-    }
-
-    /// A container is gone; the answer is the slots that nobody uses any more, to be passed to [`Slots::free`], and whether
-    /// what is on them is of use to nobody.
-    pub fn leave(&mut self, container: &str) -> Vec<(u8, bool)> {
-        let mut unused = Vec::new();
-        for slot in self.taken.remove(container).unwrap_or_default() {
-            if let Some(Some(used)) = self.slots.get_mut(usize::from(slot)) {
-                used.users -= 1;
-                if used.users == 0 {
-                    unused.push((slot, used.volatile));
-                }
-            }
-        }
-        unused
-    }
-
-    /// A slot's disk is gone.
-    pub fn free(&mut self, slot: u8) {
-        if let Some(used) = self.slots.get_mut(usize::from(slot)) {
-            *used = None;
-        }
-    }
-
-    /// How many there are.
-    pub fn count(&self) -> usize {
-        self.slots.len()
-    }
-
-    /// Whether a container has disks, and if so, whether any is of use to others later.
-    pub fn has(&self, container: &str) -> Option<Lasting> {
-        let slots = self.taken.get(container)?;
-        let lasting = |slot: &u8| {
-            self.slots.get(usize::from(*slot)).and_then(Option::as_ref).is_some_and(|used| !used.volatile)
-        };
-        Some(Lasting(slots.iter().any(lasting)))
-    }
-}
-
 impl Opened {
     /// The descriptor, for the VMM.
     pub fn into_file(self) -> OwnedFd {
-        self.file
+        self.file.into()
     }
 
     /// Whether writes are refused.
@@ -348,11 +281,34 @@ impl Opened {
         self.read_only
     }
 
-    /// It is not used after all: an image that was made for it is removed. Blocks.
-    pub fn discard(self) {
-        if let Purpose::Writable(writable) = &self.purpose {
-            writable.discard();
-        }
+    /// Has an image for this VMM alone, until that has closed it. Two guests would destroy the file system.
+    ///
+    /// # Errors
+    /// When another one has it.
+    pub fn lock(&self) -> Result<()> {
+        let Some(image) = self.purpose.image() else { return Ok(()) };
+        // flock(2)
+        self.file.try_lock().map_err(|e| match e {
+            TryLockError::WouldBlock => {
+                Error::FailedPrecondition(format!("image {}: another pod uses it", image.path().display()))
+            }
+            TryLockError::Error(e) => Error::io(format_args!("lock image {}", image.path().display()), &e),
+        })
+    }
+
+    /// The same for the same disk.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Whether it is nothing but an image that can be done without, if there is none yet.
+    pub fn is_image(&self) -> bool {
+        self.purpose.image().is_some()
+    }
+
+    /// Whether nobody reads it when the last container that uses it is gone.
+    pub fn is_volatile(&self) -> bool {
+        self.purpose.image().is_some_and(Image::is_volatile)
     }
 
     /// What for.
@@ -369,7 +325,11 @@ impl Opened {
                 api::Disk { file_system: kind.clone(), options: options.clone(), ..disk }
             }
             Purpose::Writable(writable) => {
-                api::Disk { lower: writable.lower(container), volatile: writable.is_volatile(), ..disk }
+                api::Disk { lower: writable.lower(container), volatile: self.is_volatile(), ..disk }
+            }
+            Purpose::Volume(volume, _) => {
+                let volume = volume.path.to_string_lossy().into_owned();
+                api::Disk { is_volume: true, volume, volatile: self.is_volatile(), ..disk }
             }
             Purpose::Device(_) => disk,
         }

@@ -24,6 +24,11 @@ pub struct Mounted {
 }
 
 impl Mounted {
+    /// What of its file system is mounted: a path from that file system's root.
+    pub fn root(&self) -> Option<PathBuf> {
+        self.origin.split_once(' ').map(|(_, root)| unescape(root.as_bytes()))
+    }
+
     /// Whether this is a file that stands for a mount namespace, as snapd and unshare(1) keep them.
     pub fn is_mount_namespace(&self) -> bool {
         self.origin.contains(" mnt:[")
@@ -146,6 +151,7 @@ mod tests {
     fn mount_points_are_decoded() {
         let line = b"36 35 98:0 /part /mnt/a\\040b\\134c rw,noexec shared:1 - ext4 /dev/root rw";
         let found = mounted(line).unwrap();
+        assert_eq!(found.root(), Some(PathBuf::from("/part")));
         assert_eq!((found.point, found.origin.as_str()), (PathBuf::from("/mnt/a b\\c"), "98:0 /part"));
         assert_eq!((found.flags.as_str(), found.id, found.parent, found.shared), ("rw,noexec", 36, 35, true));
         assert!(!mounted(b"36 35 98:0 / /mnt rw master:2 - ext4 /dev/shared:1 rw").unwrap().shared);

@@ -2,41 +2,46 @@
 //! snapshotter's overlay the read-only rest, which is shared.
 //!
 //! The image lies where what a container writes would lie otherwise, so that containerd and kubelet count it and it goes
-//! with the snapshot. It is the guest's: nothing on the host ever mounts it.
+//! with the snapshot.
 
-use std::ffi::CStr;
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use katana_config::{Hypervisor, WritableLayer};
+use katana_config::{Config, WritableLayer};
 use katana_protocol::GUEST_SHARE;
 
-use super::ext4::{self, Access};
+use super::image::Image;
 use super::rootfs::Layer;
-use crate::error::{Error, Result};
-use crate::host::mark::{is_marked, mark};
 use crate::spec::Spec;
 
-/// The image's name in the upper directory, and while it is being made.
-const IMAGE: &str = ".katana-layer.ext4";
-const UNFINISHED: &str = ".katana-layer.new";
-/// An attribute of images that were made here. A container whose upper directory is shared can make a file of that name,
-/// but not with this.
-const MARK: &CStr = c"trusted.katana.layer";
-
-/// What containers' writable layers are.
+/// What becomes a disk of the guest instead of being shared.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Policy {
-    layer: Option<WritableLayer>,
-    mib: u32,
+    /// Where what is written to roots goes; by default it depends on the container.
+    pub layer: Option<WritableLayer>,
+    /// MiB of an image.
+    pub mib: u32,
+    /// Whether directories of a pod alone do.
+    pub volumes: bool,
 }
 
 impl Policy {
+    /// Nothing does.
+    #[cfg(test)]
+    pub const NONE: Self = Self { layer: Some(WritableLayer::Shared), mib: 64, volumes: false };
+
     /// As the configuration of the pod says.
-    pub fn of(hypervisor: &Hypervisor) -> Self {
-        Self { layer: hypervisor.writable_layer, mib: hypervisor.writable_layer_size }
+    pub fn of(config: &Config) -> Self {
+        let (hypervisor, runtime) = (&config.hypervisor, &config.runtime);
+        Self {
+            layer: hypervisor.writable_layer,
+            mib: hypervisor.writable_layer_size,
+            volumes: !runtime.disable_guest_empty_dir,
+        }
+    }
+
+    /// Bytes of an image.
+    pub fn bytes(self) -> u64 {
+        u64::from(self.mib) << 20
     }
 
     /// Whether a container's writes go to a disk if they can.
@@ -50,16 +55,12 @@ impl Policy {
 /// A writable layer that is to be a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Writable {
-    /// The image, which may not be there yet.
-    pub image: PathBuf,
-    /// Bytes that it has when it is made.
-    bytes: u64,
+    /// It.
+    pub image: Image,
     /// What is shared of the root.
     below: Layer,
     /// The name of that in the container's directory of the share.
     name: &'static str,
-    /// Whether nobody reads it when the container is gone.
-    volatile: bool,
 }
 
 impl Writable {
@@ -67,20 +68,10 @@ impl Writable {
     pub fn of(layers: &[Layer], spec: &Spec, policy: Policy) -> Option<Self> {
         let [layer] = layers else { return None };
         let (upper, below) = split(layer)?;
-        let image = upper.join(IMAGE);
-        let may_be = is_marked(&image, MARK) || policy.is_disk(spec) && is_empty(upper);
-        may_be.then(|| Self {
-            image,
-            bytes: u64::from(policy.mib) << 20,
-            below,
-            name: spec.shared_root(),
-            volatile: spec.has_own_root(),
-        })
-    }
-
-    /// Whether nobody reads it when its container is gone: containers of pods are not started again on what one has left.
-    pub fn is_volatile(&self) -> bool {
-        self.volatile
+        // Containers of pods are not started again on what one has left.
+        let image = Image::of(upper, policy.bytes(), spec.has_own_root());
+        let may_be = image.is_there() || policy.is_disk(spec) && image.would_hide_nothing();
+        may_be.then(|| Self { image, below, name: spec.shared_root() })
     }
 
     /// What is mounted on the host and shared.
@@ -91,51 +82,6 @@ impl Writable {
     /// Where a container's guest has that.
     pub fn lower(&self, container: &str) -> String {
         format!("{GUEST_SHARE}/{container}/{}", self.name)
-    }
-
-    /// Whether the image is there. Blocks.
-    pub fn is_there(&self) -> bool {
-        is_marked(&self.image, MARK)
-    }
-
-    /// Makes the image, unless it is there. Blocks.
-    pub fn make(&self) -> Result<()> {
-        let failed = |e: &io::Error| Error::io(format_args!("writable layer {}", self.image.display()), e);
-        if self.is_there() { Ok(()) } else { self.try_make().map_err(|e| failed(&e)) }
-    }
-
-    fn try_make(&self) -> io::Result<()> {
-        let upper = self.image.parent().ok_or(io::ErrorKind::InvalidInput)?;
-        let unfinished = upper.join(UNFINISHED);
-        let made = (|| {
-            let status = fs::metadata(upper)?;
-            let access = Access {
-                mode: u16::try_from(status.mode() & 0o7777).unwrap_or(0o755),
-                uid: status.uid(),
-                gid: status.gid(),
-            };
-            match fs::remove_file(&unfinished) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
-            let file = File::options().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-            ext4::make(&file, self.bytes, access, crate::host::random().map_err(io::Error::other)?)?;
-            mark(&unfinished, MARK)?;
-            if !self.volatile {
-                // A name that is there after a failure of power has its contents.
-                file.sync_all()?;
-            }
-            fs::rename(&unfinished, &self.image)
-        })();
-        if made.is_err() {
-            let _ = fs::remove_file(&unfinished);
-        }
-        made
-    }
-
-    /// Removes an image that was made and is not used. Blocks.
-    pub fn discard(&self) {
-        let _ = fs::remove_file(&self.image);
     }
 }
 
@@ -171,12 +117,6 @@ fn split(layer: &Layer) -> Option<(&Path, Layer)> {
         Layer { kind: "bind".into(), source: lower.into(), target: String::new(), options: vec!["ro".into()] }
     };
     Some((Path::new(upper), below))
-}
-
-/// But for what an earlier shim did not finish.
-fn is_empty(upper: &Path) -> bool {
-    let Ok(mut entries) = fs::read_dir(upper) else { return false };
-    entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == UNFINISHED))
 }
 
 #[cfg(test)]

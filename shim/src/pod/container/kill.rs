@@ -10,7 +10,7 @@ use super::Container;
 use crate::error::{Error, Result};
 use crate::pod::process::{Exit, Phase, Process};
 use crate::pod::stdio::Streams;
-use crate::storage::disks::Lasting;
+use crate::storage::disk_slots::Lasting;
 
 /// How long a process that was never started may take to end.
 const END_LIMIT: Duration = Duration::from_secs(10);

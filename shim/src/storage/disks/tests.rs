@@ -1,3 +1,4 @@
+use super::super::disk_slots::{DiskSlot, Lasting, Slots};
 use super::*;
 use serde_json::json;
 
@@ -122,7 +123,7 @@ fn a_disk_that_is_mounted_has_to_be_allowed() {
 }
 
 fn opened(inode: u64, read_only: bool) -> Opened {
-    let file = File::open("/dev/null").unwrap().into();
+    let file = File::open("/dev/null").unwrap();
     Opened { file, read_only, purpose: Purpose::Device(None), numbers: (0, 0), identity: (false, 1, inode) }
 }
 

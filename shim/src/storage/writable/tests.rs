@@ -1,10 +1,13 @@
 use super::*;
 use serde_json::json;
-use std::os::unix::fs::symlink;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::PathBuf;
 
-const DISK: Policy = Policy { layer: Some(WritableLayer::Disk), mib: 64 };
-const SHARED: Policy = Policy { layer: Some(WritableLayer::Shared), mib: 64 };
-const UNSAID: Policy = Policy { layer: None, mib: 64 };
+const DISK: Policy = Policy { layer: Some(WritableLayer::Disk), ..Policy::NONE };
+const SHARED: Policy = Policy::NONE;
+const UNSAID: Policy = Policy { layer: None, ..Policy::NONE };
+const IMAGE: &str = ".katana-disk.ext4";
 
 fn overlay(options: &[&str]) -> Layer {
     let options = options.iter().map(|&option| option.to_owned()).collect();
@@ -70,17 +73,17 @@ fn an_image_that_is_there_is_used_again() {
     let layers = [layer];
     let pods = spec(true, false);
     let writable = Writable::of(&layers, &pods, DISK).unwrap();
-    match writable.make() {
+    match writable.image.make() {
         Err(e) if e.to_string().contains("not permitted") => {
             return crate::host::say_skipped("it needs root");
         }
         made => made.unwrap(),
     }
-    let inode = fs::metadata(&writable.image).unwrap().ino();
+    let inode = fs::metadata(writable.image.path()).unwrap().ino();
     // Whatever the configuration says by now: what the container wrote is on it.
     let again = Writable::of(&layers, &pods, SHARED).unwrap();
-    again.make().unwrap();
-    assert_eq!(fs::metadata(&again.image).unwrap().ino(), inode);
+    again.image.make().unwrap();
+    assert_eq!(fs::metadata(again.image.path()).unwrap().ino(), inode);
     assert_eq!(again.lower("c1"), "/run/kata-containers/shared/c1/own");
     fs::remove_dir_all(&upper).unwrap();
 }
@@ -96,8 +99,8 @@ fn what_a_container_has_put_there_is_no_image() {
 
     let victim = upper.with_extension("victim");
     fs::write(&victim, "of the host").unwrap();
-    symlink(&victim, upper.join(UNFINISHED)).unwrap();
-    let made = Writable::of(&layers, &pods, DISK).unwrap().make();
+    symlink(&victim, upper.join(".katana-disk.new")).unwrap();
+    let made = Writable::of(&layers, &pods, DISK).unwrap().image.make();
     assert_eq!(fs::read_to_string(&victim).unwrap(), "of the host");
     fs::remove_file(&victim).unwrap();
     if made.is_ok() {

@@ -36,7 +36,7 @@ fn in_snapshots(name: &str) -> Vec<PathBuf> {
 
 /// Images of writable layers that are there.
 fn images() -> Vec<PathBuf> {
-    in_snapshots(".katana-layer.ext4")
+    in_snapshots(".katana-disk.ext4")
 }
 
 fn a_root_takes_what_a_file_system_takes(handler: &str) {
