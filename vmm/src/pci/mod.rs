@@ -3,6 +3,7 @@
 
 mod common;
 mod config;
+mod layout;
 mod msix;
 mod transport;
 
@@ -12,8 +13,9 @@ use std::sync::{Arc, Mutex};
 
 use katana_protocol::bridge;
 
+pub use layout::BAR_SIZE;
 pub use msix::Line;
-pub use transport::{BAR_SIZE, Doorbell, FunctionState, RestoreError, VirtioPci, vectors};
+pub use transport::{Doorbell, FunctionState, RestoreError, VirtioPci, vectors};
 
 use crate::bus::BusDevice;
 use crate::sync::lock;

@@ -1,4 +1,5 @@
-//! virtio over PCI, modern only: virtio 1.2, 4.1. One function with one BAR; the structures lie in it as below.
+//! virtio over PCI, modern only: virtio 1.2, 4.1. One function with one BAR, in which the structures lie as
+//! [`super::layout`] says.
 
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -8,41 +9,17 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::PciDevice;
-use super::common::{CommonConfig, Effect, NO_VECTOR, SIZE as COMMON_SIZE, STATUS, status};
-use super::config::{ConfigSpace, Identity};
-use super::msix::{CONTROL_WRITABLE, Line, Msix, MsixState};
+use super::common::{CommonConfig, Effect, NO_VECTOR, STATUS, status};
+use super::config::ConfigSpace;
+use super::layout::{
+    COMMON, DEVICE, ISR, Layout, NOTIFY, NOTIFY_MULTIPLIER, PAGE, PENDING, Structure, TABLE, WINDOW_DATA,
+    window,
+};
+use super::msix::{Line, Msix, MsixState};
 use crate::bus::{BusDevice, copy_out};
 use crate::memory::GuestMemory;
 use crate::sync::lock;
 use crate::virtio::{Activation, Interrupt, Trigger, VirtQueue, VirtioDevice};
-
-/// Bytes of the BAR.
-pub const BAR_SIZE: u32 = 0x8000;
-
-// One page for each structure, so that a driver could map each on its own (4.1.4).
-const COMMON: u64 = 0x0000;
-const ISR: u64 = 0x1000;
-const DEVICE: u64 = 0x2000;
-const NOTIFY: u64 = 0x3000;
-const TABLE: u64 = 0x4000;
-const PENDING: u64 = 0x5000;
-const PAGE: u64 = 0x1000;
-/// Distance of two queues' doorbells (notify_off_multiplier).
-const NOTIFY_MULTIPLIER: u64 = 4;
-
-const VENDOR: u16 = 0x1af4;
-const DEVICE_ID_BASE: u16 = 0x1040;
-const CAPABILITY_VENDOR: u8 = 0x09;
-const CAPABILITY_MSIX: u8 = 0x11;
-
-/// Structure types, 4.1.4.
-mod kind {
-    pub const COMMON: u8 = 1;
-    pub const NOTIFY: u8 = 2;
-    pub const ISR: u8 = 3;
-    pub const DEVICE: u8 = 4;
-    pub const PCI: u8 = 5;
-}
 
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
@@ -68,12 +45,6 @@ struct Ends {
     /// Made when there is such a queue.
     kick: OnceLock<Arc<EventFd>>,
     interrupt: Arc<Source>,
-}
-
-/// Where a capability says which structure it is for, and which that is.
-struct Structure {
-    at: usize,
-    kind: u8,
 }
 
 /// A doorbell: a write to `address`, whatever its value, must make `event` readable.
@@ -167,7 +138,7 @@ impl VirtioPci {
         let ends = || Ends { kick: OnceLock::new(), interrupt: source(ISR_QUEUE, None) };
         let queues = (0..most_queues).map(|_| ends()).collect();
         let Layout { space, msix: msix_capability, window: window_capability, structures } =
-            config_space(kind, address, msix.vectors());
+            Layout::new(kind, address, msix.vectors());
         let function = Self {
             device,
             memory,
@@ -364,79 +335,13 @@ impl VirtioPci {
             let _ = kick.write(1);
         }
     }
-
-    /// The window's target, if the driver has set up a valid one (4.1.4.9).
-    fn window(&self, space: &ConfigSpace) -> Option<(u64, usize)> {
-        let at = self.window_capability;
-        let bar = space.word(at + 4) & 0xff;
-        let (offset, length) = (space.dword(at + 8), space.dword(at + 12));
-        let valid =
-            bar == 0 && matches!(length, 1 | 2 | 4) && offset.is_multiple_of(length) && offset < BAR_SIZE;
-        valid.then_some((u64::from(offset), length as usize))
-    }
-}
-
-/// Where the window's data are in its capability.
-const WINDOW_DATA: usize = 16;
-
-/// The configuration space of a device, and where in it MSI-X, the window to the BAR and the structures' types are.
-struct Layout {
-    space: ConfigSpace,
-    msix: usize,
-    window: usize,
-    structures: Vec<Structure>,
-}
-
-fn config_space(kind: u32, address: u32, vectors: u16) -> Layout {
-    let mut space = ConfigSpace::new(&Identity {
-        vendor: VENDOR,
-        device: DEVICE_ID_BASE + kind as u16,
-        class: class(kind),
-        revision: 1,
-        subsystem: 0x40,
-    });
-    space.set_bar(address, BAR_SIZE);
-    let mut structures = Vec::new();
-    let mut add = |kind: u8, offset: u64, length: u64, more: &[u8], writable: &[u8]| {
-        let mut body = vec![16 + more.len() as u8, kind, 0, 0, 0, 0];
-        body.extend_from_slice(&(offset as u32).to_le_bytes());
-        body.extend_from_slice(&(length as u32).to_le_bytes());
-        body.extend_from_slice(more);
-        let start = space.add_capability(CAPABILITY_VENDOR, &body, writable);
-        structures.push(Structure { at: start + 3, kind });
-        start
-    };
-    add(kind::COMMON, COMMON, COMMON_SIZE, &[], &[]);
-    add(kind::ISR, ISR, 1, &[], &[]);
-    add(kind::DEVICE, DEVICE, PAGE, &[], &[]);
-    add(kind::NOTIFY, NOTIFY, PAGE, &(NOTIFY_MULTIPLIER as u32).to_le_bytes(), &[]);
-    // The driver writes bar, offset and length, then reads or writes the data.
-    let mut writable = vec![0, 0, 0xff, 0, 0, 0];
-    writable.extend_from_slice(&[0xff; 12]);
-    let window = add(kind::PCI, 0, 0, &[0; 4], &writable);
-
-    let mut body = vectors.wrapping_sub(1).to_le_bytes().to_vec();
-    body.extend_from_slice(&(TABLE as u32).to_le_bytes());
-    body.extend_from_slice(&(PENDING as u32).to_le_bytes());
-    let msix = space.add_capability(CAPABILITY_MSIX, &body, &CONTROL_WRITABLE.to_le_bytes());
-    Layout { space, msix, window, structures }
-}
-
-/// Class codes, for tools that print them; drivers go by the device id.
-fn class(kind: u32) -> u32 {
-    match kind {
-        1 => 0x02_0000,
-        2 => 0x01_8000,
-        3 => 0x07_8000,
-        _ => 0xff_0000,
-    }
 }
 
 impl PciDevice for VirtioPci {
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         let space = lock(&self.space);
         space.read(offset, data);
-        let window = self.window(&space);
+        let window = window(&space, self.window_capability);
         drop(space);
         let start = self.window_capability + WINDOW_DATA;
         if let (Some((target, length)), true) = (window, (start..start + 4).contains(&offset)) {
@@ -450,7 +355,7 @@ impl PciDevice for VirtioPci {
         let mut space = lock(&self.space);
         space.write(offset, data);
         let control = space.word(self.msix_capability + 2);
-        let window = self.window(&space);
+        let window = window(&space, self.window_capability);
         let start = self.window_capability + WINDOW_DATA;
         let mut value = [0; 4];
         space.read(start, &mut value);

@@ -1,4 +1,5 @@
 use super::super::common::{Effect, QueueError, TRANSPORT_FEATURES, status};
+use super::super::layout::{BAR_SIZE, CAPABILITY_VENDOR, kind};
 use super::super::msix::tests::{Call, Recorder};
 use super::*;
 use event_manager::{EventOps, Events, MutEventSubscriber};
