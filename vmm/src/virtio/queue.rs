@@ -35,6 +35,11 @@ impl DeviceQueue {
         &self.kick
     }
 
+    /// What interrupts its driver. For who keeps the queue in use for long: [`Self::serve`] does it at its end.
+    pub fn interrupt_of_driver(&self) -> &Interrupt {
+        &self.interrupt
+    }
+
     /// Has the queue served again: by another thread, or after others had their turn.
     pub fn kick_again(&self) {
         // Only a full counter could fail it, and that one wakes as well.

@@ -6,10 +6,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use virtio_queue::mock::MockSplitQueue;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+use vmm_sys_util::tempdir::TempDir;
 
 use super::{Activation, Interrupt, Trigger, VirtQueue, VirtioDevice};
 use crate::memory::GuestMemory;
@@ -218,6 +221,16 @@ pub fn wait_until<T>(what: &str, mut is_there: impl FnMut() -> Option<T>) -> T {
             thread::yield_now();
         }
     }
+}
+
+/// A file system of so many pages, which this thread and those that it starts see.
+pub fn small_file_system(pages: usize) -> TempDir {
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+    let dir = TempDir::new().unwrap();
+    let options = format!("size={}", pages * 4096);
+    mount(Some("small"), dir.as_path(), Some("tmpfs"), MsFlags::empty(), Some(options.as_str())).unwrap();
+    dir
 }
 
 /// A device with its driver.

@@ -13,12 +13,12 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{ByteValued, Le32, Le64};
 
+use super::patience::Patience;
+use super::slot::Slot;
 use crate::virtio::chain::{Buffers, Chain};
 
 /// The unit of capacity and position, whatever the block size.
 pub const SECTOR: u64 = 512;
-/// The name that the guest finds in /sys/block/vdX/serial.
-pub type Serial = [u8; 20];
 /// Data of one request: with less work at once, a reset need not wait for long. Linux sends 1.25 MiB unless configured
 /// otherwise.
 const LONGEST_TRANSFER: usize = 64 << 20;
@@ -33,6 +33,7 @@ pub const RANGE_ALIGNMENT: u32 = 8;
 pub struct Disk {
     file: File,
     shape: Shape,
+    patience: Patience,
 }
 
 /// What a driver sees of a disk.
@@ -104,13 +105,17 @@ impl From<io::Error> for Failure {
 ///
 /// # Errors
 /// When it has no room for an answer.
-pub fn request(mut chain: Chain<'_>, disk: Option<&Disk>, serial: &Serial) -> Result<u32, NoStatus> {
+pub fn request(mut chain: Chain<'_>, disk: Option<&mut Disk>, slot: &Slot<'_>) -> Result<u32, NoStatus> {
     // How the parts are spread over descriptors is the driver's business (virtio 1.2, 2.7.4.1): the status is the
     // last byte that can be written.
     let room = chain.writable.len().checked_sub(1).ok_or(NoStatus)?;
     let mut answer = chain.writable.split_front(room);
     let result = match (chain.readable.read::<Header>(), disk) {
-        (Some(header), Some(disk)) => disk.perform(header, &chain.readable, &mut answer, serial),
+        (Some(header), Some(disk)) => {
+            let result = disk.perform(header, &chain.readable, &mut answer, slot);
+            disk.patience.end(slot, result.is_ok());
+            result
+        }
         _ => Err(Failure::Io),
     };
     let (status, written) = match result {
@@ -135,7 +140,8 @@ impl Disk {
         if sectors == 0 {
             return Err(Error::Empty);
         }
-        Ok(Self { file, shape: Shape { sectors, read_only, clears: metadata.is_file() && !read_only } })
+        let shape = Shape { sectors, read_only, clears: metadata.is_file() && !read_only };
+        Ok(Self { file, shape, patience: Patience::new() })
     }
 
     /// What a driver sees of it.
@@ -144,23 +150,25 @@ impl Disk {
     }
 
     fn perform(
-        &self,
+        &mut self,
         header: Header,
         data: &Buffers<'_>,
         answer: &mut Buffers<'_>,
-        serial: &Serial,
+        slot: &Slot<'_>,
     ) -> Result<usize, Failure> {
         let sector = header.sector.to_native();
         match header.kind.to_native() {
             VIRTIO_BLK_T_IN => self.read(sector, answer),
-            VIRTIO_BLK_T_OUT => self.write(sector, data),
+            VIRTIO_BLK_T_OUT => self.write(sector, data, slot),
             VIRTIO_BLK_T_FLUSH => {
+                // Once only, even if the host is full: it has then dropped what it could not write, and the next try
+                // would find nothing amiss.
                 self.file.sync_data()?;
                 Ok(0)
             }
-            VIRTIO_BLK_T_GET_ID => Ok(answer.write_bytes(serial)),
+            VIRTIO_BLK_T_GET_ID => Ok(answer.write_bytes(slot.serial)),
             kind @ (VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES) if self.shape.clears => {
-                self.clear(kind, data)
+                self.clear(kind, data, slot)
             }
             _ => Err(Failure::Unsupported),
         }
@@ -192,14 +200,14 @@ impl Disk {
         Ok(length)
     }
 
-    fn write(&self, sector: u64, data: &Buffers<'_>) -> Result<usize, Failure> {
+    fn write(&mut self, sector: u64, data: &Buffers<'_>, slot: &Slot<'_>) -> Result<usize, Failure> {
         let mut offset = self.offset(sector, data.len())?;
         if self.shape.read_only {
             return Err(Failure::Io);
         }
         let mut data = data.clone();
         while !data.is_empty() {
-            match data.write_to_at(self.file.as_fd(), offset)? {
+            match self.patience.write(slot, || data.write_to_at(self.file.as_fd(), offset))? {
                 0 => return Err(Failure::Io),
                 count => {
                     data.advance(count);
@@ -211,7 +219,7 @@ impl Disk {
     }
 
     /// Has ranges of sectors read as zeros. None is touched unless all of them are right.
-    fn clear(&self, kind: u32, data: &Buffers<'_>) -> Result<usize, Failure> {
+    fn clear(&mut self, kind: u32, data: &Buffers<'_>, slot: &Slot<'_>) -> Result<usize, Failure> {
         let (count, rest) = (data.len() / size_of::<Range>(), data.len() % size_of::<Range>());
         if rest != 0 || !(1..=MOST_RANGES as usize).contains(&count) {
             return Err(Failure::Io);
@@ -222,7 +230,16 @@ impl Disk {
             ranges.push((clearing(kind, range.flags.to_native())?, self.range(range)?));
         }
         for (mode, (offset, length)) in ranges {
-            self.allocate(mode, offset, length)?;
+            let clear = || allocate(&self.file, mode, offset, length);
+            // The driver can do without a discard, which is to make room.
+            let done = if kind == VIRTIO_BLK_T_DISCARD { clear() } else { self.patience.write(slot, clear) };
+            match done {
+                // From now on it does without this as well.
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    return Err(Failure::Unsupported);
+                }
+                done => done?,
+            }
         }
         Ok(0)
     }
@@ -238,15 +255,13 @@ impl Disk {
         let bytes = |sectors: u64| i64::try_from(sectors * SECTOR).map_err(|_| Failure::Io);
         Ok((bytes(sector)?, bytes(sectors.into())?))
     }
+}
 
-    fn allocate(&self, mode: FallocateFlags, offset: i64, length: i64) -> Result<(), Failure> {
-        loop {
-            match fallocate(&self.file, mode | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, length) {
-                Err(Errno::EINTR) => {}
-                // The driver does without, from now on.
-                Err(Errno::EOPNOTSUPP) => return Err(Failure::Unsupported),
-                done => return Ok(done.map_err(io::Error::from)?),
-            }
+fn allocate(file: &File, mode: FallocateFlags, offset: i64, length: i64) -> io::Result<()> {
+    loop {
+        match fallocate(file, mode | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, length) {
+            Err(Errno::EINTR) => {}
+            done => return Ok(done?),
         }
     }
 }

@@ -7,6 +7,8 @@
 //! changes, and a read-only disk refuses writes.
 
 mod disk;
+mod patience;
+mod slot;
 mod thread;
 
 use std::fs::File;
@@ -20,7 +22,8 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
-use self::disk::{Disk, LONGEST_RANGE, MOST_RANGES, RANGE_ALIGNMENT, SECTOR, Serial, Shape};
+use self::disk::{Disk, LONGEST_RANGE, MOST_RANGES, RANGE_ALIGNMENT, SECTOR, Shape};
+use self::slot::Serial;
 pub use self::thread::{Detached, Starter};
 use self::thread::{Served, Worker};
 use super::queue::DeviceQueue;

@@ -1,4 +1,5 @@
 mod clearing;
+mod full;
 mod fuzzing;
 mod threads;
 

@@ -2,19 +2,22 @@
 //! kicks all the time, holds up nobody else.
 //!
 //! What it is to do stands in [`Orders`], which others only lock for a moment; they never wait for the disk. With a
-//! queue to serve, the thread waits for that queue's kick, by which it is woken for orders as well; without one, for a
-//! change of the orders. It ends when it has neither disk nor queue, and there is none until a disk is attached. A
-//! driver that keeps its queue when the disk has gone gets an error for each request.
+//! queue to serve, the thread waits for that queue's kick, by which it is woken for orders as well; without one, or
+//! while a request waits for room on the host ([`super::patience`]), for a change of the orders. It ends when it has
+//! neither disk nor queue, and there is none until a disk is attached. A driver that keeps its queue when the disk has
+//! gone gets an error for each request.
 
 use std::io;
 use std::mem::take;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::disk::{Disk, Serial, request};
+use super::disk::{Disk, request};
+use super::slot::{Serial, Slot, name};
 use crate::memory::GuestMemory;
 use crate::seccomp::{self, Kind};
 use crate::sync::lock;
@@ -51,7 +54,7 @@ pub struct Served {
 pub struct Worker {
     serial: Serial,
     orders: Mutex<Orders>,
-    /// Signalled when they change while no queue is served.
+    /// Signalled when they change.
     changed: Condvar,
 }
 
@@ -73,6 +76,13 @@ struct Orders {
     busy: bool,
     /// Whose disk is to be closed.
     detached: Vec<Detached>,
+}
+
+impl Orders {
+    /// Whether disk and queue are to be used further.
+    fn go_on(&self) -> bool {
+        !self.leave && self.detached.is_empty()
+    }
 }
 
 impl Worker {
@@ -115,7 +125,7 @@ impl Worker {
                 worker.run();
             }
         };
-        let name = String::from_utf8_lossy(&self.serial).trim_end_matches('\0').to_owned();
+        let name = name(&self.serial).into_owned();
         starter(Box::new(move || {
             let thread = thread::Builder::new().name(name).stack_size(STACK);
             if let Err(error) = thread.spawn(body) {
@@ -125,8 +135,8 @@ impl Worker {
         started.recv().unwrap_or_else(|_| Err(io::Error::other("none can be started any more")))
     }
 
-    /// Has the disk closed once the request that is under way has ended; `detached` is called then. All further requests
-    /// fail.
+    /// Has the disk closed once the request that is under way has ended, which waits for room no longer; `detached` is
+    /// called then. All further requests fail.
     pub fn detach(&self, detached: Detached) {
         let mut orders = lock(&self.orders);
         if orders.occupied {
@@ -164,20 +174,25 @@ impl Worker {
         let serves = orders.serves.clone();
         // Otherwise it would wake up only to wait for the lock.
         drop(orders);
-        match serves {
+        if let Some(kick) = serves {
             // Only a full counter could hold it up, and nobody counts that far.
-            Some(kick) => drop(kick.write(1)),
-            None => self.changed.notify_one(),
+            let _ = kick.write(1);
         }
+        self.changed.notify_one();
     }
 
     /// The thread.
     fn run(&self) {
         let (mut disk, mut served) = (None, None);
         while let Some(Served { memory, queue }) = self.follow_orders(&mut disk, &mut served) {
-            queue.serve(memory, |chain| {
-                request(chain, disk.as_ref().filter(|_| self.goes_on()), &self.serial)
-            });
+            let interrupt = queue.interrupt_of_driver().clone();
+            let pause = |time| {
+                // For what has been answered: it does not wait along.
+                interrupt.trigger();
+                self.pause(time)
+            };
+            let slot = Slot { serial: &self.serial, pause: &pause };
+            queue.serve(memory, |chain| request(chain, disk.as_mut().filter(|_| self.goes_on()), &slot));
             lock(&self.orders).busy = false;
             while let Err(error) = queue.kick().read() {
                 if error.kind() != io::ErrorKind::Interrupted {
@@ -190,8 +205,14 @@ impl Worker {
 
     /// Whether the driver and the host want the disk to be used still.
     fn goes_on(&self) -> bool {
+        lock(&self.orders).go_on()
+    }
+
+    /// Lets time pass while they do; answers whether they still do.
+    fn pause(&self, time: Duration) -> bool {
         let orders = lock(&self.orders);
-        !orders.leave && orders.detached.is_empty()
+        let paused = self.changed.wait_timeout_while(orders, time, |orders| orders.go_on());
+        paused.unwrap_or_else(PoisonError::into_inner).0.go_on()
     }
 
     /// Does what has been ordered until there is a queue to serve. None at the end.

@@ -1,6 +1,7 @@
 use katana_fuzz::{Input, fuzz};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES};
 
+use super::super::slot::Slot;
 use super::*;
 use crate::memory::GuestMemory;
 use crate::virtio::fuzzing::{self, drive};
@@ -17,7 +18,8 @@ impl Answer for Direct {
     const QUEUE_SIZES: &'static [u16] = &QUEUE_SIZES;
 
     fn answer(&mut self, _index: usize, memory: &GuestMemory, queue: &mut DeviceQueue) {
-        queue.serve(memory, |chain| disk::request(chain, Some(&self.0), &Serial::default()));
+        let slot = Slot { serial: &Serial::default(), pause: &|_| true };
+        queue.serve(memory, |chain| disk::request(chain, Some(&mut self.0), &slot));
     }
 }
 

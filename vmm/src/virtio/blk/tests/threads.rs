@@ -68,7 +68,7 @@ fn offer_read(bench: &mut Bench<Blk>, place: u16) {
     bench.kick(REQUESTS);
 }
 
-fn status(bench: &Bench<Blk>, place: u16) -> u8 {
+pub fn status(bench: &Bench<Blk>, place: u16) -> u8 {
     bench.bytes(STATUS + u64::from(place), 1)[0]
 }
 
@@ -80,14 +80,14 @@ fn attached(serial: &str, file: File) -> Bench<Blk> {
 }
 
 /// How many threads of this process have this name.
-fn threads(name: &str) -> usize {
+pub fn threads(name: &str) -> usize {
     let named = |task: &fs::DirEntry| {
         fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name)
     };
     fs::read_dir("/proc/self/task").unwrap().flatten().filter(named).count()
 }
 
-fn wait_for_no_thread(name: &str) {
+pub fn wait_for_no_thread(name: &str) {
     wait_until("the thread has ended", || (threads(name) == 0).then_some(()));
 }
 

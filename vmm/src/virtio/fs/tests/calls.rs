@@ -3,10 +3,10 @@
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 
-use nix::mount::{MsFlags, mount};
 use virtiofsd::fuse::{CreateIn, IoctlIn, IoctlOut};
 
 use super::*;
+use crate::virtio::testing::small_file_system;
 
 const STATX: u32 = 52;
 
@@ -43,15 +43,6 @@ impl Guest {
 /// A guest whose share is a file system of its own.
 pub fn guest_with_pages(pages: usize) -> Guest {
     guest_of(small_file_system(pages), 10_000)
-}
-
-pub fn small_file_system(pages: usize) -> TempDir {
-    unshare(CloneFlags::CLONE_NEWNS).unwrap();
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-    let dir = TempDir::new().unwrap();
-    let options = format!("size={}", pages * 4096);
-    mount(Some("small"), dir.as_path(), Some("tmpfs"), MsFlags::empty(), Some(options.as_str())).unwrap();
-    dir
 }
 
 #[test]

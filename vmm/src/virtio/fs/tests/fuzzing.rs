@@ -6,8 +6,8 @@
 use katana_fuzz::{Input, fuzz};
 use katana_protocol::{REPLAY_GID, REPLAY_LEARN, REPLAY_SOURCE};
 
-use super::calls::small_file_system;
 use super::*;
+use crate::virtio::testing::small_file_system;
 
 /// Of the file system, in pages.
 const PAGES: usize = 2048;
