@@ -12,6 +12,8 @@
 use katana_tests::{Instance, environment, turn};
 
 mod configuration;
+mod docker_inside;
+mod empty_dirs;
 mod exec;
 mod host_namespaces;
 mod life;
@@ -75,6 +77,7 @@ fn every_case_with_containerd_2() {
         sharing::CASES,
         streaming::CASES,
         writable::CASES,
+        empty_dirs::CASES,
     ];
     let runs: Vec<(&str, Case)> = if environment::is_soak() {
         let handlers = ["kata", "kata-shim"].into_iter();

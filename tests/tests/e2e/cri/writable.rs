@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use katana_tests::Containerd;
-use katana_tests::cri::{Pod, shared_pod};
+use katana_tests::cri::Pod;
 use katana_tests::host::eventually;
 use serde_json::json;
 
@@ -40,7 +40,9 @@ fn images() -> Vec<PathBuf> {
 }
 
 fn a_root_takes_what_a_file_system_takes(handler: &str) {
-    let container = shared_pod(handler).start(json!({}));
+    // In a pod with many containers the slots for disks may be in use.
+    let pod = Pod::run(handler);
+    let container = pod.start(json!({}));
     let script = r#"
         set -e
         same() { [ "$1" = "$2" ] || { echo "\"$1\", not \"$2\": $3"; exit 1; }; }
@@ -69,16 +71,19 @@ fn a_root_takes_what_a_file_system_takes(handler: &str) {
         let types = container.sh("awk '$2 == \"/\" { print $3 }' /proc/mounts");
         assert_eq!(types.ok(), "overlay");
     }
+    pod.remove().unwrap();
 }
 
 fn what_is_written_is_counted_and_given_back(handler: &str) {
-    let container = shared_pod(handler).start(json!({}));
+    let pod = Pod::run(handler);
+    let container = pod.start(json!({}));
     let used = || container.stats().writable_layer.used_bytes.value;
     container.sh("dd if=/dev/urandom of=/root/large bs=1M count=40 2>/dev/null && sync").ok();
     // containerd looks from time to time.
     assert!(eventually(|| used() > 40 << 20), "{} bytes are counted", used());
     container.sh("rm /root/large && sync").ok();
     assert!(eventually(|| used() < 20 << 20), "{} bytes are counted", used());
+    pod.remove().unwrap();
 }
 
 fn a_full_root_is_that_containers_alone(handler: &str) {
