@@ -24,7 +24,7 @@ const DESCRIPTOR: usize = 32;
 pub const LEAST: u64 = 16 << 20;
 /// See [`LEAST`].
 pub const MOST: u64 = 8 << 40;
-/// Blocks of the journal: the least that jbd2 takes. All of them are written in time, and count as the container's.
+/// Blocks of a journal: the least that jbd2 takes. All of them are written in time, and count as the container's.
 const JOURNAL: u32 = 1024;
 /// A last group with fewer blocks is left out.
 const LEAST_OF_LAST: u32 = 1024;
@@ -63,11 +63,13 @@ struct Shape {
     blocks: u32,
     groups: u32,
     inodes_per_group: u32,
+    /// Blocks of its journal.
+    journal: u32,
 }
 
 impl Shape {
     /// Of a file of so many bytes, not less than [`LEAST`] and not more than [`MOST`].
-    fn of(bytes: u64) -> io::Result<Self> {
+    fn of(bytes: u64, journal: bool) -> io::Result<Self> {
         if !(LEAST..=MOST).contains(&bytes) {
             let text = format!("a file system of {bytes} bytes: from {LEAST} to {MOST} are possible");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
@@ -78,7 +80,8 @@ impl Shape {
         // Whole blocks of inodes.
         let inodes = (bytes / BYTES_PER_INODE).min(MOST_INODES) / 16 * 16;
         let inodes_per_group = u32::try_from(inodes).unwrap_or(u32::MAX);
-        Ok(Self { blocks, groups: blocks.div_ceil(GROUP), inodes_per_group })
+        let journal = if journal { JOURNAL } else { 0 };
+        Ok(Self { blocks, groups: blocks.div_ceil(GROUP), inodes_per_group, journal })
     }
 
     fn descriptor_blocks(self) -> u32 {
@@ -108,7 +111,7 @@ impl Shape {
 
     /// Blocks that are in use from the start, all at the beginning of their group.
     fn used(self, group: u32) -> u32 {
-        if group == 0 { self.journal_start() + JOURNAL } else { 2 + self.table_blocks() }
+        if group == 0 { self.journal_start() + self.journal } else { 2 + self.table_blocks() }
     }
 
     fn free(self) -> u32 {
@@ -116,16 +119,17 @@ impl Shape {
     }
 }
 
-/// Makes an empty file that large, as sparse as can be. `random` are its UUID and the seed of its hashes.
+/// Makes an empty file that large, as sparse as can be. `random` are its UUID and the seed of its hashes. Without a
+/// journal it costs less to mount and to write to, and is of no use after a crash.
 ///
 /// # Errors
 /// When the size is impossible, or of the writes.
-pub fn make(file: &File, bytes: u64, upper: Access, random: [u8; 32]) -> io::Result<()> {
-    let shape = Shape::of(bytes)?;
+pub fn make(file: &File, bytes: u64, upper: Access, random: [u8; 32], journal: bool) -> io::Result<()> {
+    let shape = Shape::of(bytes, journal)?;
     file.set_len(u64::from(shape.blocks) * BLOCK as u64)?;
     let at = |block: u32| u64::from(block) * BLOCK as u64;
     file.write_all_at(&head(shape, upper, &random), 0)?;
-    file.write_all_at(&directories(), at(shape.directories()))?;
+    file.write_all_at(&directories(shape), at(shape.directories()))?;
     let last = shape.groups - 1;
     if last > 0 {
         // That of the last group is to be there (e2fsck, "Last group block bitmap uninitialized").
@@ -148,10 +152,11 @@ fn head(shape: Shape, upper: Access, random: &[u8; 32]) -> Vec<u8> {
     let table = head.len();
     head.resize(table + BLOCK, 0);
     let root = Access { mode: DIRECTORY | 0o755, uid: 0, gid: 0 };
-    let mut inodes = vec![
-        (ROOT_INODE, inode(root, 2 + DIRECTORIES.len() as u16, shape.directories(), 1)),
-        (JOURNAL_INODE, inode(Access { mode: REGULAR | 0o600, ..root }, 1, shape.journal_start(), JOURNAL)),
-    ];
+    let mut inodes = vec![(ROOT_INODE, inode(root, 2 + DIRECTORIES.len() as u16, shape.directories(), 1))];
+    if shape.journal > 0 {
+        let access = Access { mode: REGULAR | 0o600, ..root };
+        inodes.push((JOURNAL_INODE, inode(access, 1, shape.journal_start(), shape.journal)));
+    }
     for ((number, name), block) in (FIRST_INODE..).zip(DIRECTORIES).zip(shape.directories() + 1..) {
         let access = if name == UPPER { upper } else { Access { mode: 0o700, ..root } };
         let access = Access { mode: DIRECTORY | access.mode & 0o7777, ..access };
@@ -186,12 +191,12 @@ fn superblock(shape: Shape, random: &[u8; 32]) -> Vec<u8> {
         (0x54, FIRST_INODE),
         (0x58, INODE as u32),
         // HAS_JOURNAL, EXT_ATTR, DIR_INDEX, SPARSE_SUPER2, whose list of copies of the superblock is empty.
-        (0x5c, 0x4 | 0x8 | 0x20 | 0x200),
+        (0x5c, u32::from(shape.journal > 0) << 2 | 0x8 | 0x20 | 0x200),
         // FILETYPE, EXTENTS.
         (0x60, 0x2 | 0x40),
         // LARGE_FILE, HUGE_FILE, GDT_CSUM, DIR_NLINK, EXTRA_ISIZE.
         (0x64, 0x2 | 0x8 | 0x10 | 0x20 | 0x40),
-        (0xe0, JOURNAL_INODE),
+        (0xe0, if shape.journal > 0 { JOURNAL_INODE } else { 0 }),
         // Mounted with user_xattr and acl.
         (0x100, 0x4 | 0x8),
         // Sizes of the later part of an inode: least and wanted.
@@ -266,7 +271,7 @@ fn inode(access: Access, links: u16, start: u32, blocks: u32) -> Vec<u8> {
 }
 
 /// The root directory, those in it, and the first block of the journal.
-fn directories() -> Vec<u8> {
+fn directories(shape: Shape) -> Vec<u8> {
     let names = (FIRST_INODE..).zip(DIRECTORIES);
     let mut blocks = directory(
         &[(ROOT_INODE, "."), (ROOT_INODE, "..")].into_iter().chain(names.clone()).collect::<Vec<_>>(),
@@ -274,12 +279,22 @@ fn directories() -> Vec<u8> {
     for (number, _) in names {
         blocks.extend(directory(&[(number, "."), (ROOT_INODE, "..")]));
     }
+    if shape.journal == 0 {
+        return blocks;
+    }
     // A journal of version 2 in big-endian numbers: magic and kind of block, sizes, first block and first transaction;
     // it is empty, and one file system uses it.
     let journal = blocks.len();
     blocks.resize(journal + BLOCK, 0);
-    let words =
-        [(0, 0xc03b_3998), (4, 4), (0xc, BLOCK as u32), (0x10, JOURNAL), (0x14, 1), (0x18, 1), (0x40, 1)];
+    let words = [
+        (0, 0xc03b_3998),
+        (4, 4),
+        (0xc, BLOCK as u32),
+        (0x10, shape.journal),
+        (0x14, 1),
+        (0x18, 1),
+        (0x40, 1),
+    ];
     for (offset, word) in words {
         put(&mut blocks, journal + offset, &u32::to_be_bytes(word));
     }

@@ -78,7 +78,9 @@ impl Image {
                 _ => {}
             }
             let file = File::options().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-            ext4::make(&file, self.bytes, access, crate::host::random().map_err(io::Error::other)?)?;
+            let random = crate::host::random().map_err(io::Error::other)?;
+            // A journal is for those who read it after a crash.
+            ext4::make(&file, self.bytes, access, random, !self.volatile)?;
             mark(&unfinished, MARK)?;
             if !self.volatile {
                 // A name that is there after a failure of power has its contents.
