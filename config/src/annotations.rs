@@ -22,6 +22,8 @@ const PREFIX: &str = "io.katacontainers.config.";
 const ALIAS: (&str, &str) = ("default_max_vcpus", "default_maxvcpus");
 /// They name files of the host, or are the very list of what is allowed.
 const NEVER: [&str; 4] = ["path", "kernel", "image", "enable_annotations"];
+/// Without these a pod is neither less isolated nor has less, so that one that may not set them runs all the same.
+const HARMLESS: [&str; 3] = ["enable_debug", "disable_vhost_net", "disk_slots"];
 
 impl Config {
     /// The configuration that a pod's annotation names, or this one if there is no such annotation.
@@ -49,35 +51,40 @@ impl Config {
         load_file(path, Links::Refuse)
     }
 
-    /// This configuration with what a pod's annotations set, and a line for each annotation of Kata Containers that has no
-    /// meaning here. Annotations of other kinds are none of its business.
+    /// This configuration with what a pod's annotations set, and a line for each annotation of Kata Containers that is
+    /// ignored. Annotations of other kinds are none of its business.
     ///
     /// # Errors
-    /// [`Error::Annotation`] for a key that does not exist or may not be set, for a bad value, and for what must not be
-    /// ignored.
+    /// [`Error::Annotation`] for a key that does not exist, for a bad value, and for what must not be ignored.
     pub fn annotated(mut self, annotations: &BTreeMap<String, String>) -> Result<(Self, Vec<String>), Error> {
-        let mut without_meaning = Vec::new();
+        let mut ignored = Vec::new();
         for (name, value) in annotations {
             let Some(key) = name.strip_prefix(PREFIX) else { continue };
             let failed = |why| Error::Annotation { name: name.clone(), why };
-            if let Some(remark) = self.annotate(key, &typed(value)).map_err(failed)? {
-                without_meaning.push(format!("annotation {name} has no meaning here: {remark}"));
+            if let Some(why) = self.annotate(key, &typed(value)).map_err(failed)? {
+                ignored.push(format!("annotation {name} {why}"));
             }
         }
         let failed = |why| Error::Annotation { name: format!("{PREFIX}hypervisor.default_vcpus"), why };
         self.check().map_err(failed)?;
-        Ok((self, without_meaning))
+        Ok((self, ignored))
     }
 
-    /// Follows an annotation, or says why that has no meaning.
-    fn annotate(&mut self, name: &str, value: &DeValue<'_>) -> Result<Option<&'static str>, String> {
+    /// Follows an annotation, or says why it is ignored.
+    fn annotate(&mut self, name: &str, value: &DeValue<'_>) -> Result<Option<String>, String> {
         let (section, key) = split(name);
+        let without_meaning = |remark: &str| Ok(Some(format!("has no meaning here: {remark}")));
         match classes::annotation(name, value).or_else(|| classes::meaning(section, key, value)) {
             Some(Meaning::Sets(_, _)) if section != HYPERVISOR => {
-                Ok(Some("it is the administrator's to set"))
+                without_meaning("it is the administrator's to set")
             }
             Some(Meaning::Sets(key, _)) => {
-                self.permit(name, key)?;
+                match self.permit(name, key) {
+                    Err(why) if HARMLESS.contains(&key.name) => {
+                        return Ok(Some(format!("is ignored: {why}")));
+                    }
+                    permitted => permitted?,
+                }
                 let layer = self.hypervisor.writable_layer_size;
                 (key.set)(self, value)?;
                 self.hypervisor.within_most_memory(key.name)?;
@@ -87,7 +94,7 @@ impl Config {
                 }
                 Ok(None)
             }
-            Some(Meaning::Nothing(remark)) => Ok(Some(remark)),
+            Some(Meaning::Nothing(remark)) => without_meaning(remark),
             Some(Meaning::Refused(why)) => Err(format!("it cannot be followed: {why}")),
             None => Err(unknown(section, key)),
         }

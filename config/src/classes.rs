@@ -6,7 +6,7 @@ use toml::de::DeValue;
 
 use crate::Place;
 use crate::kata::{ANNOTATIONS, Fate, Group, TABLE, VMM, VMM_FACTORY, VMMS};
-use crate::keys::{HYPERVISOR, KEYS, Key, TRANSLATED};
+use crate::keys::{HYPERVISOR, KEYS, Key, Sets, TRANSLATED};
 
 /// The three things that can become of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +42,8 @@ pub struct Use {
     pub class: Class,
     /// What is to be known of it, or nothing.
     pub remark: String,
+    /// What it sets, if it works.
+    pub sets: Option<Sets>,
 }
 
 /// What becomes of a key with a value.
@@ -128,7 +130,8 @@ fn own(section: &str, name: &str) -> Option<&'static Key> {
 /// What a key of Kata Containers sets, where that is no key of ours in the same section.
 fn translated(section: &str, name: &str) -> Option<&'static Key> {
     let section = common(section);
-    let translated = TRANSLATED.iter().find(|key| key.section == section && key.name == name);
+    let translated = TRANSLATED.iter().map(|(key, _)| key);
+    let translated = translated.into_iter().find(|key| key.section == section && key.name == name);
     let ours = match &*section {
         VMM => HYPERVISOR,
         VMM_FACTORY => "factory",

@@ -9,7 +9,7 @@ use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
 
 use crate::classes::{self, Class, Meaning, Use};
-use crate::keys::{HYPERVISOR, Key};
+use crate::keys::{HYPERVISOR, Key, ours};
 use crate::trusted::{self, Links};
 use crate::{Agent, Config, Error, Factory, Hypervisor, Place, Problem, Report, Runtime};
 
@@ -173,10 +173,21 @@ impl Loader {
         }
     }
 
-    fn set(&mut self, place: Place, section: &str, name: &str, key: &Key, value: &DeValue<'_>, remark: &str) {
+    fn set(
+        &mut self,
+        place: Place,
+        section: &str,
+        name: &str,
+        key: &'static Key,
+        value: &DeValue<'_>,
+        remark: &str,
+    ) {
         match (key.set)(&mut self.config, value) {
             Ok(()) => {
                 self.note(place.clone(), section, name, Class::Works, remark);
+                if let Some(used) = self.uses.last_mut() {
+                    used.sets = Some(ours(key));
+                }
                 self.places.insert((key.section, key.name), (place, section.to_owned()));
             }
             Err(why) => {
@@ -189,7 +200,7 @@ impl Loader {
 
     fn note(&mut self, place: Place, section: &str, name: &str, class: Class, remark: &str) {
         let (section, key, remark) = (section.to_owned(), name.to_owned(), remark.to_owned());
-        self.uses.push(Use { place, section, key, class, remark });
+        self.uses.push(Use { place, section, key, class, remark, sets: None });
     }
 
     /// The keys of the files, and all that is wrong with them, checked against each other as well.

@@ -130,15 +130,46 @@ pub(crate) const KEYS: &[Key] = &[
 ];
 
 /// Keys of Kata Containers that set one of ours in another way than by its own value.
-pub(crate) const TRANSLATED: &[Key] = &[
-    Key {
-        section: VMM,
-        name: "kernel_params",
-        set: |c, v| other_parameters(v, &mut c.hypervisor.kernel_params),
-    },
-    Key { section: AGENT, name: "dial_timeout_ms", set: |c, v| longer(v, &mut c.agent.dial_timeout) },
-    Key { section: AGENT, name: "reconnect_timeout_ms", set: |c, v| longer(v, &mut c.agent.dial_timeout) },
+pub(crate) static TRANSLATED: &[(Key, Sets)] = &[
+    (
+        Key {
+            section: VMM,
+            name: "kernel_params",
+            set: |c, v| other_parameters(v, &mut c.hypervisor.kernel_params),
+        },
+        Sets { section: HYPERVISOR, key: "kernel_params", translated: true },
+    ),
+    (
+        Key { section: AGENT, name: "dial_timeout_ms", set: |c, v| longer(v, &mut c.agent.dial_timeout) },
+        Sets { section: AGENT, key: "dial_timeout", translated: true },
+    ),
+    (
+        Key {
+            section: AGENT,
+            name: "reconnect_timeout_ms",
+            set: |c, v| longer(v, &mut c.agent.dial_timeout),
+        },
+        Sets { section: AGENT, key: "dial_timeout", translated: true },
+    ),
 ];
+
+/// A key of ours that is set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sets {
+    /// Its section.
+    pub section: &'static str,
+    /// Its name.
+    pub key: &'static str,
+    /// Whether its value is another one than that in the file.
+    pub translated: bool,
+}
+
+/// What a key sets.
+pub(crate) fn ours(key: &'static Key) -> Sets {
+    let translated = TRANSLATED.iter().find(|(other, _)| std::ptr::eq(other, key));
+    let same = Sets { section: key.section, key: key.name, translated: false };
+    translated.map_or(same, |(_, sets)| *sets)
+}
 
 /// The CPUs that a machine on this host can have.
 pub(crate) fn host_cpus() -> u32 {

@@ -23,7 +23,7 @@ use std::{env, fs, io};
 pub use annotations::CONFIG_PATH;
 pub use classes::{Class, Use};
 pub use error::{Error, Place, Problem};
-pub use keys::MOST_VCPUS;
+pub use keys::{MOST_VCPUS, Sets};
 use trusted::Links;
 
 /// Environment variable that names the configuration file, as in Kata Containers.
@@ -258,14 +258,14 @@ pub fn load(explicit: Option<&Path>) -> Result<Config, Error> {
     }
 }
 
-/// What becomes of each key of one file, without its drop-ins.
+/// What becomes of each key of one file, without its drop-ins, and what it makes of the defaults.
 ///
 /// # Errors
 /// [`Error::Read`]; what is wrong in the file is in the report.
-pub fn examine(path: &Path) -> Result<Report, Error> {
+pub fn examine(path: &Path) -> Result<(Report, Config), Error> {
     let mut loader = file::Loader::new(path, Links::Follow);
     loader.apply(path)?;
-    Ok(loader.report().0)
+    Ok(loader.report())
 }
 
 /// The files that are tried when none was asked for: the administrator's, then the one that was installed

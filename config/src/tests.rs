@@ -181,7 +181,11 @@ fn a_pod_sets_what_it_may_set() {
         ("config.hypervisor.default_memory", "1", "must be from 64 to 1048576, not 1"),
         ("config.hypervisor.default_memory", "1]\n[", "must be an integer, not a string"),
         ("config.hypervisor.default_memory", "1048576", "1048576 is more than default_maxmemory, which is "),
-        ("config.hypervisor.enable_debug", "true", "\"enable_debug\" is not in enable_annotations of"),
+        (
+            "config.hypervisor.writable_layer_size",
+            "64",
+            "\"writable_layer_size\" is not in enable_annotations of",
+        ),
         ("config.hypervisor.kernel", "/etc/passwd", "this key cannot be set by annotations"),
         ("config.hypervisor.enable_annotations", "x", "this key cannot be set by annotations"),
         ("config.hypervisor.no_such", "1", "there is no such key"),

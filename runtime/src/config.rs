@@ -1,15 +1,23 @@
 //! `kata-runtime config`: what becomes of the keys of a configuration file.
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use katana_config::{Report, Use};
+
+mod migrate;
+
+pub(crate) use migrate::migrate;
 
 /// Why a file is not accepted.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error(transparent)]
     Configuration(#[from] katana_config::Error),
+    #[error("{path}: {source}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{path}: {source}")]
+    Parse { path: PathBuf, source: toml_edit::TomlError },
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
 }
@@ -19,7 +27,7 @@ pub(crate) enum Error {
 /// # Errors
 /// All that is wrong in the file.
 pub(crate) fn check(file: &Path, out: &mut dyn Write) -> Result<(), Error> {
-    let Report { uses, problems } = katana_config::examine(file)?;
+    let (Report { uses, problems }, _) = katana_config::examine(file)?;
     write_table(&uses, out)?;
     if problems.is_empty() { Ok(()) } else { Err(katana_config::Error::Wrong(problems).into()) }
 }

@@ -59,6 +59,11 @@ enum Config {
         /// The file; its drop-ins are not looked at
         file: PathBuf,
     },
+    /// Write a file of Kata Containers as one of ours, with its values and comments
+    Migrate {
+        /// The file; it is left as it is, and the new one is the output
+        file: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -142,6 +147,7 @@ fn run(cli: Cli) -> Result<(), Error> {
             check::run(cli.config.as_deref(), args.verbose, &mut out)?;
         }
         Some(Command::Config(Config::Check { file })) => config::check(&file, &mut out)?,
+        Some(Command::Config(Config::Migrate { file })) => config::migrate(&file, &mut out)?,
         Some(Command::Factory(command)) => {
             let config = cli.config.as_deref();
             let state = match command {
@@ -194,6 +200,7 @@ mod tests {
             "kata-runtime -v",
             "kata-runtime factory init",
             "kata-runtime config check /a",
+            "kata-runtime config migrate /a",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }

@@ -336,10 +336,10 @@ impl Pod {
         let explicit = config_path(options)?.or_else(|| self.config_path.clone());
         let annotations = &first.spec.annotations;
         let common = katana_config::load(explicit.as_deref())?.chosen(annotations)?;
-        let (config, without_meaning) = common.clone().annotated(annotations)?;
+        let (config, ignored) = common.clone().annotated(annotations)?;
         asked.resolve(config.runtime.host_namespaces)?;
         logger::set_debug(self.debug || config.runtime.enable_debug);
-        log_without_meaning(&config, &without_meaning);
+        log_without_meaning(&config, &ignored);
         let (identity, run) = (&self.identity, Path::new(RUN));
         let launch = Launch { identity, run, first, limits, config: &config, own: config != common };
         let launched = Machine::launch(launch, &self.events).await?;
