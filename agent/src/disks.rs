@@ -23,6 +23,8 @@ use crate::syscalls::{MOUNT_ATTR_RDONLY, MountAttributes, attach_mount, new_moun
 
 /// How long the kernel may take to end a file system whose last mount is gone, and between two looks at it.
 const END_LIMIT: Duration = Duration::from_secs(10);
+/// The same for one that is not written any more: the shim waits for less as well.
+const VOLATILE_END_LIMIT: Duration = Duration::from_secs(5);
 const END_INTERVAL: Duration = Duration::from_millis(5);
 
 /// The directory of a volume's file system that is the volume.
@@ -90,9 +92,11 @@ impl Disks {
                     taken.volatile = Some(File::open(&point).map_err(failed("ext4"))?);
                 }
                 mount_overlay(&disk.lower, &point).map_err(failed("overlay"))?;
-            } else if disk.is_volume {
-                let made = mount_volume(&name, disk).and_then(|top| make_path(&top, Path::new(&disk.volume)));
-                made.map_err(failed("ext4"))?;
+            } else if !disk.volumes.is_empty() {
+                let top = mount_volume(&name, disk).map_err(failed("ext4"))?;
+                for path in &disk.volumes {
+                    make_path(&top, Path::new(path)).map_err(failed("ext4"))?;
+                }
             }
         }
         Ok(taken)
@@ -171,11 +175,12 @@ pub fn release(slot: u32, volatile: bool) -> Result<(), Error> {
 
 fn try_release(slot: u32, volatile: bool) -> io::Result<()> {
     let function = pci::function(Kind::Disk, slot)?;
-    unmount_volume(slot)?;
+    let was_volume = unmount_volume(slot, volatile)?;
     if let Some(disk) = pci::made_of(&function, "block") {
         let name = disk.file_name().ok_or(io::ErrorKind::InvalidData)?;
-        let device = unused(&Path::new("/dev").join(name))?;
-        if !volatile {
+        let limit = if volatile { VOLATILE_END_LIMIT } else { END_LIMIT };
+        let device = unused(&Path::new("/dev").join(name), limit)?;
+        if !volatile && !was_volume {
             // What programs wrote to the device itself.
             device.sync_all()?;
         }
@@ -189,12 +194,12 @@ fn try_release(slot: u32, volatile: bool) -> io::Result<()> {
 
 /// Opens a disk when no file system is on it any more. The kernel ends one some time after its last mount, in the
 /// background, and writes to it until then; it notifies nobody of that.
-fn unused(device: &Path) -> io::Result<File> {
+fn unused(device: &Path, limit: Duration) -> io::Result<File> {
     let begun = Instant::now();
     loop {
         // For a block device O_EXCL means that no file system is mounted from it (open(2)).
         match fs::OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && begun.elapsed() < END_LIMIT => {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && begun.elapsed() < limit => {
                 thread::sleep(END_INTERVAL);
             }
             outcome => return outcome,
@@ -265,14 +270,19 @@ fn make_path(top: &Path, path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-fn unmount_volume(slot: u32) -> io::Result<()> {
+/// Unmounts the volume in a slot, if there is one, with what containers have mounted in it: that came here by propagation.
+fn unmount_volume(slot: u32, volatile: bool) -> io::Result<bool> {
     let point = Path::new(GUEST_VOLUMES).join(slot.to_string());
-    match umount2(&point, MntFlags::UMOUNT_NOFOLLOW) {
+    if volatile && point.join(VOLUME).exists() {
+        shut_down(&File::open(&point)?)?;
+    }
+    match umount2(&point, MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_DETACH) {
         Ok(()) => {}
-        Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
+        Err(Errno::EINVAL | Errno::ENOENT) => return Ok(false),
         Err(error) => return Err(error.into()),
     }
-    fs::remove_dir(&point)
+    fs::remove_dir(&point)?;
+    Ok(true)
 }
 
 /// How the disk of a writable layer is mounted. What is removed from it is given back to the host. A volatile one does not

@@ -124,6 +124,11 @@ pub(crate) const KEYS: &[Key] = &[
     },
     Key {
         section: RUNTIME,
+        name: "empty_dir_size",
+        set: |c, v| number(v, LEAST_LAYER, MOST_LAYER, &mut c.runtime.empty_dir_size),
+    },
+    Key {
+        section: RUNTIME,
         name: "config_path_directories",
         set: |c, v| directories(v, &mut c.runtime.config_path_directories),
     },

@@ -147,6 +147,8 @@ pub struct Runtime {
     pub host_namespaces: HostNamespaces,
     /// Whether directories that a pod has alone (emptyDir) are shared; otherwise they are disks of its machine.
     pub disable_guest_empty_dir: bool,
+    /// MiB of such a disk, at most.
+    pub empty_dir_size: u32,
     /// Directories from which a pod may choose its configuration by [`CONFIG_PATH`].
     pub config_path_directories: Vec<PathBuf>,
 }
@@ -206,6 +208,7 @@ impl Default for Runtime {
             enable_debug: false,
             sandbox_cgroup_only: true,
             disable_guest_empty_dir: false,
+            empty_dir_size: 64 << 10,
             host_namespaces: HostNamespaces::Refuse,
             config_path_directories: Vec::new(),
         }

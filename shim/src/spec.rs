@@ -114,6 +114,16 @@ impl Spec {
         self.is_of_pod() && hooks.flatten().next().is_none()
     }
 
+    /// The UID of its Kubernetes pod.
+    pub fn pod_uid(&self) -> Option<String> {
+        if let Some(uid) = self.annotation(&["io.kubernetes.cri.sandbox-uid"]) {
+            return Some(uid.to_owned());
+        }
+        let labels = self.annotation(&["io.kubernetes.cri-o.Labels"])?;
+        let labels: Map<String, Value> = serde_json::from_str(labels).ok()?;
+        Some(labels.get("io.kubernetes.pod.uid")?.as_str()?.to_owned())
+    }
+
     /// Whether it is a container of a Kubernetes pod.
     pub fn is_of_pod(&self) -> bool {
         self.annotation(&CONTAINER_TYPE).is_some()

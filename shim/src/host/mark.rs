@@ -1,4 +1,4 @@
-//! Extended attributes without a value, by which files and directories that a shim made are known again.
+//! Extended attributes whose value means nothing, by which files and directories that a shim made are known again.
 
 use std::ffi::{CStr, CString};
 use std::io;

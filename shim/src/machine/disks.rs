@@ -1,5 +1,6 @@
 //! Disks of the host in the slots of the machine.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,7 +10,8 @@ use super::Machine;
 use crate::error::{Error, Result};
 use crate::spec::OnDisks;
 use crate::storage::disk_slots::{DiskSlot, Lasting};
-use crate::storage::disks::{Purpose, Wanted};
+use crate::storage::disks::{Kind, Opened, Purpose, Wanted};
+use crate::storage::pod_volumes::Directory;
 use crate::storage::rootfs::Layer;
 
 /// A container's disks.
@@ -35,13 +37,15 @@ impl Machine {
 
     async fn try_attach_disks(&self, container: &str, wanted: Vec<Wanted>) -> Result<Attached> {
         let Attached { mut disks, mut on_disks, mut below } = Attached::default();
-        // Two containers must not both find a directory without an image.
-        let _attaching = self.attaching.lock().await;
         if self.becomes_template && !wanted.is_empty() {
             self.agent().await?;
         }
+        // But for its root, a container may have what another one has.
+        let others = wanted.iter().any(|wanted| wanted.purpose.kind() != Kind::Root);
+        let mut shared = if others { Some(self.shared_volumes.lock().await) } else { None };
         for wanted in wanted {
-            let Some((message, purpose)) = self.attach_disk(container, wanted).await? else { continue };
+            let attached = self.attach_disk(container, wanted, shared.as_deref_mut()).await?;
+            let Some((message, purpose)) = attached else { continue };
             match purpose {
                 Purpose::Root { .. } => on_disks.root = true,
                 Purpose::Writable(writable) => {
@@ -53,41 +57,86 @@ impl Machine {
                     on_disks.mounts.extend(mount.map(|number| (number, node)));
                     on_disks.devices.push((message.major.into(), message.minor.into()));
                 }
-                Purpose::Volume(volume, number) => {
-                    on_disks.mounts.insert(number, volume.in_guest(message.slot));
-                }
+                Purpose::Volume(volume) => on_disks.mounts.extend(volume.in_guest(message.slot)),
             }
             disks.push(message);
         }
         Ok(Attached { disks, on_disks, below })
     }
 
-    /// Gives a container a disk; `None` if it is shared instead.
-    async fn attach_disk(&self, container: &str, wanted: Wanted) -> Result<Option<(api::Disk, Purpose)>> {
-        let (is_needed, again) = (wanted.is_needed(), wanted.clone());
-        let disk = match crate::host::threads::blocking(move || wanted.open()).await {
-            Err(e) if !is_needed => return share(again, &e.to_string()).await,
-            opened => opened?,
+    /// Gives a container a disk; `None` if it is shared instead, now and, if it is a volume, later.
+    async fn attach_disk(
+        &self,
+        container: &str,
+        wanted: Wanted,
+        shared: Option<&mut HashSet<Directory>>,
+    ) -> Result<Option<(api::Disk, Purpose)>> {
+        let (path, is_needed) = (wanted.path.clone(), wanted.is_needed());
+        let directory = wanted.directory();
+        let is_shared = directory.zip(shared.as_deref()).is_some_and(|(one, all)| all.contains(&one));
+        let disk = if is_needed {
+            Ok(crate::host::threads::blocking(move || wanted.open()).await?)
+        } else if is_shared {
+            Err("a container of the pod shares it".to_owned())
+        } else {
+            self.open_if_it_may_be(wanted).await
         };
+        let disk = match disk {
+            Ok(disk) => disk,
+            Err(why) => {
+                log::info!("{}: it is shared instead of being a disk: {why}", path.display());
+                if let (Some(shared), Some(directory)) = (shared, directory) {
+                    shared.insert(directory);
+                }
+                return Ok(None);
+            }
+        };
+        self.release_stuck(&disk).await?;
         let mut slots = self.disks.lock().await;
         if !slots.have(&disk) {
             disk.lock()?;
         }
-        let Some(DiskSlot { slot, shared }) = slots.take(container, &disk, is_needed) else {
-            if !is_needed {
-                return share(again, "all disk slots are in use").await;
-            }
-            return Err(Error::FailedPrecondition(format!(
-                "disk {}: all {} disk slots of the pod's VM are in use (disk_slots in the configuration)",
-                again.path.display(),
-                slots.count()
-            )));
-        };
+        let taken = slots.take(container, &disk).ok_or_else(|| {
+            let (path, count) = (path.display(), slots.count());
+            Error::FailedPrecondition(format!(
+                "disk {path}: all {count} disk slots of the pod's VM are in use (disk_slots in the configuration)"
+            ))
+        });
+        drop(slots);
+        let DiskSlot { slot, shared } = taken?;
         let (message, purpose) = (disk.message(slot, container), disk.purpose().clone());
         if !shared {
             self.vmm.attach_disk(slot, disk.read_only(), disk.into_file()).await?;
         }
         Ok(Some((message, purpose)))
+    }
+
+    /// Opens a disk that can be shared as well, or says why it is to be.
+    async fn open_if_it_may_be(&self, wanted: Wanted) -> std::result::Result<Opened, String> {
+        let slots = self.disks.lock().await;
+        let (has_room, most) = (slots.have_room(wanted.purpose.kind()), slots.limits().empty_dirs);
+        drop(slots);
+        if !has_room {
+            return Err("the disk slots for such disks are in use".into());
+        }
+        let policy = self.disk_policy;
+        let opened = crate::host::threads::blocking(move || match &wanted.purpose {
+            Purpose::Volume(volume) if !volume.may_be_disk(policy, most) => Err(Error::FailedPrecondition(
+                "there are files in it, a mount of it is not private, or there are many such disks".into(),
+            )),
+            _ => wanted.open(),
+        });
+        opened.await.map_err(|e| e.to_string())
+    }
+
+    /// Tries again to take away a disk that an earlier container had.
+    async fn release_stuck(&self, disk: &Opened) -> Result<()> {
+        let stuck = self.disks.lock().await.stuck(disk);
+        if let Some((slot, volatile)) = stuck {
+            self.release_disk(slot, volatile).await?;
+            self.disks.lock().await.free(slot);
+        }
+        Ok(())
     }
 
     /// Whether a container has disks, and whether they outlive it: what it wrote to them is on them after
@@ -100,10 +149,10 @@ impl Machine {
     pub async fn release_disks(self: &Arc<Self>, container: &str) {
         let (machine, container) = (Arc::clone(self), container.to_owned());
         let released = tokio::spawn(async move {
+            // The next container may want the same, and gets it when it is free.
+            let lasting = machine.has_disks(&container).await == Some(Lasting(true));
+            let _others = if lasting { Some(machine.shared_volumes.lock().await) } else { None };
             let unused = machine.disks.lock().await.leave(&container);
-            // The next container may want the same.
-            let lasting = unused.iter().any(|(_, volatile)| !volatile);
-            let _attaching = if lasting { Some(machine.attaching.lock().await) } else { None };
             for (slot, volatile) in unused {
                 match machine.release_disk(slot, volatile).await {
                     Ok(()) => machine.disks.lock().await.free(slot),
@@ -122,14 +171,4 @@ impl Machine {
         self.agent().await?.release_disk(slot, volatile).await?;
         self.vmm.detach_disk(slot).await
     }
-}
-
-/// A disk that is shared instead.
-async fn share<T: Send + 'static>(wanted: Wanted, why: &str) -> Result<Option<T>> {
-    log::info!("{}: {why}: it is shared instead of being a disk", wanted.path.display());
-    crate::host::threads::blocking(move || {
-        wanted.share();
-        Ok(None)
-    })
-    .await
 }

@@ -162,8 +162,8 @@ impl Machine {
             bounds,
             size,
             host_limits,
-            attaching: tokio::sync::Mutex::default(),
-            disks: Slots::new(disk_slots, if spec.is_sandbox() { disk_slots / 3 } else { 0 }).into(),
+            shared_volumes: tokio::sync::Mutex::default(),
+            disks: Slots::new(disk_slots, spec.is_sandbox()).into(),
             watcher: tokio::sync::Mutex::default(),
             follower: tokio::sync::Mutex::default(),
         });
@@ -196,7 +196,7 @@ async fn disk_slots(launch: &Launch<'_>) -> Result<u8> {
     let (spec, bundle, layers) = ((*spec).clone(), bundle.to_path_buf(), layers.to_vec());
     let policy = Policy::of(config);
     crate::host::threads::blocking(move || {
-        let wanted = disks::wanted(&spec, &spec.sources(&bundle, &Pod::default()), &layers, policy)?;
+        let wanted = disks::wanted("", &spec, &spec.sources(&bundle, &Pod::default()), &layers, policy)?;
         Ok(u8::try_from(wanted.len()).unwrap_or(u8::MAX))
     })
     .await

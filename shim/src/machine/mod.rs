@@ -20,6 +20,7 @@ pub mod sockets;
 mod template;
 mod watch;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -44,6 +45,7 @@ use crate::guest::vmm::{Vmm, wait_end};
 use crate::host::pidfd::PidFd;
 use crate::network::Network;
 use crate::storage::disk_slots::Slots;
+use crate::storage::pod_volumes::Directory;
 use crate::storage::share::Share;
 use crate::storage::writable::Policy;
 
@@ -82,8 +84,9 @@ pub struct Machine {
     /// On a host with cgroup v2.
     host_limits: Option<Arc<HostLimits>>,
     disks: tokio::sync::Mutex<Slots>,
-    /// Held while a container gets disks, and while some are taken away that another one may get.
-    attaching: tokio::sync::Mutex<()>,
+    /// The directories of the pod alone that are shared and no disks. Held while a container gets disks that another one
+    /// may have, and while such are taken away.
+    shared_volumes: tokio::sync::Mutex<HashSet<Directory>>,
     /// For the first volume that is watched.
     watcher: tokio::sync::Mutex<Option<Watcher>>,
     /// For the first volume that follows the host's mounts.

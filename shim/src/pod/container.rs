@@ -116,13 +116,15 @@ impl Container {
         let Parts { id, namespace, bundle, spec, layers, paths, pod, first, limits } = parts;
         let pause = spec.is_sandbox();
         let host_limits = Arc::clone(&machine);
+        let own = id.clone();
         let (found, mut sources, wanted) = crate::host::threads::blocking(move || {
             let sources = spec.sources(&bundle, &pod);
             if !pause {
                 host_limits.see_sources(&spec, &sources, &layers);
             }
             let policy = host_limits.disk_policy;
-            let wanted = if pause { Vec::new() } else { disks::wanted(&spec, &sources, &layers, policy)? };
+            let wanted =
+                if pause { Vec::new() } else { disks::wanted(&own, &spec, &sources, &layers, policy)? };
             Ok(((spec, bundle, layers, pod), sources, wanted))
         })
         .await?;

@@ -2,21 +2,33 @@
 
 use std::collections::HashMap;
 
-use super::disks::{Identity, Opened};
+use super::disks::{Identity, Kind, Opened};
 
 /// The machine's slots, and who uses them.
 #[derive(Debug)]
 pub struct Slots {
     slots: Vec<Option<Use>>,
-    kept: usize,
+    limits: Limits,
     /// By container.
     taken: HashMap<String, Vec<u8>>,
+}
+
+/// How many slots are for what can be shared as well, so that there are some for what cannot.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// For writable layers of roots.
+    pub roots: usize,
+    /// For emptyDirs. Those that have an image cannot be shared any more.
+    pub empty_dirs: usize,
+    /// For the volumes of images.
+    pub volumes_of_images: usize,
 }
 
 #[derive(Debug)]
 struct Use {
     identity: Identity,
     read_only: bool,
+    kind: Kind,
     volatile: bool,
     users: usize,
 }
@@ -35,24 +47,40 @@ pub struct DiskSlot {
 }
 
 impl Slots {
-    /// So many empty slots, of which images of shims leave some for disks that cannot be had in another way.
-    pub fn new(count: u8, kept: u8) -> Self {
-        Self { slots: (0..count).map(|_| None).collect(), kept: kept.into(), taken: HashMap::new() }
+    /// So many empty slots, for the containers of a pod or for the disks of a single container.
+    pub fn new(count: u8, of_pod: bool) -> Self {
+        let part = |divisor: usize| if of_pod { usize::from(count) / divisor } else { usize::MAX };
+        let limits = Limits { roots: part(3), empty_dirs: part(3), volumes_of_images: part(6) };
+        Self { slots: (0..count).map(|_| None).collect(), limits, taken: HashMap::new() }
+    }
+
+    /// How many are for what.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// Whether there is a slot for a disk that can be shared as well.
+    pub fn have_room(&self, kind: Kind) -> bool {
+        let limit = match kind {
+            Kind::Device => usize::MAX,
+            Kind::Root => self.limits.roots,
+            Kind::EmptyDir => self.limits.empty_dirs,
+            Kind::VolumeOfImage => self.limits.volumes_of_images,
+        };
+        let used = self.slots.iter().flatten().filter(|used| used.kind == kind).count();
+        used < limit && self.slots.iter().any(Option::is_none)
     }
 
     /// Takes a slot for a container. A disk that another one has is shared with it, so that both see what either
-    /// writes; `None` when all slots are in use, or all but those that are kept for others if it is not `needed`.
-    pub fn take(&mut self, container: &str, disk: &Opened, needed: bool) -> Option<DiskSlot> {
+    /// writes; `None` when all slots are in use.
+    pub fn take(&mut self, container: &str, disk: &Opened) -> Option<DiskSlot> {
         let shared = self.find(disk);
-        let free = self.slots.iter().filter(|slot| slot.is_none()).count();
-        if shared.is_none() && disk.is_image() && !needed && free <= self.kept {
-            return None;
-        }
         let number = shared.or_else(|| self.slots.iter().position(Option::is_none))?;
         let slot = u8::try_from(number).ok()?;
         let used = self.slots.get_mut(number)?.get_or_insert(Use {
             identity: disk.identity(),
             read_only: disk.read_only(),
+            kind: disk.kind(),
             volatile: disk.is_volatile(),
             users: 0,
         });
@@ -72,6 +100,14 @@ impl Slots {
             used.users > 0 && used.identity == disk.identity() && (disk.read_only() || !used.read_only)
         };
         self.slots.iter().position(|slot| slot.as_ref().is_some_and(fits))
+    }
+
+    /// The slots with a disk that nobody uses and that could not be taken away, with whether it is volatile.
+    pub fn stuck(&self, disk: &Opened) -> Option<(u8, bool)> {
+        let stuck = |used: &Use| used.users == 0 && used.identity == disk.identity();
+        let number = self.slots.iter().position(|slot| slot.as_ref().is_some_and(stuck))?;
+        let used = self.slots.get(number).and_then(Option::as_ref)?;
+        Some((u8::try_from(number).ok()?, used.volatile))
     }
 
     /// A container is gone; the answer is the slots that nobody uses any more, to be passed to [`Slots::free`], and whether

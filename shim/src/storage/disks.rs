@@ -11,12 +11,12 @@ use nix::sys::stat::{major, minor};
 use serde_json::{Map, Value};
 
 use super::image::Image;
-use super::pod_volumes::PodVolume;
+use super::pod_volumes::{self, PodVolume};
 use super::rootfs::Layer;
 use super::vmm_files;
 use super::writable::{Policy, Writable};
 use crate::error::{Error, Result};
-use crate::spec::{Device, Mount, Source, Spec};
+use crate::spec::{Device, Source, Spec};
 
 /// File systems on disks that the guest's kernel can mount.
 const GUEST_FILE_SYSTEMS: [&str; 2] = ["ext4", "erofs"];
@@ -35,8 +35,21 @@ pub enum Purpose {
     },
     /// The writable layer of its root.
     Writable(Writable),
-    /// The source of the mount of this number: a directory that its pod has alone.
-    Volume(PodVolume, usize),
+    /// A directory that its pod has alone.
+    Volume(PodVolume),
+}
+
+/// What a disk is to the slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// There is no limit.
+    Device,
+    /// The writable layer of a root.
+    Root,
+    /// An emptyDir.
+    EmptyDir,
+    /// A volume of an image.
+    VolumeOfImage,
 }
 
 /// A disk that a container wants.
@@ -67,9 +80,14 @@ pub struct Opened {
 pub type Identity = (bool, u64, u64);
 
 /// The disks that a container wants: block devices that its specification names, and a root that the guest can mount
-/// itself, or its writable layer, and directories that its pod has alone. Of the latter, those that are to be shared are
-/// marked. Blocks.
-pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer], policy: Policy) -> Result<Vec<Wanted>> {
+/// itself, or its writable layer, and directories that its pod has alone. Blocks.
+pub fn wanted(
+    id: &str,
+    spec: &Spec,
+    sources: &[Source],
+    layers: &[Layer],
+    policy: Policy,
+) -> Result<Vec<Wanted>> {
     let resources = spec.linux.as_ref().and_then(|linux| linux.resources.as_ref());
     let rules = Rules::of(resources);
     let writable = || {
@@ -111,21 +129,11 @@ pub fn wanted(spec: &Spec, sources: &[Source], layers: &[Layer], policy: Policy)
     if !has_root {
         wanted.extend(writable());
     }
-    wanted.extend(volumes(spec, sources, policy));
-    Ok(wanted)
-}
-
-fn volumes(spec: &Spec, sources: &[Source], policy: Policy) -> Vec<Wanted> {
-    if !spec.is_of_pod() {
-        return Vec::new();
-    }
-    let volume = |(number, (mount, source)): (usize, (&Mount, &Source))| {
-        let Source::Host(source) = source else { return None };
-        let volume = PodVolume::of(mount, source, policy)?;
+    wanted.extend(pod_volumes::all(id, spec, sources, policy)?.into_iter().map(|volume| {
         let path = volume.image.path().to_owned();
-        Some(Wanted { path, read_only: false, purpose: Purpose::Volume(volume, number), checked: None })
-    };
-    spec.mounts.iter().zip(sources).enumerate().filter_map(volume).collect()
+        Wanted { path, read_only: false, purpose: Purpose::Volume(volume), checked: None }
+    }));
+    Ok(wanted)
 }
 
 /// A root that is one file system on a device or in an image. More than one mount, overlays, and what the guest's
@@ -178,29 +186,29 @@ impl Purpose {
     fn image(&self) -> Option<&Image> {
         match self {
             Self::Writable(writable) => Some(&writable.image),
-            Self::Volume(volume, _) => Some(&volume.image),
+            Self::Volume(volume) => Some(&volume.image),
             Self::Device(_) | Self::Root { .. } => None,
+        }
+    }
+
+    /// What it is to the slots.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Writable(_) => Kind::Root,
+            Self::Volume(volume) if volume.image.is_volatile() => Kind::VolumeOfImage,
+            Self::Volume(_) => Kind::EmptyDir,
+            Self::Device(_) | Self::Root { .. } => Kind::Device,
         }
     }
 }
 
 impl Wanted {
-    /// It is shared instead: an image that was made for it is removed. Blocks.
-    pub fn share(&self) {
-        if let Some(image) = self.purpose.image() {
-            image.discard();
-        }
-        if let Purpose::Volume(volume, _) = &self.purpose {
-            volume.share();
-        }
-    }
-
     /// Whether there is no other way: a root on a device can also be mounted on the host, and a directory be shared that has
     /// no image yet.
     pub fn is_needed(&self) -> bool {
         match &self.purpose {
             Purpose::Device(_) => true,
-            Purpose::Writable(Writable { image, .. }) | Purpose::Volume(PodVolume { image, .. }, _) => {
+            Purpose::Writable(Writable { image, .. }) | Purpose::Volume(PodVolume { image, .. }) => {
                 image.is_there()
             }
             Purpose::Root { .. } => {
@@ -209,12 +217,30 @@ impl Wanted {
         }
     }
 
-    /// Opens it. Blocks.
+    /// The directory that it is of, if it is a volume. Blocks.
+    pub fn directory(&self) -> Option<pod_volumes::Directory> {
+        match &self.purpose {
+            Purpose::Volume(volume) => volume.identity(),
+            _ => None,
+        }
+    }
+
+    /// Opens it; an image is made, if it is not there. Blocks.
     pub fn open(self) -> Result<Opened> {
-        let failed = |e: &io::Error| Error::io(format_args!("disk {}", self.path.display()), e);
-        if let Some(image) = self.purpose.image() {
+        let Some(image) = self.purpose.image().cloned() else { return self.open_what_is_there() };
+        let was_there = image.is_there();
+        if !was_there {
             image.make()?;
         }
+        let opened = self.open_what_is_there();
+        if opened.is_err() && !was_there {
+            image.discard();
+        }
+        opened
+    }
+
+    fn open_what_is_there(self) -> Result<Opened> {
+        let failed = |e: &io::Error| Error::io(format_args!("disk {}", self.path.display()), e);
         let file = vmm_files::open(&self.path, File::options().read(true).write(!self.read_only));
         let file = file.map_err(|e| failed(&e))?;
         let status = file.metadata().map_err(|e| failed(&e))?;
@@ -301,9 +327,9 @@ impl Opened {
         self.identity
     }
 
-    /// Whether it is nothing but an image that can be done without, if there is none yet.
-    pub fn is_image(&self) -> bool {
-        self.purpose.image().is_some()
+    /// What it is to the slots.
+    pub fn kind(&self) -> Kind {
+        self.purpose.kind()
     }
 
     /// Whether nobody reads it when the last container that uses it is gone.
@@ -327,9 +353,9 @@ impl Opened {
             Purpose::Writable(writable) => {
                 api::Disk { lower: writable.lower(container), volatile: self.is_volatile(), ..disk }
             }
-            Purpose::Volume(volume, _) => {
-                let volume = volume.path.to_string_lossy().into_owned();
-                api::Disk { is_volume: true, volume, volatile: self.is_volatile(), ..disk }
+            Purpose::Volume(volume) => {
+                let paths = volume.mounts.iter().map(|(_, path)| path.to_string_lossy().into_owned());
+                api::Disk { volumes: paths.collect(), volatile: self.is_volatile(), ..disk }
             }
             Purpose::Device(_) => disk,
         }

@@ -3,7 +3,7 @@
 //! An image lies in the directory whose contents it has, so that whoever counts and removes that directory does so with
 //! the image. It is the guest's: nothing on the host ever mounts it.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::host::mark::{is_marked, mark};
 
 /// The image's name in the directory, and while it is being made.
-const NAME: &str = ".katana-disk.ext4";
+pub const NAME: &str = ".katana-disk.ext4";
 const UNFINISHED: &str = ".katana-disk.new";
 /// An attribute of images that were made here. A container that shares the directory can make a file of that name, but
 /// not with this.
@@ -50,17 +50,21 @@ impl Image {
         is_marked(&self.path, MARK)
     }
 
-    /// Whether it would hide nothing: the directory is empty, but for what an earlier shim did not finish. Blocks.
+    /// Whether it would hide nothing: the directory is empty. Blocks.
     pub fn would_hide_nothing(&self) -> bool {
         let entries = self.path.parent().map(fs::read_dir);
         let Some(Ok(mut entries)) = entries else { return false };
-        entries.all(|entry| entry.is_ok_and(|entry| entry.file_name() == UNFINISHED))
+        entries.all(|entry| entry.is_ok_and(|entry| Self::is_unfinished(&entry.file_name())))
     }
 
-    /// Makes it, unless it is there, with the directory's owner and mode. Blocks.
+    /// Whether a file of the directory is an image that an earlier shim did not finish.
+    pub fn is_unfinished(name: &OsStr) -> bool {
+        name == UNFINISHED
+    }
+
+    /// Makes it, with the directory's owner and mode. Blocks.
     pub fn make(&self) -> Result<()> {
-        let failed = |e: &io::Error| Error::io(format_args!("image {}", self.path.display()), e);
-        if self.is_there() { Ok(()) } else { self.try_make().map_err(|e| failed(&e)) }
+        self.try_make().map_err(|e| Error::io(format_args!("image {}", self.path.display()), &e))
     }
 
     fn try_make(&self) -> io::Result<()> {

@@ -29,6 +29,11 @@ impl Mounted {
         self.origin.split_once(' ').map(|(_, root)| unescape(root.as_bytes()))
     }
 
+    /// The numbers of its device.
+    pub fn device(&self) -> &str {
+        self.origin.split(' ').next().unwrap_or_default()
+    }
+
     /// Whether this is a file that stands for a mount namespace, as snapd and unshare(1) keep them.
     pub fn is_mount_namespace(&self) -> bool {
         self.origin.contains(" mnt:[")

@@ -1,81 +1,101 @@
 //! Directories of the host that belong to one pod: emptyDirs, and those that the CRI plugin of containerd makes for the
-//! volumes of an image. Instead of being shared, such a one becomes a disk of the guest, whose image lies in it.
+//! volumes of an image. Instead of being shared, such a one can be a disk of the guest, whose image lies in it.
 //!
-//! Either all of a pod's containers have it as a disk or none: one that is shared once is marked, and stays so.
+//! That is decided once for each directory and machine (`machine::disks`): its containers all have it as a disk or all
+//! have it shared. What has an image is a disk, since its contents are in there.
 
-use std::ffi::CStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use katana_protocol::GUEST_VOLUMES;
 
-use super::image::Image;
+use super::image::{Image, NAME};
 use super::mount_table::{self, Mounted};
 use super::writable::Policy;
-use crate::host::mark::{is_marked, mark};
-use crate::spec::Mount;
+use crate::error::{Error, Result};
+use crate::spec::{Mount, Source, Spec};
 
 /// How kubelet and containerd name them, below a directory of their own.
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 const SUB_PATHS: &str = "volume-subpaths";
 const CRI_PLUGIN: &str = "io.containerd.grpc.v1.cri";
-/// An attribute of directories that are shared.
-const SHARED: &CStr = c"trusted.katana.shared";
+/// Directories that are looked at for files.
+const MOST_DIRECTORIES: usize = 256;
 
-/// A directory that is to be a disk.
+/// What is the same for the same directory, and for no other while it is there: device and inode.
+pub type Directory = (u64, u64);
+
+/// A directory that a pod has alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodVolume {
-    /// Its image.
+    /// Its image, which may not be there.
     pub image: Image,
-    /// What of it the container mounts, a relative path.
-    pub path: PathBuf,
+    /// What of it the container mounts: numbers of mounts, and relative paths.
+    pub mounts: Vec<(usize, PathBuf)>,
+    /// It.
     directory: PathBuf,
+    /// Whether a mount asks for what only the host could give: mounts made elsewhere, translated ids.
+    asks_host: bool,
+}
+
+/// Those that a container mounts. Blocks.
+///
+/// # Errors
+/// When a part of one is mounted, and it cannot be found out which.
+pub fn all(id: &str, spec: &Spec, sources: &[Source], policy: Policy) -> Result<Vec<PodVolume>> {
+    let mut volumes = Vec::<PodVolume>::new();
+    let Some(pod) = spec.pod_uid() else { return Ok(volumes) };
+    for (number, (mount, source)) in spec.mounts.iter().zip(sources).enumerate() {
+        let Source::Host(source) = source else { continue };
+        // What is not there is an error when it is shared.
+        let Ok(source) = fs::canonicalize(source) else { continue };
+        let (directory, path, volatile) = match Place::of(&source, id, &pod) {
+            None => continue,
+            Some(Place::EmptyDir) => (source, PathBuf::new(), false),
+            Some(Place::OfImage) => (source, PathBuf::new(), true),
+            Some(Place::SubPath(directory)) => match origin(&source, &directory)? {
+                Some(path) => (directory, path, false),
+                None => continue,
+            },
+        };
+        let asks_host = asks_host(mount);
+        match volumes.iter_mut().find(|volume| volume.directory == directory) {
+            Some(volume) => {
+                volume.mounts.push((number, path));
+                volume.asks_host |= asks_host;
+            }
+            None => {
+                let bytes = if volatile { policy.bytes() } else { policy.volume_bytes(&directory) };
+                let image = Image::of(&directory, bytes, volatile);
+                volumes.push(PodVolume { image, mounts: vec![(number, path)], directory, asks_host });
+            }
+        }
+    }
+    Ok(volumes)
 }
 
 impl PodVolume {
-    /// That of a mount with this source; `None` if it is to be shared. Blocks.
-    pub fn of(mount: &Mount, source: &Path, policy: Policy) -> Option<Self> {
-        let source = fs::canonicalize(source).ok()?;
-        let (directory, path, volatile) = match Place::of(&source)? {
-            Place::EmptyDir => (source, PathBuf::new(), false),
-            Place::OfImage => (source, PathBuf::new(), true),
-            Place::SubPath => {
-                let mounts = mount_table::host().ok()?;
-                let (directory, path) = origin(&source, &mounts)?;
-                (directory, path, false)
-            }
-        };
-        let volume = Self { image: Image::of(&directory, policy.bytes(), volatile), path, directory };
-        if volume.image.is_there() {
-            return Some(volume);
-        }
-        if is_marked(&volume.directory, SHARED) {
-            return None;
-        }
-        let can = policy.volumes
-            && is_plain(mount)
-            && !is_mounted(&volume.directory)
-            && volume.image.would_hide_nothing();
-        if can {
-            return Some(volume);
-        }
-        volume.share();
-        None
+    /// Whether it may become a disk, if so many emptyDirs of a pod may. Blocks.
+    pub fn may_be_disk(&self, policy: Policy, most: usize) -> bool {
+        policy.volumes
+            && !self.asks_host
+            && !is_mounted(&self.directory)
+            && has_no_files(&self.directory)
+            && (self.image.is_volatile() || others_with_images(&self.directory) < most)
     }
 
-    /// It is not made a disk, now and later. Blocks.
-    pub fn share(&self) {
-        if let Err(e) = mark(&self.directory, SHARED) {
-            // Then no image can be marked there either, and none is used that is not.
-            log::debug!("{}: {e}", self.directory.display());
-        }
+    /// Blocks.
+    pub fn identity(&self) -> Option<Directory> {
+        fs::metadata(&self.directory).map(|status| (status.dev(), status.ino())).ok()
     }
 
-    /// Where the guest has what the container mounts.
-    pub fn in_guest(&self, slot: u32) -> PathBuf {
+    /// Where the guest has what the mounts are of.
+    pub fn in_guest(&self, slot: u32) -> impl Iterator<Item = (usize, PathBuf)> {
         let top = Path::new(GUEST_VOLUMES).join(slot.to_string()).join("upper");
-        if self.path.as_os_str().is_empty() { top } else { top.join(&self.path) }
+        self.mounts.iter().map(move |(number, path)| {
+            (*number, if path.as_os_str().is_empty() { top.clone() } else { top.join(path) })
+        })
     }
 }
 
@@ -83,13 +103,14 @@ impl PodVolume {
 #[derive(Debug, PartialEq, Eq)]
 enum Place {
     EmptyDir,
-    /// Part of a volume, which may be an emptyDir.
-    SubPath,
+    /// Part of a volume, which is this directory if it is an emptyDir.
+    SubPath(PathBuf),
     OfImage,
 }
 
 impl Place {
-    fn of(path: &Path) -> Option<Self> {
+    /// Those of other pods, which a hostPath may name, are none of them.
+    fn of(path: &Path, container: &str, pod: &str) -> Option<Self> {
         let names: Vec<_> = path
             .components()
             .rev()
@@ -97,46 +118,83 @@ impl Place {
                 Component::Normal(name) => name.to_str(),
                 _ => None,
             })
-            .take(5)
+            .take(6)
             .collect();
         match *names.as_slice() {
-            [_, EMPTY_DIR, "volumes", _, "pods"] => Some(Self::EmptyDir),
-            [_, _, _, SUB_PATHS, _] => Some(Self::SubPath),
-            [_, "volumes", _, "containers", CRI_PLUGIN] => Some(Self::OfImage),
+            [_, EMPTY_DIR, "volumes", uid, "pods", ..] if uid == pod => Some(Self::EmptyDir),
+            [_, _, volume, SUB_PATHS, uid, "pods", ..] if uid == pod => {
+                let directory = path.ancestors().nth(4)?;
+                Some(Self::SubPath(directory.join("volumes").join(EMPTY_DIR).join(volume)))
+            }
+            [_, "volumes", id, "containers", CRI_PLUGIN, ..] if id == container => Some(Self::OfImage),
             _ => None,
         }
     }
 }
 
-/// The emptyDir of which `point`, PODS/UID/volume-subpaths/VOLUME/CONTAINER/NUMBER, shows a part, and the part's path in
-/// it. kubelet binds it there.
-fn origin(point: &Path, mounts: &[Mounted]) -> Option<(PathBuf, PathBuf)> {
-    let volume = point.ancestors().nth(2)?;
-    let pod = volume.ancestors().nth(2)?;
-    let directory = pod.join("volumes").join(EMPTY_DIR).join(volume.file_name()?);
-    // Paths in mountinfo are relative to the root of the file system, which may be mounted anywhere.
-    let known: PathBuf = directory.components().rev().take(5).collect::<Vec<_>>().into_iter().rev().collect();
-    let root = mounts.iter().rfind(|mounted| mounted.point == point)?.root()?;
-    let path =
-        root.ancestors().find(|part| part.ends_with(&known)).and_then(|top| root.strip_prefix(top).ok());
-    let device = |path: &Path| fs::metadata(path).map(|status| status.dev()).ok();
-    Some((directory.clone(), path?.to_owned())).filter(|_| device(point) == device(&directory))
+/// The path in a directory of what kubelet has bound to `point`; nothing if there is no such directory: then `point` is
+/// part of another volume.
+fn origin(point: &Path, directory: &Path) -> Result<Option<PathBuf>> {
+    if !directory.exists() {
+        return Ok(None);
+    }
+    let mounts = mount_table::host().map_err(|e| Error::io("mountinfo", &e))?;
+    let path = relative(point, directory, &mounts);
+    path.map(Some).ok_or_else(|| {
+        let (point, directory) = (point.display(), directory.display());
+        Error::FailedPrecondition(format!("subPath {point}: it is no part of {directory}"))
+    })
 }
 
-/// Whether nothing is asked for that only the host could give: mounts made elsewhere, translated ids.
-fn is_plain(mount: &Mount) -> bool {
+fn relative(point: &Path, directory: &Path, mounts: &[Mounted]) -> Option<PathBuf> {
+    let bound = mounts.iter().rfind(|mounted| mounted.point == point)?;
+    // The mount that shows the directory, as that of the longest path.
+    let around = mounts.iter().filter(|mounted| directory.starts_with(&mounted.point));
+    let around = around.max_by_key(|mounted| mounted.point.components().count())?;
+    let within = around.root()?.join(directory.strip_prefix(&around.point).ok()?);
+    let path = bound.root()?.strip_prefix(within).ok()?.to_owned();
+    (bound.device() == around.device()).then_some(path)
+}
+
+fn asks_host(mount: &Mount) -> bool {
     let asks = |option: &String| {
         ["shared", "rshared", "slave", "rslave", "idmap", "ridmap"].contains(&option.as_str())
     };
     let mapped =
         |name| mount.rest.get(name).and_then(|map| map.as_array()).is_some_and(|map| !map.is_empty());
-    !mount.options.iter().any(asks) && !mapped("uidMappings") && !mapped("gidMappings")
+    mount.options.iter().any(asks) || mapped("uidMappings") || mapped("gidMappings")
 }
 
 /// An emptyDir in memory or in huge pages is a mount.
 fn is_mounted(directory: &Path) -> bool {
     let device = |path: &Path| fs::metadata(path).map(|status| status.dev()).ok();
     directory.parent().is_none_or(|parent| device(parent).is_none() || device(parent) != device(directory))
+}
+
+/// Whether there is nothing in it but directories, which kubelet makes for subPaths, and what an earlier shim did not
+/// finish.
+fn has_no_files(directory: &Path) -> bool {
+    let mut left = vec![directory.to_owned()];
+    for _ in 0..MOST_DIRECTORIES {
+        let Some(next) = left.pop() else { return true };
+        let Ok(entries) = fs::read_dir(&next) else { return false };
+        for entry in entries {
+            let Ok(entry) = entry else { return false };
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => left.push(entry.path()),
+                _ if next == *directory && Image::is_unfinished(&entry.file_name()) => {}
+                _ => return false,
+            }
+        }
+    }
+    false
+}
+
+/// How many of a pod's emptyDirs have images.
+fn others_with_images(directory: &Path) -> usize {
+    let all = directory.parent().map(fs::read_dir);
+    let Some(Ok(entries)) = all else { return usize::MAX };
+    entries.flatten().filter(|entry| entry.path().join(NAME).exists()).count()
 }
 
 #[cfg(test)]

@@ -8,7 +8,9 @@ use std::path::Path;
 
 use katana_config::{Config, WritableLayer};
 use katana_protocol::GUEST_SHARE;
+use nix::sys::statfs::statfs;
 
+use super::ext4::LEAST;
 use super::image::Image;
 use super::rootfs::Layer;
 use crate::spec::Spec;
@@ -22,12 +24,15 @@ pub struct Policy {
     pub mib: u32,
     /// Whether directories of a pod alone do.
     pub volumes: bool,
+    /// MiB of the image of one, at most.
+    pub volume_mib: u32,
 }
 
 impl Policy {
     /// Nothing does.
     #[cfg(test)]
-    pub const NONE: Self = Self { layer: Some(WritableLayer::Shared), mib: 64, volumes: false };
+    pub const NONE: Self =
+        Self { layer: Some(WritableLayer::Shared), mib: 64, volumes: false, volume_mib: 64 };
 
     /// As the configuration of the pod says.
     pub fn of(config: &Config) -> Self {
@@ -36,12 +41,22 @@ impl Policy {
             layer: hypervisor.writable_layer,
             mib: hypervisor.writable_layer_size,
             volumes: !runtime.disable_guest_empty_dir,
+            volume_mib: runtime.empty_dir_size,
         }
     }
 
-    /// Bytes of an image.
+    /// Bytes of the image of a root.
     pub fn bytes(self) -> u64 {
         u64::from(self.mib) << 20
+    }
+
+    /// Bytes of the image of a volume: what is as large as the host's file system has room for what that has.
+    pub fn volume_bytes(self, directory: &Path) -> u64 {
+        let most = u64::from(self.volume_mib) << 20;
+        let host = statfs(directory)
+            .ok()
+            .and_then(|status| status.blocks().checked_mul(u64::try_from(status.block_size()).ok()?));
+        host.map_or(most, |host| host.clamp(LEAST, most.max(LEAST)))
     }
 
     /// Whether a container's writes go to a disk if they can.

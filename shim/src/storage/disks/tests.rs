@@ -86,8 +86,8 @@ fn the_hosts_disks_are_not_for_those_who_may_use_everything() {
         serde_json::from_value::<Spec>(spec).unwrap()
     };
     let privileged = spec(json!([{"allow": false, "access": "rwm"}, {"allow": true, "access": "rwm"}]));
-    assert_eq!(wanted(&privileged, &[], &[], Policy::default()).unwrap(), []);
-    let error = wanted(&spec(json!([])), &[], &[], Policy::default()).unwrap_err().to_string();
+    assert_eq!(wanted("c", &privileged, &[], &[], Policy::default()).unwrap(), []);
+    let error = wanted("c", &spec(json!([])), &[], &[], Policy::default()).unwrap_err().to_string();
     assert!(error.contains("/dev/sda") && error.contains("999:0"), "{error}");
 }
 
@@ -107,7 +107,7 @@ fn a_disk_that_is_mounted_has_to_be_allowed() {
             json!({"destination": "/disk", "type": "bind", "source": node, "options": ["rbind", "rw"]});
         let spec = json!({"mounts": [mount], "linux": {"resources": {"devices": rules}}});
         let spec = serde_json::from_value::<Spec>(spec).unwrap();
-        let found = wanted(&spec, &[Source::BlockDevice(node.clone())], &[], Policy::default())
+        let found = wanted("c", &spec, &[Source::BlockDevice(node.clone())], &[], Policy::default())
             .map_err(|e| e.to_string())?;
         Ok::<_, String>(found[0].read_only)
     };
@@ -129,28 +129,29 @@ fn opened(inode: u64, read_only: bool) -> Opened {
 
 #[test]
 fn a_disk_of_two_containers_takes_one_slot() {
-    let mut slots = Slots::new(2, 0);
+    let mut slots = Slots::new(2, false);
     let place = |slot, shared| Some(DiskSlot { slot, shared });
-    assert_eq!(slots.take("a", &opened(5, false), true), place(0, false));
-    assert_eq!(slots.take("b", &opened(5, true), true), place(0, true));
-    assert_eq!(slots.take("b", &opened(6, true), true), place(1, false));
+    assert_eq!(slots.take("a", &opened(5, false)), place(0, false));
+    assert_eq!(slots.take("b", &opened(5, true)), place(0, true));
+    assert_eq!(slots.take("b", &opened(6, true)), place(1, false));
     // It would have to be written to.
-    assert_eq!(slots.take("c", &opened(6, false), true), None);
+    assert_eq!(slots.take("c", &opened(6, false)), None);
     assert!(slots.leave("a").is_empty());
     assert_eq!(slots.leave("b"), [(0, false), (1, false)]);
     // The host may have given the number of its inode to another file by now.
-    assert_eq!(slots.take("c", &opened(6, true), true), None);
+    assert_eq!(slots.take("c", &opened(6, true)), None);
+    assert_eq!((slots.stuck(&opened(6, true)), slots.stuck(&opened(7, true))), (Some((1, false)), None));
     // Until the guest has released it.
-    assert_eq!(slots.take("c", &opened(7, false), true), None);
+    assert_eq!(slots.take("c", &opened(7, false)), None);
     slots.free(1);
-    assert_eq!(slots.take("c", &opened(7, false), true), place(1, false));
+    assert_eq!(slots.take("c", &opened(7, false)), place(1, false));
     assert_eq!((slots.has("c"), slots.has("b")), (Some(Lasting(true)), None));
 }
 
 /// A writable layer can be shared instead.
 #[test]
 fn writable_layers_leave_slots_to_others() {
-    let mut slots = Slots::new(3, 1);
+    let mut slots = Slots::new(6, true);
     let upper = std::env::temp_dir().join(format!("katana-slots-{}", std::process::id()));
     fs::create_dir_all(&upper).unwrap();
     let options = [&format!("upperdir={}", upper.display()), "workdir=/w", "lowerdir=/l"];
@@ -161,14 +162,15 @@ fn writable_layers_leave_slots_to_others() {
         let writable = Writable::of(&layers, &spec, Policy::default()).unwrap();
         Opened { purpose: Purpose::Writable(writable), ..opened(inode, false) }
     };
-    assert!(slots.take("a", &layer(1), false).is_some() && slots.take("b", &layer(2), false).is_some());
-    assert_eq!(slots.take("c", &layer(3), false), None);
+    assert!(slots.have_room(Kind::Root) && slots.take("a", &layer(1)).is_some());
+    assert!(slots.have_room(Kind::Root) && slots.take("b", &layer(2)).is_some());
+    assert!(!slots.have_room(Kind::Root) && slots.have_room(Kind::EmptyDir));
     // What is on it cannot be had in another way.
-    assert!(slots.take("c", &layer(3), true).is_some());
+    assert!(slots.take("c", &layer(3)).is_some());
     assert_eq!(slots.has("c"), Some(Lasting(false)));
     assert_eq!(slots.leave("c"), [(2, true)]);
     slots.free(2);
-    assert!(slots.take("d", &opened(4, false), true).is_some());
+    assert!(slots.have_room(Kind::Device) && slots.take("d", &opened(4, false)).is_some());
     fs::remove_dir(&upper).unwrap();
 }
 

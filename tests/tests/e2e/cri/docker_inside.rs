@@ -30,7 +30,8 @@ const BUILD: &str = r#"
 "#;
 
 fn started(pod: &Pod, scratch: &Scratch) -> Container {
-    let images = scratch.directory("pods/u-1/volumes/kubernetes.io~empty-dir/images");
+    let uid = &pod.config().metadata.uid;
+    let images = scratch.directory(&format!("pods/{uid}/volumes/kubernetes.io~empty-dir/images"));
     let read_only = |host: &str, at: &str| json!({"host_path": host, "container_path": at, "readonly": true});
     pod.start(json!({
         "linux": {"security_context": {"privileged": true}},
