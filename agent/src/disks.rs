@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -70,6 +70,7 @@ impl Disks {
     pub fn take(container: &str, disks: &[Disk]) -> Result<Self, Error> {
         let mut taken = Self::default();
         for disk in disks {
+            let _slot = lock_slot(disk.slot);
             let failed = |error| Error::Disk(disk.slot, error);
             let (name, guest) = find(disk.slot).map_err(failed)?;
             make_node(disk.slot, guest).map_err(failed)?;
@@ -174,6 +175,7 @@ pub fn release(slot: u32, volatile: bool) -> Result<(), Error> {
 }
 
 fn try_release(slot: u32, volatile: bool) -> io::Result<()> {
+    let _slot = lock_slot(slot);
     let function = pci::function(Kind::Disk, slot)?;
     let was_volume = unmount_volume(slot, volatile)?;
     if let Some(disk) = pci::made_of(&function, "block") {
@@ -190,6 +192,13 @@ fn try_release(slot: u32, volatile: bool) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Has a slot for the caller alone: a release that is given up by the shim goes on here, and another one may follow.
+fn lock_slot(slot: u32) -> MutexGuard<'static, ()> {
+    // As many as a machine has at most, and more.
+    static SLOTS: [Mutex<()>; 32] = [const { Mutex::new(()) }; 32];
+    SLOTS[slot as usize % SLOTS.len()].lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Opens a disk when no file system is on it any more. The kernel ends one some time after its last mount, in the
@@ -238,8 +247,6 @@ fn make_node(slot: u32, (major, minor): (u32, u32)) -> io::Result<()> {
 /// Mounts a volume, unless another container of the pod has done so, and returns its top directory. Shared in the sense of
 /// propagation, as what is shared by the host is: a mount that one container makes in it with `rshared` shows in others.
 fn mount_volume(name: &Path, disk: &Disk) -> io::Result<PathBuf> {
-    static MOUNTING: Mutex<()> = Mutex::new(());
-    let _mounting = MOUNTING.lock().unwrap_or_else(PoisonError::into_inner);
     let point = Path::new(GUEST_VOLUMES).join(disk.slot.to_string());
     let top = point.join(VOLUME);
     // What is there is on the file system, and not below it.

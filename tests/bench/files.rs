@@ -68,8 +68,6 @@ fn all_work() -> Vec<Work> {
         if place == "root" {
             let first = "fio $(largest) --readonly --rw=read --bs=1M --size=16M";
             add(&name("sequential read 1 MiB of the image, first time"), "MiB", 16.0, 0.6, IMAGE, first);
-            let touch = "fio $(largest) --readonly --ioengine=mmap --rw=read --bs=4k --size=16M";
-            add(&name("pages of a mapping of the image, first time"), "page", 4096.0, 0.7, IMAGE, touch);
         } else {
             add(&name("sequential read 1 MiB, first time"), "MiB", 32.0, 0.6, &fill, &sequential);
             add(&name("pages of a mapping, first time"), "page", 16384.0, 0.7, &fill_more, &touch);

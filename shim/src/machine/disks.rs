@@ -40,11 +40,30 @@ impl Machine {
         if self.becomes_template && !wanted.is_empty() {
             self.agent().await?;
         }
-        // But for its root, a container may have what another one has.
-        let others = wanted.iter().any(|wanted| wanted.purpose.kind() != Kind::Root);
-        let mut shared = if others { Some(self.shared_volumes.lock().await) } else { None };
+        // The host may take long to open a device: nobody else waits for that.
+        let mut all = Vec::new();
         for wanted in wanted {
-            let attached = self.attach_disk(container, wanted, shared.as_deref_mut()).await?;
+            let opened = if wanted.purpose.kind() == Kind::Device {
+                let (again, is_needed) = (wanted.clone(), wanted.is_needed());
+                match crate::host::threads::blocking(move || again.open()).await {
+                    Err(e) if !is_needed => {
+                        log::info!("{}: it is shared instead of being a disk: {e}", wanted.path.display());
+                        continue;
+                    }
+                    opened => Some(opened?),
+                }
+            } else {
+                None
+            };
+            all.push((wanted, opened));
+        }
+        // But for its root, a container may have what another one has.
+        let others = all.iter().any(|(wanted, _)| wanted.purpose.kind() != Kind::Root);
+        let mut shared = if others { Some(self.shared_volumes.lock().await) } else { None };
+        // What can be shared as well takes no slot of what cannot.
+        all.sort_by_key(|(wanted, _)| !wanted.is_needed());
+        for (wanted, opened) in all {
+            let attached = self.attach_disk(container, wanted, opened, shared.as_deref_mut()).await?;
             let Some((message, purpose)) = attached else { continue };
             match purpose {
                 Purpose::Root { .. } => on_disks.root = true,
@@ -69,52 +88,89 @@ impl Machine {
         &self,
         container: &str,
         wanted: Wanted,
+        opened: Option<Opened>,
         shared: Option<&mut HashSet<Directory>>,
     ) -> Result<Option<(api::Disk, Purpose)>> {
         let (path, is_needed) = (wanted.path.clone(), wanted.is_needed());
         let directory = wanted.directory();
         let is_shared = directory.zip(shared.as_deref()).is_some_and(|(one, all)| all.contains(&one));
-        let disk = if is_needed {
-            Ok(crate::host::threads::blocking(move || wanted.open()).await?)
-        } else if is_shared {
-            Err("a container of the pod shares it".to_owned())
-        } else {
-            self.open_if_it_may_be(wanted).await
+        let taken = match opened {
+            Some(disk) => self.take_slot(container, disk, is_needed).await?,
+            None if is_needed => {
+                let disk = crate::host::threads::blocking(move || wanted.open()).await?;
+                self.take_slot(container, disk, true).await?
+            }
+            None if is_shared => Err("a container of the pod shares it".to_owned()),
+            None => match self.open_if_it_may_be(wanted).await {
+                Ok(disk) => self.take_slot(container, disk, false).await?,
+                Err(why) => Err(why),
+            },
         };
-        let disk = match disk {
-            Ok(disk) => disk,
+        match taken {
+            Ok(attached) => Ok(Some(attached)),
             Err(why) => {
                 log::info!("{}: it is shared instead of being a disk: {why}", path.display());
                 if let (Some(shared), Some(directory)) = (shared, directory) {
                     shared.insert(directory);
                 }
-                return Ok(None);
+                Ok(None)
             }
-        };
-        self.release_stuck(&disk).await?;
+        }
+    }
+
+    /// Puts a disk into a slot, or says why it is to be shared.
+    async fn take_slot(
+        &self,
+        container: &str,
+        disk: Opened,
+        is_needed: bool,
+    ) -> Result<std::result::Result<(api::Disk, Purpose), String>> {
         let mut slots = self.disks.lock().await;
         if !slots.have(&disk) {
             disk.lock()?;
         }
-        let taken = slots.take(container, &disk).ok_or_else(|| {
-            let (path, count) = (path.display(), slots.count());
-            Error::FailedPrecondition(format!(
-                "disk {path}: all {count} disk slots of the pod's VM are in use (disk_slots in the configuration)"
-            ))
-        });
-        drop(slots);
-        let DiskSlot { slot, shared } = taken?;
-        let (message, purpose) = (disk.message(slot, container), disk.purpose().clone());
-        if !shared {
-            self.vmm.attach_disk(slot, disk.read_only(), disk.into_file()).await?;
+        let mut taken = slots.take(container, &disk);
+        if taken.is_none() {
+            drop(slots);
+            self.release_busy().await;
+            slots = self.disks.lock().await;
+            taken = slots.take(container, &disk);
         }
-        Ok(Some((message, purpose)))
+        let count = slots.count();
+        drop(slots);
+        let Some(DiskSlot { slot, shared }) = taken else {
+            if is_needed {
+                return Err(Error::FailedPrecondition(format!(
+                    "disk {}: all {count} disk slots of the pod's VM are in use (disk_slots in the configuration)",
+                    disk.path().display()
+                )));
+            }
+            crate::host::threads::blocking(move || {
+                disk.discard();
+                Ok(())
+            })
+            .await?;
+            return Ok(Err("all disk slots are in use".to_owned()));
+        };
+        let (message, purpose) = (disk.message(slot, container), disk.purpose().clone());
+        if !shared && let Err(e) = self.vmm.attach_disk(slot, disk.read_only(), disk.into_file()).await {
+            if self.disks.lock().await.give_back(container, slot) && self.vmm.detach_disk(slot).await.is_ok()
+            {
+                self.disks.lock().await.free(slot);
+            }
+            return Err(e);
+        }
+        Ok(Ok((message, purpose)))
     }
 
     /// Opens a disk that can be shared as well, or says why it is to be.
     async fn open_if_it_may_be(&self, wanted: Wanted) -> std::result::Result<Opened, String> {
+        let kind = wanted.purpose.kind();
+        if !self.disks.lock().await.have_room(kind) {
+            self.release_busy().await;
+        }
         let slots = self.disks.lock().await;
-        let (has_room, most) = (slots.have_room(wanted.purpose.kind()), slots.limits().empty_dirs);
+        let (has_room, most) = (slots.have_room(kind), slots.limits().empty_dirs);
         drop(slots);
         if !has_room {
             return Err("the disk slots for such disks are in use".into());
@@ -122,21 +178,20 @@ impl Machine {
         let policy = self.disk_policy;
         let opened = crate::host::threads::blocking(move || match &wanted.purpose {
             Purpose::Volume(volume) if !volume.may_be_disk(policy, most) => Err(Error::FailedPrecondition(
-                "there are files in it, a mount of it is not private, or there are many such disks".into(),
+                "something is in it already, a mount of it is not private, or there are many such disks"
+                    .into(),
             )),
             _ => wanted.open(),
         });
         opened.await.map_err(|e| e.to_string())
     }
 
-    /// Tries again to take away a disk that an earlier container had.
-    async fn release_stuck(&self, disk: &Opened) -> Result<()> {
-        let stuck = self.disks.lock().await.stuck(disk);
-        if let Some((slot, volatile)) = stuck {
-            self.release_disk(slot, volatile).await?;
-            self.disks.lock().await.free(slot);
+    /// Tries again to take away disks that the guest has not released.
+    async fn release_busy(&self) {
+        let busy = self.disks.lock().await.all_busy();
+        for (slot, volatile) in busy {
+            self.release_slot(slot, volatile).await;
         }
-        Ok(())
     }
 
     /// Whether a container has disks, and whether they outlive it: what it wrote to them is on them after
@@ -154,21 +209,27 @@ impl Machine {
             let _others = if lasting { Some(machine.shared_volumes.lock().await) } else { None };
             let unused = machine.disks.lock().await.leave(&container);
             for (slot, volatile) in unused {
-                match machine.release_disk(slot, volatile).await {
-                    Ok(()) => machine.disks.lock().await.free(slot),
-                    // The guest may still write to it: nobody else gets the slot.
-                    Err(e) => log::error!("disk slot {slot}: {e}"),
-                }
+                machine.release_slot(slot, volatile).await;
             }
         });
         let _ = released.await;
     }
 
-    async fn release_disk(&self, slot: u8, volatile: bool) -> Result<()> {
-        if self.is_dead() {
-            return Ok(());
+    /// Frees a slot, unless the guest or the VMM has its disk still: nobody else gets it then.
+    async fn release_slot(&self, slot: u8, volatile: bool) {
+        if !self.is_dead() {
+            let released = match self.agent().await {
+                Ok(agent) => agent.release_disk(slot, volatile).await,
+                Err(e) => Err(e),
+            };
+            if let Err(e) = released {
+                log::error!("disk slot {slot}: {e}");
+                return self.disks.lock().await.is_busy(slot);
+            }
+            if let Err(e) = self.vmm.detach_disk(slot).await {
+                return log::error!("disk slot {slot}: {e}");
+            }
         }
-        self.agent().await?.release_disk(slot, volatile).await?;
-        self.vmm.detach_disk(slot).await
+        self.disks.lock().await.free(slot);
     }
 }

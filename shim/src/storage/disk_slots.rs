@@ -31,6 +31,8 @@ struct Use {
     kind: Kind,
     volatile: bool,
     users: usize,
+    /// Whether the guest could not release it, so that the VMM has it still.
+    busy: bool,
 }
 
 /// Whether something on a container's disks outlives it.
@@ -50,7 +52,7 @@ impl Slots {
     /// So many empty slots, for the containers of a pod or for the disks of a single container.
     pub fn new(count: u8, of_pod: bool) -> Self {
         let part = |divisor: usize| if of_pod { usize::from(count) / divisor } else { usize::MAX };
-        let limits = Limits { roots: part(3), empty_dirs: part(3), volumes_of_images: part(6) };
+        let limits = Limits { roots: part(3), empty_dirs: part(4), volumes_of_images: part(6) };
         Self { slots: (0..count).map(|_| None).collect(), limits, taken: HashMap::new() }
     }
 
@@ -83,8 +85,10 @@ impl Slots {
             kind: disk.kind(),
             volatile: disk.is_volatile(),
             users: 0,
+            busy: false,
         });
         used.users += 1;
+        used.busy = false;
         self.taken.entry(container.to_owned()).or_default().push(slot);
         Some(DiskSlot { slot, shared: shared.is_some() })
     }
@@ -95,19 +99,39 @@ impl Slots {
     }
 
     fn find(&self, disk: &Opened) -> Option<usize> {
-        // What nobody uses is being taken away, or could not be.
+        // What nobody uses is being taken away, if the guest has not refused to.
         let fits = |used: &Use| {
-            used.users > 0 && used.identity == disk.identity() && (disk.read_only() || !used.read_only)
+            (used.users > 0 || used.busy)
+                && used.identity == disk.identity()
+                && (disk.read_only() || !used.read_only)
         };
         self.slots.iter().position(|slot| slot.as_ref().is_some_and(fits))
     }
 
-    /// The slots with a disk that nobody uses and that could not be taken away, with whether it is volatile.
-    pub fn stuck(&self, disk: &Opened) -> Option<(u8, bool)> {
-        let stuck = |used: &Use| used.users == 0 && used.identity == disk.identity();
-        let number = self.slots.iter().position(|slot| slot.as_ref().is_some_and(stuck))?;
-        let used = self.slots.get(number).and_then(Option::as_ref)?;
-        Some((u8::try_from(number).ok()?, used.volatile))
+    /// The guest has not released a disk.
+    pub fn is_busy(&mut self, slot: u8) {
+        if let Some(Some(used)) = self.slots.get_mut(usize::from(slot)) {
+            used.busy = true;
+        }
+    }
+
+    /// The slots of disks that nobody uses and that the guest has not released, and whether these are volatile.
+    pub fn all_busy(&self) -> Vec<(u8, bool)> {
+        let all = (0..).zip(&self.slots);
+        let busy = all.filter_map(|(slot, used)| Some((slot, used.as_ref().filter(|used| used.busy)?)));
+        busy.map(|(slot, used)| (slot, used.volatile)).collect()
+    }
+
+    /// A container does not get a disk after all. Whether nobody has it then.
+    pub fn give_back(&mut self, container: &str, slot: u8) -> bool {
+        if let Some(slots) = self.taken.get_mut(container)
+            && let Some(at) = slots.iter().rposition(|taken| *taken == slot)
+        {
+            slots.remove(at);
+        }
+        let Some(Some(used)) = self.slots.get_mut(usize::from(slot)) else { return false };
+        used.users = used.users.saturating_sub(1);
+        used.users == 0
     }
 
     /// A container is gone; the answer is the slots that nobody uses any more, to be passed to [`Slots::free`], and whether

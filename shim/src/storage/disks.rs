@@ -68,6 +68,7 @@ pub struct Wanted {
 
 /// A disk that is open.
 pub struct Opened {
+    path: PathBuf,
     file: File,
     read_only: bool,
     purpose: Purpose,
@@ -256,8 +257,8 @@ impl Wanted {
         } else {
             ((0, 0), (false, status.dev(), status.ino()))
         };
-        let Self { read_only, purpose, .. } = self;
-        Ok(Opened { file, read_only, purpose, numbers, identity })
+        let Self { path, read_only, purpose, .. } = self;
+        Ok(Opened { path, file, read_only, purpose, numbers, identity })
     }
 }
 
@@ -320,6 +321,18 @@ impl Opened {
             }
             TryLockError::Error(e) => Error::io(format_args!("lock image {}", image.path().display()), &e),
         })
+    }
+
+    /// It is not used after all: an image that was made for it is removed. Blocks.
+    pub fn discard(self) {
+        if let Some(image) = self.purpose.image() {
+            image.discard();
+        }
+    }
+
+    /// The device or image on the host.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The same for the same disk.

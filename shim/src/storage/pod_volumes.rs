@@ -20,8 +20,6 @@ use crate::spec::{Mount, Source, Spec};
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 const SUB_PATHS: &str = "volume-subpaths";
 const CRI_PLUGIN: &str = "io.containerd.grpc.v1.cri";
-/// Directories that are looked at for files.
-const MOST_DIRECTORIES: usize = 256;
 
 /// What is the same for the same directory, and for no other while it is there: device and inode.
 pub type Directory = (u64, u64);
@@ -81,8 +79,31 @@ impl PodVolume {
         policy.volumes
             && !self.asks_host
             && !is_mounted(&self.directory)
-            && has_no_files(&self.directory)
+            && self.would_hide_nothing()
             && (self.image.is_volatile() || others_with_images(&self.directory) < most)
+    }
+
+    /// Whether there is nothing in the directory but what the guest makes as well: the directories that lead to what the
+    /// container mounts, which kubelet makes for subPaths. What an image has in a volume is copied by containerd.
+    fn would_hide_nothing(&self) -> bool {
+        if self.image.is_volatile() {
+            return self.image.would_hide_nothing();
+        }
+        let mounted = |path: &Path| self.mounts.iter().any(|(_, mounted)| mounted.starts_with(path));
+        let mut left = vec![PathBuf::new()];
+        while let Some(next) = left.pop() {
+            let Ok(entries) = fs::read_dir(self.directory.join(&next)) else { return false };
+            for entry in entries {
+                let Ok(entry) = entry else { return false };
+                let path = next.join(entry.file_name());
+                match entry.file_type() {
+                    Ok(kind) if kind.is_dir() && mounted(&path) => left.push(path),
+                    _ if Image::is_unfinished(path.as_os_str()) => {}
+                    _ => return false,
+                }
+            }
+        }
+        true
     }
 
     /// Blocks.
@@ -132,18 +153,20 @@ impl Place {
     }
 }
 
-/// The path in a directory of what kubelet has bound to `point`; nothing if there is no such directory: then `point` is
-/// part of another volume.
+/// The path in a directory of what kubelet has bound to `point`; nothing if `point` is part of another volume, whose name
+/// may be the same.
 fn origin(point: &Path, directory: &Path) -> Result<Option<PathBuf>> {
     if !directory.exists() {
         return Ok(None);
     }
     let mounts = mount_table::host().map_err(|e| Error::io("mountinfo", &e))?;
-    let path = relative(point, directory, &mounts);
-    path.map(Some).ok_or_else(|| {
-        let (point, directory) = (point.display(), directory.display());
-        Error::FailedPrecondition(format!("subPath {point}: it is no part of {directory}"))
-    })
+    if !mounts.iter().any(|mounted| mounted.point == point) {
+        return Err(Error::FailedPrecondition(format!(
+            "subPath {}: nothing is mounted there",
+            point.display()
+        )));
+    }
+    Ok(relative(point, directory, &mounts))
 }
 
 fn relative(point: &Path, directory: &Path, mounts: &[Mounted]) -> Option<PathBuf> {
@@ -169,25 +192,6 @@ fn asks_host(mount: &Mount) -> bool {
 fn is_mounted(directory: &Path) -> bool {
     let device = |path: &Path| fs::metadata(path).map(|status| status.dev()).ok();
     directory.parent().is_none_or(|parent| device(parent).is_none() || device(parent) != device(directory))
-}
-
-/// Whether there is nothing in it but directories, which kubelet makes for subPaths, and what an earlier shim did not
-/// finish.
-fn has_no_files(directory: &Path) -> bool {
-    let mut left = vec![directory.to_owned()];
-    for _ in 0..MOST_DIRECTORIES {
-        let Some(next) = left.pop() else { return true };
-        let Ok(entries) = fs::read_dir(&next) else { return false };
-        for entry in entries {
-            let Ok(entry) = entry else { return false };
-            match entry.file_type() {
-                Ok(kind) if kind.is_dir() => left.push(entry.path()),
-                _ if next == *directory && Image::is_unfinished(&entry.file_name()) => {}
-                _ => return false,
-            }
-        }
-    }
-    false
 }
 
 /// How many of a pod's emptyDirs have images.

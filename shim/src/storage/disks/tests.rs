@@ -124,7 +124,14 @@ fn a_disk_that_is_mounted_has_to_be_allowed() {
 
 fn opened(inode: u64, read_only: bool) -> Opened {
     let file = File::open("/dev/null").unwrap();
-    Opened { file, read_only, purpose: Purpose::Device(None), numbers: (0, 0), identity: (false, 1, inode) }
+    Opened {
+        path: PathBuf::new(),
+        file,
+        read_only,
+        purpose: Purpose::Device(None),
+        numbers: (0, 0),
+        identity: (false, 1, inode),
+    }
 }
 
 #[test]
@@ -140,9 +147,13 @@ fn a_disk_of_two_containers_takes_one_slot() {
     assert_eq!(slots.leave("b"), [(0, false), (1, false)]);
     // The host may have given the number of its inode to another file by now.
     assert_eq!(slots.take("c", &opened(6, true)), None);
-    assert_eq!((slots.stuck(&opened(6, true)), slots.stuck(&opened(7, true))), (Some((1, false)), None));
     // Until the guest has released it.
     assert_eq!(slots.take("c", &opened(7, false)), None);
+    // If it does not, nobody else can have it, and the same disk is still there.
+    slots.is_busy(0);
+    assert_eq!(slots.all_busy(), [(0, false)]);
+    assert_eq!(slots.take("c", &opened(5, true)), place(0, true));
+    assert!(slots.all_busy().is_empty() && slots.give_back("c", 0));
     slots.free(1);
     assert_eq!(slots.take("c", &opened(7, false)), place(1, false));
     assert_eq!((slots.has("c"), slots.has("b")), (Some(Lasting(true)), None));

@@ -69,12 +69,16 @@ fn a_directory_without_files_may_be_a_disk() {
     let top = PathBuf::from("/run/kata-containers/volumes/3/upper");
     assert_eq!(volumes[0].in_guest(3).collect::<Vec<_>>(), [(0, top.clone()), (1, top)]);
     assert!(may_be(&volumes) && !volumes[0].may_be_disk(Policy::NONE, 4));
+    fs::create_dir(data.join("made")).unwrap();
+    assert!(!may_be(&volumes), "the guest would not have it");
     // kubelet makes what subPaths name.
-    fs::create_dir_all(data.join("made/by/kubelet")).unwrap();
-    assert!(may_be(&volumes));
+    fs::create_dir(data.join("made/by")).unwrap();
+    let mut part = volumes.clone();
+    part[0].mounts.push((2, "made/by".into()));
+    assert!(may_be(&part));
     fs::write(data.join("made/file"), "").unwrap();
-    assert!(!may_be(&volumes));
-    fs::remove_file(data.join("made/file")).unwrap();
+    assert!(!may_be(&part));
+    fs::remove_dir_all(data.join("made")).unwrap();
     // One mount of a container says how all of them have it.
     assert!(!may_be(&kubelet.volumes(&[(&data, "rprivate"), (&data, "rslave")]).unwrap()));
     for number in 0..4 {
@@ -113,7 +117,7 @@ fn a_sub_path_that_cannot_be_found_is_an_error() {
     let point = kubelet.0.join("pods/u-1/volume-subpaths/data/c/0");
     fs::create_dir_all(&point).unwrap();
     let error = kubelet.volumes(&[(&point, "rprivate")]).unwrap_err().to_string();
-    assert!(error.contains("it is no part of"), "{error}");
+    assert!(error.contains("nothing is mounted there"), "{error}");
     // Part of a volume of another kind.
     let other = kubelet.0.join("pods/u-1/volume-subpaths/claim/c/0");
     fs::create_dir_all(&other).unwrap();
