@@ -188,7 +188,7 @@ impl Machine {
 
     /// Tries again to take away disks that the guest has not released.
     async fn release_busy(&self) {
-        let busy = self.disks.lock().await.all_busy();
+        let busy = self.disks.lock().await.leave_busy();
         for (slot, volatile) in busy {
             self.release_slot(slot, volatile).await;
         }

@@ -115,11 +115,16 @@ impl Slots {
         }
     }
 
-    /// The slots of disks that nobody uses and that the guest has not released, and whether these are volatile.
-    pub fn all_busy(&self) -> Vec<(u8, bool)> {
-        let all = (0..).zip(&self.slots);
-        let busy = all.filter_map(|(slot, used)| Some((slot, used.as_ref().filter(|used| used.busy)?)));
-        busy.map(|(slot, used)| (slot, used.volatile)).collect()
+    /// The slots of disks that nobody uses and that the guest has not released, and whether these are volatile. Nobody gets
+    /// one until it is free or busy again.
+    pub fn leave_busy(&mut self) -> Vec<(u8, bool)> {
+        let all = (0..).zip(&mut self.slots);
+        let busy = all.filter_map(|(slot, used)| Some((slot, used.as_mut().filter(|used| used.busy)?)));
+        busy.map(|(slot, used)| {
+            used.busy = false;
+            (slot, used.volatile)
+        })
+        .collect()
     }
 
     /// A container does not get a disk after all. Whether nobody has it then.

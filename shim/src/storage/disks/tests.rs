@@ -151,9 +151,11 @@ fn a_disk_of_two_containers_takes_one_slot() {
     assert_eq!(slots.take("c", &opened(7, false)), None);
     // If it does not, nobody else can have it, and the same disk is still there.
     slots.is_busy(0);
-    assert_eq!(slots.all_busy(), [(0, false)]);
+    assert_eq!(slots.leave_busy(), [(0, false)]);
+    assert_eq!(slots.take("c", &opened(5, true)), None, "somebody tries again to release it");
+    slots.is_busy(0);
     assert_eq!(slots.take("c", &opened(5, true)), place(0, true));
-    assert!(slots.all_busy().is_empty() && slots.give_back("c", 0));
+    assert!(slots.leave_busy().is_empty() && slots.give_back("c", 0));
     slots.free(1);
     assert_eq!(slots.take("c", &opened(7, false)), place(1, false));
     assert_eq!((slots.has("c"), slots.has("b")), (Some(Lasting(true)), None));
