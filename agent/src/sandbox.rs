@@ -80,6 +80,8 @@ pub struct Settings {
 #[derive(Debug)]
 enum Entry {
     Creating,
+    /// It is being created, and is to be removed then: the host has given up.
+    Abandoned,
     Created(Arc<Container>),
 }
 
@@ -142,31 +144,44 @@ impl Sandbox {
             }
             containers.insert(id.to_owned(), Entry::Creating);
         }
-        let created = Container::create(&self.pod, request).await;
-        let mut containers = self.containers();
-        match created {
-            Ok(container) => {
-                let container = Arc::new(container);
-                containers.insert(id.to_owned(), Entry::Created(container.clone()));
-                Ok(container)
+        let created = Container::create(&self.pod, request).await.map(Arc::new);
+        let abandoned = {
+            let mut containers = self.containers();
+            let abandoned = matches!(containers.get(id), Some(Entry::Abandoned));
+            match &created {
+                Ok(container) if !abandoned => {
+                    containers.insert(id.to_owned(), Entry::Created(container.clone()));
+                }
+                // An abandoned one keeps its id until it is gone.
+                Ok(_) => {}
+                Err(_) => drop(containers.remove(id)),
             }
-            Err(error) => {
-                containers.remove(id);
-                Err(error.into())
-            }
+            abandoned
+        };
+        let container = created?;
+        if abandoned {
+            let removed = container.remove().await;
+            self.containers().remove(id);
+            removed?;
+            return Err(Error::NoContainer(id.to_owned()));
         }
+        Ok(container)
     }
 
     /// The container with this id.
     pub fn container(&self, id: &str) -> Result<Arc<Container>> {
         match self.containers().get(id) {
             Some(Entry::Created(container)) => Ok(container.clone()),
-            Some(Entry::Creating) | None => Err(Error::NoContainer(id.to_owned())),
+            Some(Entry::Creating | Entry::Abandoned) | None => Err(Error::NoContainer(id.to_owned())),
         }
     }
 
-    /// Removes a container, whatever it still does.
+    /// Removes a container, whatever it still does. One that is being created is removed when that has ended.
     pub async fn remove(&self, id: &str) -> Result<()> {
+        if let Some(entry @ Entry::Creating) = self.containers().get_mut(id) {
+            *entry = Entry::Abandoned;
+            return Ok(());
+        }
         self.container(id)?.remove().await?;
         self.containers().remove(id);
         Ok(())

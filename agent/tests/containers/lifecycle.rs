@@ -186,6 +186,32 @@ async fn a_container_is_started_once_and_removed_in_any_state() {
     assert_eq!(status(error).0, Code::NOT_FOUND);
 }
 
+/// The host gives up a creation that takes too long.
+#[tokio::test]
+async fn a_container_that_is_removed_while_it_is_created_is_gone_afterwards() {
+    let guest = Guest::new("abandoned").await;
+    let [begun, goes_on] = ["begun", "goes-on"].map(|name| guest.directory.join(name));
+    for fifo in [&begun, &goes_on] {
+        nix::unistd::mkfifo(fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    }
+    let script = format!("echo > {}; cat {}", begun.display(), goes_on.display());
+    let mut spec = guest.spec(&["sleep", "1000"]);
+    spec["hooks"] = json!({"createContainer": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+    let stdio = Default::default();
+    let removal = async {
+        tokio::task::spawn_blocking(move || std::fs::read(begun)).await.unwrap().unwrap();
+        guest.remove("c").await;
+        let (code, _) = status(guest.start("c").await.unwrap_err());
+        assert_eq!(code, Code::NOT_FOUND);
+        tokio::task::spawn_blocking(move || std::fs::write(goes_on, "")).await.unwrap().unwrap();
+    };
+    let (created, ()) = tokio::join!(guest.create("c", &spec, &stdio), removal);
+    assert_eq!(status(created.unwrap_err()).0, Code::NOT_FOUND);
+    // Nothing of it is in the way of the next one.
+    guest.create("c", &guest.spec(&["true"]), &stdio).await.unwrap();
+    guest.remove("c").await;
+}
+
 #[tokio::test]
 async fn execs_join_the_container() {
     let guest = Guest::new("exec").await;

@@ -101,6 +101,12 @@ impl Container {
             }
         };
         if let Err(e) = container.create_in_guest(guest_part).await {
+            if matches!(e, Error::DeadlineExceeded(_))
+                && let Err(e) = container.agent.remove_container(&id, false).await
+            {
+                // The guest may create it still.
+                log::warn!("container {id}, which was not created in time: {e}");
+            }
             remove_from_host(&machine, &id, Some(&container)).await;
             return Err(e);
         }
