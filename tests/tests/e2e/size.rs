@@ -33,9 +33,11 @@ fn a_pod_sets_its_size_by_annotations_that_are_allowed() {
     let output = annotated("default_memory", "200").ok();
     let kib: u64 = output.value("kib").and_then(|value| value.parse().ok()).unwrap_or_default();
     assert!((150 * MIB..200 * MIB).contains(&(kib << 10)), "{output}");
-    let output = annotated("enable_debug", "true");
+    let output = annotated("default_maxvcpus", "1");
     assert_ne!(output.code, 0, "{output}");
-    output.expect_error_line(&["annotation", "enable_debug", "not in enable_annotations"]);
+    output.expect_error_line(&["annotation", "default_maxvcpus", "not in enable_annotations"]);
+    // Without it the pod has no less.
+    annotated("enable_debug", "true").ok().expect_values(&[("cpus", "1")]);
 }
 
 #[test]
