@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use katana_protocol::agent::{Disk, HostSocket, SharedMount};
@@ -160,9 +159,8 @@ impl Container {
         let mut spec: Spec = serde_json::from_slice(spec)?;
         let process = spec.process_mut().take().ok_or(Error::Invalid("process is missing"))?;
         // First of all: what is shared of a root that is otherwise on a disk has to be there.
-        let lower = disks.iter().find(|disk| !disk.lower.is_empty()).map(|disk| PathBuf::from(&disk.lower));
-        let submounts = Submounts::of(&spec, lower, mounts, &pod.share).await;
-        let disks = take_disks(id, disks).await?;
+        let submounts = Submounts::of(&spec, disks::shared_layers(&disks), mounts, &pod.share).await;
+        let disks = Disks::take(id, disks).await?;
         disks.translate(&mut spec);
         let linux = spec.linux_mut().as_mut().ok_or(Error::Invalid("linux is missing"))?;
         let huge_pages = reserve_huge_pages(linux.resources().clone()).await?;
@@ -390,10 +388,7 @@ impl Container {
     pub async fn remove(&self) -> Result<()> {
         self.cgroup.remove().await?;
         let disks = std::mem::take(&mut *self.disks());
-        if !disks.is_empty() {
-            // It may have to write much.
-            let _ = tokio::task::spawn_blocking(move || drop(disks)).await;
-        }
+        disks.unmount().await;
         drop(std::mem::take(&mut *self.huge_pages.lock().unwrap_or_else(PoisonError::into_inner)));
         drop(std::mem::take(&mut *self.sockets.lock().unwrap_or_else(PoisonError::into_inner)));
         self.oom_watch.abort();
@@ -441,15 +436,6 @@ impl Container {
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-async fn take_disks(id: &str, disks: Vec<Disk>) -> Result<Disks> {
-    if disks.is_empty() {
-        return Ok(Disks::default());
-    }
-    let id = id.to_owned();
-    let taken = tokio::task::spawn_blocking(move || Disks::take(&id, &disks)).await;
-    Ok(taken.map_err(|_| Error::State("the disks cannot be taken into use"))??)
 }
 
 async fn reserve_huge_pages(resources: Option<LinuxResources>) -> Result<HugePages> {

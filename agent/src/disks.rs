@@ -36,6 +36,9 @@ pub enum Error {
     /// The machine has no such disk, or its driver does not take it.
     #[error("disk {0}: {1}")]
     Disk(u32, io::Error),
+    /// The thread that does it has ended.
+    #[error("the disks cannot be taken into use")]
+    Thread,
     /// A root cannot be mounted.
     #[error("mount of {kind} on disk {slot}: {error}")]
     Mount {
@@ -66,8 +69,25 @@ struct Device {
 }
 
 impl Disks {
-    /// Takes disks into use. Blocks.
-    pub fn take(container: &str, disks: &[Disk]) -> Result<Self, Error> {
+    /// Takes disks into use.
+    pub async fn take(container: &str, disks: Vec<Disk>) -> Result<Self, Error> {
+        if disks.is_empty() {
+            return Ok(Self::default());
+        }
+        let container = container.to_owned();
+        let taken = tokio::task::spawn_blocking(move || Self::take_all(&container, &disks));
+        taken.await.map_err(|_| Error::Thread)?
+    }
+
+    /// The root is used no more.
+    pub async fn unmount(self) {
+        if self.root.is_some() {
+            // It may have to write much.
+            let _ = tokio::task::spawn_blocking(move || drop(self)).await;
+        }
+    }
+
+    fn take_all(container: &str, disks: &[Disk]) -> Result<Self, Error> {
         let mut taken = Self::default();
         for disk in disks {
             let _slot = lock_slot(disk.slot);
@@ -101,11 +121,6 @@ impl Disks {
             }
         }
         Ok(taken)
-    }
-
-    /// Whether nothing has to be done for these.
-    pub fn is_empty(&self) -> bool {
-        self.devices.is_empty() && self.root.is_none()
     }
 
     /// Replaces the host's numbers of devices by the guest's.
@@ -166,6 +181,11 @@ impl Drop for Disks {
         }
         let _ = fs::remove_dir(root);
     }
+}
+
+/// What is shared of a root whose writable layer is on one of these disks.
+pub fn shared_layers(disks: &[Disk]) -> Option<PathBuf> {
+    disks.iter().find(|disk| !disk.lower.is_empty()).map(|disk| PathBuf::from(&disk.lower))
 }
 
 /// Releases a disk that no container uses any more: what was written to it is on it afterwards, unless it is volatile.

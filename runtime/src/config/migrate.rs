@@ -89,7 +89,8 @@ fn line(document: &DocumentMut, used: &Use, sets: Sets, config: &Config) -> Opti
     if sets.translated {
         value = match sets.key {
             "kernel_params" => Value::from(&config.hypervisor.kernel_params),
-            _ => Value::from(i64::from(config.agent.dial_timeout)),
+            "dial_timeout" => Value::from(i64::from(config.agent.dial_timeout)),
+            _ => return None,
         };
     }
     Some(Line { comment, key: sets.key, value: format!("{value}{}", beside.trim_end()) })

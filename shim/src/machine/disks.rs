@@ -9,7 +9,7 @@ use katana_protocol::{GUEST_DISKS, agent as api};
 use super::Machine;
 use crate::error::{Error, Result};
 use crate::spec::OnDisks;
-use crate::storage::disk_slots::{DiskSlot, Lasting};
+use crate::storage::disk_slots::DiskSlot;
 use crate::storage::disks::{Kind, Opened, Purpose, Wanted};
 use crate::storage::pod_volumes::Directory;
 use crate::storage::rootfs::Layer;
@@ -59,11 +59,14 @@ impl Machine {
         }
         // But for its root, a container may have what another one has.
         let others = all.iter().any(|(wanted, _)| wanted.purpose.kind() != Kind::Root);
-        let mut shared = if others { Some(self.shared_volumes.lock().await) } else { None };
+        let mut shared_volumes = if others { Some(self.shared_volumes.lock().await) } else { None };
         // What can be shared as well takes no slot of what cannot.
-        all.sort_by_key(|(wanted, _)| !wanted.is_needed());
-        for (wanted, opened) in all {
-            let attached = self.attach_disk(container, wanted, opened, shared.as_deref_mut()).await?;
+        let is_needed = |(wanted, opened): (Wanted, _)| (wanted.is_needed(), wanted, opened);
+        let mut all: Vec<_> = all.into_iter().map(is_needed).collect();
+        all.sort_by_key(|(is_needed, ..)| !is_needed);
+        for (is_needed, wanted, opened) in all {
+            let attached =
+                self.attach_disk(container, wanted, is_needed, opened, shared_volumes.as_deref_mut()).await?;
             let Some((message, purpose)) = attached else { continue };
             match purpose {
                 Purpose::Root { .. } => on_disks.root = true,
@@ -88,12 +91,12 @@ impl Machine {
         &self,
         container: &str,
         wanted: Wanted,
+        is_needed: bool,
         opened: Option<Opened>,
-        shared: Option<&mut HashSet<Directory>>,
+        shared_volumes: Option<&mut HashSet<Directory>>,
     ) -> Result<Option<(api::Disk, Purpose)>> {
-        let (path, is_needed) = (wanted.path.clone(), wanted.is_needed());
-        let directory = wanted.directory();
-        let is_shared = directory.zip(shared.as_deref()).is_some_and(|(one, all)| all.contains(&one));
+        let (path, directory) = (wanted.path.clone(), wanted.directory());
+        let is_shared = directory.zip(shared_volumes.as_deref()).is_some_and(|(one, all)| all.contains(&one));
         let taken = match opened {
             Some(disk) => self.take_slot(container, disk, is_needed).await?,
             None if is_needed => {
@@ -110,8 +113,8 @@ impl Machine {
             Ok(attached) => Ok(Some(attached)),
             Err(why) => {
                 log::info!("{}: it is shared instead of being a disk: {why}", path.display());
-                if let (Some(shared), Some(directory)) = (shared, directory) {
-                    shared.insert(directory);
+                if let (Some(volumes), Some(directory)) = (shared_volumes, directory) {
+                    volumes.insert(directory);
                 }
                 Ok(None)
             }
@@ -177,13 +180,11 @@ impl Machine {
         }
         let policy = self.disk_policy;
         let opened = crate::host::threads::blocking(move || match &wanted.purpose {
-            Purpose::Volume(volume) if !volume.may_be_disk(policy, most) => Err(Error::FailedPrecondition(
-                "something is in it already, a mount of it is not private, or there are many such disks"
-                    .into(),
-            )),
-            _ => wanted.open(),
+            Purpose::Volume(volume) if !volume.may_be_disk(policy, most) => Ok(None),
+            _ => wanted.open().map(Some),
         });
-        opened.await.map_err(|e| e.to_string())
+        let why = "something is in it already, a mount of it is not private, or there are many such disks";
+        opened.await.map_err(|e| e.to_string())?.ok_or_else(|| why.to_owned())
     }
 
     /// Tries again to take away disks that the guest has not released.
@@ -194,10 +195,10 @@ impl Machine {
         }
     }
 
-    /// Whether a container has disks, and whether they outlive it: what it wrote to them is on them after
-    /// [`Machine::release_disks`] then.
-    pub async fn has_disks(&self, container: &str) -> Option<Lasting> {
-        self.disks.lock().await.has(container)
+    /// Whether a container has disks that outlive it: what it wrote to them is on them after
+    /// [`Machine::release_disks`].
+    pub async fn has_lasting_disks(&self, container: &str) -> bool {
+        self.disks.lock().await.any_lasts(container)
     }
 
     /// A container is gone from the guest, and its disks with it. On a task of its own.
@@ -205,8 +206,11 @@ impl Machine {
         let (machine, container) = (Arc::clone(self), container.to_owned());
         let released = tokio::spawn(async move {
             // The next container may want the same, and gets it when it is free.
-            let lasting = machine.has_disks(&container).await == Some(Lasting(true));
-            let _others = if lasting { Some(machine.shared_volumes.lock().await) } else { None };
+            let _others = if machine.has_lasting_disks(&container).await {
+                Some(machine.shared_volumes.lock().await)
+            } else {
+                None
+            };
             let unused = machine.disks.lock().await.leave(&container);
             for (slot, volatile) in unused {
                 machine.release_slot(slot, volatile).await;

@@ -24,7 +24,6 @@ use crate::machine::disks::Attached;
 use crate::machine::size::Limits;
 use crate::machine::sockets::{self, Sockets};
 use crate::spec::{Hook, Pod, Source, Spec};
-use crate::storage::disk_slots::Lasting;
 use crate::storage::disks;
 use crate::storage::rootfs::Layer;
 use crate::storage::share::Added;
@@ -263,7 +262,7 @@ impl Container {
         log::debug!("timeline: container ended");
         let execs_end = self.execs().values().any(|exec| exec.phase() == Phase::Running);
         // Delete has to write disks first. After a SIGKILL, the agent may be about to report a lack of memory.
-        if exit.status != KILLED && !execs_end && self.machine.has_disks(&self.id).await.is_none() {
+        if exit.status != KILLED && !execs_end && !self.machine.has_lasting_disks(&self.id).await {
             self.machine.kill();
         }
     }
@@ -346,10 +345,10 @@ impl Container {
             Phase::Created => self.discard().await?,
         };
         // A machine that ends takes all else with it, but not what is to be written to disks.
-        let disks = self.machine.has_disks(&self.id).await;
-        if (guest_goes_on || disks.is_some())
+        let writes = self.machine.has_lasting_disks(&self.id).await;
+        if (guest_goes_on || writes)
             && !self.machine.is_dead()
-            && let Err(e) = self.agent.remove_container(&self.id, disks == Some(Lasting(true))).await
+            && let Err(e) = self.agent.remove_container(&self.id, writes).await
         {
             log::error!("remove container {}: {e}", self.id);
         }

@@ -35,10 +35,6 @@ struct Use {
     busy: bool,
 }
 
-/// Whether something on a container's disks outlives it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Lasting(pub bool);
-
 /// A slot, and whether its disk is there already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskSlot {
@@ -166,12 +162,10 @@ impl Slots {
         self.slots.len()
     }
 
-    /// Whether a container has disks, and if so, whether any is of use to others later.
-    pub fn has(&self, container: &str) -> Option<Lasting> {
-        let slots = self.taken.get(container)?;
-        let lasting = |slot: &u8| {
-            self.slots.get(usize::from(*slot)).and_then(Option::as_ref).is_some_and(|used| !used.volatile)
-        };
-        Some(Lasting(slots.iter().any(lasting)))
+    /// Whether a container has a disk that is of use to others later.
+    pub fn any_lasts(&self, container: &str) -> bool {
+        let used = |slot: &u8| self.slots.get(usize::from(*slot)).and_then(Option::as_ref);
+        let slots = self.taken.get(container).into_iter().flatten();
+        slots.filter_map(used).any(|used| !used.volatile)
     }
 }

@@ -46,8 +46,11 @@ pub fn all(id: &str, spec: &Spec, sources: &[Source], policy: Policy) -> Result<
     let Some(pod) = spec.pod_uid() else { return Ok(volumes) };
     for (number, (mount, source)) in spec.mounts.iter().zip(sources).enumerate() {
         let Source::Host(source) = source else { continue };
-        // What is not there is an error when it is shared.
-        let Ok(source) = fs::canonicalize(source) else { continue };
+        // Most mounts are of other files, and nothing is asked of the host for these. What is not there is an error when
+        // it is shared.
+        let Some(Ok(source)) = Place::of(source, id, &pod).map(|_| fs::canonicalize(source)) else {
+            continue;
+        };
         let (directory, path, volatile) = match Place::of(&source, id, &pod) {
             None => continue,
             Some(Place::EmptyDir) => (source, PathBuf::new(), false),

@@ -10,7 +10,6 @@ use super::Container;
 use crate::error::{Error, Result};
 use crate::pod::process::{Exit, Phase, Process};
 use crate::pod::stdio::Streams;
-use crate::storage::disk_slots::Lasting;
 
 /// How long a process that was never started may take to end.
 const END_LIMIT: Duration = Duration::from_secs(10);
@@ -74,7 +73,7 @@ impl Container {
             }
             self.agent.wait_process(name).await?;
             if is_init {
-                let writes = self.machine.has_disks(&self.id).await == Some(Lasting(true));
+                let writes = self.machine.has_lasting_disks(&self.id).await;
                 self.agent.remove_container(&self.id, writes).await
             } else {
                 self.agent.remove_process(name).await
