@@ -109,7 +109,7 @@ impl PodVolume {
         true
     }
 
-    /// Blocks.
+    /// What tells it from other directories; nothing if it is gone. Blocks.
     pub fn identity(&self) -> Option<Directory> {
         fs::metadata(&self.directory).map(|status| (status.dev(), status.ino())).ok()
     }

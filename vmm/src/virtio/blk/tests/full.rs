@@ -106,43 +106,57 @@ fn what_was_answered_before_does_not_wait_along() {
     assert_eq!((bench.used(REQUESTS), status(&bench, 1)), (None, 0xaa));
 }
 
+/// Of what takes no time but on a machine that is busy, one of several tries does so. What waits for the next try to
+/// write takes longer each time.
+fn ends_at_once(mut attempt: impl FnMut() -> Duration) {
+    assert!((0..5).any(|_| attempt() < AT_ONCE));
+}
+
 #[test]
 fn a_reset_ends_the_wait() {
-    let host = Host::with_room(2);
-    let mut bench = host.attached("reset");
-    write_until_full(&host, &mut bench, 3);
-    let start = Instant::now();
-    bench.reset();
-    assert!(start.elapsed() < AT_ONCE);
-    assert!((0..3).all(|place| status(&bench, place) != OK));
+    ends_at_once(|| {
+        let host = Host::with_room(2);
+        let mut bench = host.attached("reset");
+        write_until_full(&host, &mut bench, 3);
+        let start = Instant::now();
+        bench.reset();
+        let elapsed = start.elapsed();
+        assert!((0..3).all(|place| status(&bench, place) != OK));
 
-    // The next driver may wait again.
-    bench.activate(0);
-    write_until_full(&host, &mut bench, 1);
-    host.make_room();
-    assert_eq!((bench.wait_used(REQUESTS), status(&bench, 0)), ((0, 1), OK));
+        // The next driver may wait again.
+        bench.activate(0);
+        write_until_full(&host, &mut bench, 1);
+        host.make_room();
+        assert_eq!((bench.wait_used(REQUESTS), status(&bench, 0)), ((0, 1), OK));
+        elapsed
+    });
 }
 
 #[test]
 fn a_detach_ends_the_wait() {
-    let host = Host::with_room(2);
-    let mut bench = host.attached("detach");
-    write_until_full(&host, &mut bench, 2);
-    let start = Instant::now();
-    detach(&mut bench);
-    assert!(start.elapsed() < AT_ONCE);
-    let answers = [0, 1].map(|place| (bench.wait_used(REQUESTS), status(&bench, place)));
-    assert_eq!(answers, [((0, 1), IOERR), ((4, 1), IOERR)]);
+    ends_at_once(|| {
+        let host = Host::with_room(2);
+        let mut bench = host.attached("detach");
+        write_until_full(&host, &mut bench, 2);
+        let start = Instant::now();
+        detach(&mut bench);
+        let elapsed = start.elapsed();
+        let answers = [0, 1].map(|place| (bench.wait_used(REQUESTS), status(&bench, place)));
+        assert_eq!(answers, [((0, 1), IOERR), ((4, 1), IOERR)]);
+        elapsed
+    });
 }
 
 #[test]
 fn a_slot_that_is_gone_waits_no_longer() {
-    let host = Host::with_room(2);
-    let mut bench = host.attached("gone");
-    write_until_full(&host, &mut bench, 1);
-    assert_eq!(threads("gone"), 1);
-    let start = Instant::now();
-    drop(bench);
-    wait_for_no_thread("gone");
-    assert!(start.elapsed() < AT_ONCE);
+    ends_at_once(|| {
+        let host = Host::with_room(2);
+        let mut bench = host.attached("gone");
+        write_until_full(&host, &mut bench, 1);
+        assert_eq!(threads("gone"), 1);
+        let start = Instant::now();
+        drop(bench);
+        wait_for_no_thread("gone");
+        start.elapsed()
+    });
 }
