@@ -20,6 +20,7 @@ pub mod pod {
 pub mod bpf;
 pub mod caller;
 pub mod kernel;
+pub mod manage;
 pub mod mount_options;
 pub mod netlink;
 pub mod vmm;

@@ -10,6 +10,7 @@ mod error;
 mod guest;
 mod host;
 mod machine;
+mod manage;
 mod network;
 mod pod;
 mod spec;

@@ -6,8 +6,19 @@ use std::fs;
 use std::path::Path;
 
 /// The shim's rooms. Each may use those after it.
-const ROOMS: [&str; 10] =
-    ["command", "containerd", "pod", "machine", "network", "guest", "storage", "spec", "host", "error"];
+const ROOMS: [&str; 11] = [
+    "command",
+    "containerd",
+    "manage",
+    "pod",
+    "machine",
+    "network",
+    "guest",
+    "storage",
+    "spec",
+    "host",
+    "error",
+];
 
 /// By the path of each module, such as `pod::stdio`, the modules that it uses.
 type Uses = BTreeMap<String, BTreeSet<String>>;

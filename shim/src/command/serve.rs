@@ -24,6 +24,7 @@ use crate::host::logger;
 use crate::host::pidfd::PidFd;
 use crate::host::threads;
 use crate::machine::layout::Identity;
+use crate::manage;
 use crate::pod::Pod;
 
 /// Environment: containerd's ttrpc socket, which takes events.
@@ -112,6 +113,7 @@ async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mu
     server.start().await.map_err(|e| Error::Host(e.to_string()))?;
     ready.write_all(READY).map_err(|e| Error::io("ready pipe", &e))?;
     close(ready);
+    tokio::spawn(manage::serve(Arc::clone(&pod)));
 
     tokio::select! {
         () = pod.stopped() => log::debug!("containerd says shutdown"),

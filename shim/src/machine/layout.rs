@@ -5,6 +5,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+pub use katana_protocol::manage::RUN;
+use katana_protocol::manage::{SANDBOXES, STATE};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -13,8 +15,6 @@ use crate::host::create_private;
 use crate::host::pidfd::ProcessId;
 use crate::network::Record;
 
-/// The root of everything that lives as long as pods do.
-pub const RUN: &str = "/run/kata-containers";
 /// Where containerd's own shims have their sockets.
 const SOCKETS: &str = "/run/containerd/s";
 
@@ -91,7 +91,7 @@ impl Identity {
     pub fn layout(&self, run: &Path) -> Layout {
         let hash = self.hash();
         let name = format!("{}-{}", head(&self.sandbox, 64), head(&hash, 12));
-        Layout { state: run.join("sandboxes").join(&name), share: run.join("shared/sandboxes").join(&name) }
+        Layout { state: run.join(SANDBOXES).join(&name), share: run.join("shared/sandboxes").join(&name) }
     }
 }
 
@@ -113,7 +113,7 @@ pub fn check_name(what: &str, name: &str) -> Result<()> {
 
 impl Layout {
     fn file(&self) -> PathBuf {
-        self.state.join("state.json")
+        self.state.join(STATE)
     }
 
     /// Writes the state down, at once or not at all.

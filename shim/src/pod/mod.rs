@@ -51,6 +51,8 @@ pub struct Pod {
     sandboxed: OnceLock<PodFiles>,
     containers: Mutex<HashMap<String, Entry>>,
     machine: tokio::sync::Mutex<Option<Arc<Machine>>>,
+    /// The machine as well, for those who only look at the pod: nobody waits here while it is launched or ends.
+    launched: watch::Sender<Option<Arc<Machine>>>,
     /// Changed by one at a time, for as long as the machine follows.
     limits: tokio::sync::Mutex<Sum>,
     stop: watch::Sender<bool>,
@@ -97,6 +99,7 @@ impl Pod {
             sandboxed: OnceLock::new(),
             containers: Mutex::default(),
             machine: tokio::sync::Mutex::default(),
+            launched: watch::channel(None).0,
             limits: tokio::sync::Mutex::default(),
             stop: watch::channel(false).0,
         })
@@ -129,6 +132,11 @@ impl Pod {
         &self.identity.sandbox
     }
 
+    /// containerd's namespace.
+    pub fn namespace(&self) -> &str {
+        &self.identity.namespace
+    }
+
     /// The pod's places on the host.
     pub fn layout(&self) -> Layout {
         self.identity.layout(Path::new(RUN))
@@ -144,6 +152,13 @@ impl Pod {
 
     fn any_container(&self, id: &str) -> Option<Arc<Container>> {
         self.containers().get(id).cloned().flatten()
+    }
+
+    /// All containers, in the order of their ids.
+    pub fn all(&self) -> Vec<Arc<Container>> {
+        let mut all: Vec<_> = self.containers().values().flatten().cloned().collect();
+        all.sort_by(|one, other| one.id.cmp(&other.id));
+        all
     }
 
     /// All containers but the one that stands for the pod.
@@ -344,6 +359,7 @@ impl Pod {
         let launch = Launch { identity, run, first, limits, config: &config, own: config != common };
         let launched = Machine::launch(launch, &self.events).await?;
         *machine = Some(Arc::clone(&launched));
+        self.launched.send_replace(Some(Arc::clone(&launched)));
         Ok(launched)
     }
 
@@ -431,6 +447,7 @@ impl Pod {
         if self.containers().is_empty()
             && let Some(machine) = machine.take()
         {
+            self.launched.send_replace(None);
             machine.end().await;
         }
     }
@@ -457,6 +474,11 @@ impl Pod {
         self.stop.send_replace(true);
     }
 
+    /// Follows the machine: there from its launch, before the agent answers, to the beginning of its end.
+    pub fn launched(&self) -> watch::Receiver<Option<Arc<Machine>>> {
+        self.launched.subscribe()
+    }
+
     /// Waits for Shutdown.
     pub async fn stopped(&self) {
         let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
@@ -465,6 +487,7 @@ impl Pod {
     /// Ends the machine whatever is in it: the shim is terminated by a signal.
     pub async fn abandon(&self) {
         if let Some(machine) = self.machine.lock().await.take() {
+            self.launched.send_replace(None);
             machine.end().await;
         }
     }
