@@ -1,5 +1,6 @@
 //! The pods of this host, as their shims have written them down, and requests to these shims.
 
+pub mod memory;
 pub mod request;
 
 use std::fs;

@@ -13,6 +13,9 @@ pub const STATE: &str = "state.json";
 /// Longest body of a request, bytes.
 pub const LONGEST_REQUEST: usize = 64 * 1024;
 
+/// In the query of a path with lines: what is to come as well, until the client closes the connection or the pod ends.
+pub const FOLLOW: &str = "follow";
+
 /// The answer to a request that failed, with a status of 400 or more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
@@ -101,4 +104,24 @@ pub struct ContainerStats {
     pub read: u64,
     /// Bytes written to them.
     pub written: u64,
+}
+
+/// A line of `GET /events`: what containerd was told.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Seconds since 1970.
+    pub time: i64,
+    /// As containerd has it, such as "/tasks/exit".
+    pub topic: String,
+    /// The container.
+    pub container: String,
+    /// The process, if it is not the container's first one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub exec: Option<String>,
+    /// The pid by which clients know it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub pid: Option<u32>,
+    /// How it ended.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub exit_status: Option<u32>,
 }

@@ -5,6 +5,10 @@ mod check;
 mod config;
 mod env;
 mod factory;
+mod lines;
+mod list;
+mod stats;
+mod table;
 mod version;
 
 use std::io::{self, Write};
@@ -48,6 +52,43 @@ enum Command {
     /// Make, look for or remove the template from which machines start
     #[command(subcommand)]
     Factory(Factory),
+    /// List the pods of this host, with the memory that they cost it
+    #[command(visible_alias = "ps")]
+    List {
+        /// Show them as JSON
+        #[arg(long)]
+        json: bool,
+        /// Do not cut ids
+        #[arg(long)]
+        no_trunc: bool,
+    },
+    /// Show what containers use, by their guests' cgroups
+    Stats {
+        /// The pod, by its id or the beginning of it; all without
+        pod: Option<String>,
+        /// Show it as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the lines of a pod in its shim's log, with enable_debug the guest's console among them
+    Logs {
+        /// The pod, by its id or the beginning of it
+        pod: String,
+        /// Go on until the pod ends
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Show what a pod has told containerd
+    Events {
+        /// The pod, by its id or the beginning of it
+        pod: String,
+        /// Go on until the pod ends
+        #[arg(short, long)]
+        follow: bool,
+        /// Show each as a line of JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Show the version
     Version,
 }
@@ -125,6 +166,12 @@ enum Error {
     Config(#[from] config::Error),
     #[error(transparent)]
     Env(#[from] env::Error),
+    #[error(transparent)]
+    List(#[from] list::Error),
+    #[error(transparent)]
+    Lines(#[from] lines::Error),
+    #[error(transparent)]
+    Stats(#[from] stats::Error),
     #[error("kata-runtime factory: {0}")]
     Factory(#[from] factory::Error),
     #[error("cannot write the output: {0}")]
@@ -164,9 +211,19 @@ fn run(cli: Cli) -> Result<(), Error> {
             };
             writeln!(out, "vm factory {state}")?;
         }
+        Some(Command::List { json, no_trunc }) => list::run(json, no_trunc, &mut out)?,
+        Some(Command::Stats { pod, json }) => stats::run(pod.as_deref(), json, &mut out)?,
+        Some(Command::Logs { pod, follow }) => lines::logs(&pod, follow, &mut out)?,
+        Some(Command::Events { pod, follow, json }) => lines::events(&pod, follow, json, &mut out)?,
         None => write!(out, "{}", Cli::command().render_help())?,
     }
     Ok(())
+}
+
+/// Runs what speaks to shims.
+fn block_on<T>(task: impl Future<Output = T>) -> io::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(task))
 }
 
 impl CheckArgs {
@@ -201,6 +258,11 @@ mod tests {
             "kata-runtime factory init",
             "kata-runtime config check /a",
             "kata-runtime config migrate /a",
+            "kata-runtime list --json",
+            "kata-runtime ps",
+            "kata-runtime stats abc",
+            "kata-runtime logs -f abc",
+            "kata-runtime events abc --follow --json",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }

@@ -21,11 +21,15 @@ use tokio::sync::{Notify, watch};
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::with_duration;
 
+use super::recent::Recent;
+
 /// How many events wait while containerd is away. Then the oldest are lost: State and Wait still know.
 const CAPACITY: usize = 4096;
 /// The longest event, bytes: that which fits into a message of ttrpc (4 MiB) with what is around it. A longer one would
 /// never go, nor any that stands behind it.
 const LONGEST: u64 = (4 << 20) - 4096;
+/// How many of the last ones are kept for who looks later.
+const KEPT: usize = 64;
 /// How long containerd may take over one event.
 const LIMIT: Duration = Duration::from_secs(10);
 /// Longest pause between two attempts to reach containerd.
@@ -78,6 +82,7 @@ pub struct Publisher {
     queue: Mutex<VecDeque<Envelope>>,
     more: Notify,
     empty: watch::Sender<bool>,
+    recent: Recent<Arc<Envelope>>,
 }
 
 impl Publisher {
@@ -95,6 +100,7 @@ impl Publisher {
             queue: Mutex::default(),
             more: Notify::new(),
             empty: watch::channel(true).0,
+            recent: Recent::new(KEPT),
         })
     }
 
@@ -138,6 +144,7 @@ impl Publisher {
         if length > LONGEST {
             return log::error!("{} of {length} bytes is too long for containerd and lost", envelope.topic);
         }
+        self.recent.push(Arc::new(envelope.clone()), 1);
         let mut queue = self.queue();
         if queue.len() == CAPACITY
             && let Some(lost) = queue.pop_front()
@@ -147,6 +154,11 @@ impl Publisher {
         queue.push_back(envelope);
         self.empty.send_replace(false);
         self.more.notify_one();
+    }
+
+    /// The last events, and those that come.
+    pub fn recent(&self) -> &Recent<Arc<Envelope>> {
+        &self.recent
     }
 
     /// containerd's namespace.

@@ -6,12 +6,13 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{LevelFilter, Log, Metadata, Record};
 
 use super::rate::Sparing;
+use super::recent::Recent;
 use crate::error::cut;
 
 /// The target of lines that the VMM has written. With `enable_debug` the guest's kernel logs its boot there.
@@ -22,6 +23,15 @@ const BURSTS: (u32, u32) = (1000, 100);
 const PER_SECOND: u32 = 2;
 /// Longest text, bytes.
 const LONGEST: usize = 4096;
+/// Bytes of the lines that are kept for who looks later.
+const KEPT: usize = 64 * 1024;
+
+static RECENT: OnceLock<Recent<Arc<str>>> = OnceLock::new();
+
+/// The last lines, each with its end, and those that come.
+pub fn recent() -> &'static Recent<Arc<str>> {
+    RECENT.get_or_init(|| Recent::new(KEPT))
+}
 
 struct FifoLogger {
     fifo: File,
@@ -77,6 +87,7 @@ impl Log for FifoLogger {
             let line = line(SystemTime::now(), record, left_out, &self.sandbox);
             // One write per line: containerd copies the bytes of all shims into one log.
             let _ = (&self.fifo).write(line.as_bytes());
+            recent().push(line.as_str().into(), line.len());
         }
     }
 

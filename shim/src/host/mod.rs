@@ -9,6 +9,7 @@ pub mod logger;
 pub mod mark;
 pub mod pidfd;
 pub mod rate;
+pub mod recent;
 pub mod threads;
 
 use std::fs;

@@ -5,6 +5,8 @@
 
 mod answer;
 mod describe;
+mod events;
+mod logs;
 
 use std::convert::Infallible;
 use std::fs;
@@ -20,7 +22,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use katana_protocol::manage::SOCKET;
+use katana_protocol::manage::{FOLLOW, SOCKET};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
@@ -101,6 +103,13 @@ async fn route(pod: &Arc<Pod>, request: Request<Incoming>) -> Result<Answer> {
     match (request.method(), request.uri().path()) {
         (&Method::GET, "/pod") => json(&describe::pod(pod)),
         (&Method::GET, "/stats") => json(&describe::stats(pod).await),
+        (&Method::GET, "/logs") => Ok(logs::answer(follows(&request))),
+        (&Method::GET, "/events") => Ok(events::answer(pod, follows(&request))),
         (method, path) => Err(Error::NotFound(format!("{method} {path}"))),
     }
+}
+
+/// Whether the client wants what is to come as well.
+fn follows(request: &Request<Incoming>) -> bool {
+    request.uri().query().is_some_and(|query| query.split('&').any(|word| word == FOLLOW))
 }

@@ -137,6 +137,11 @@ impl Pod {
         &self.identity.namespace
     }
 
+    /// Its events to containerd.
+    pub fn events(&self) -> Arc<Publisher> {
+        Arc::clone(&self.events)
+    }
+
     /// The pod's places on the host.
     pub fn layout(&self) -> Layout {
         self.identity.layout(Path::new(RUN))
