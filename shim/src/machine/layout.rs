@@ -87,10 +87,11 @@ impl Identity {
     }
 
     /// The pod's places below `run`. The name starts with the id for people and ends with a hash, since the
-    /// same id may exist in several namespaces and under several containerds.
+    /// same id may exist in several namespaces and under several containerds. It is as long as lets the path of a socket
+    /// fit into sockaddr_un.
     pub fn layout(&self, run: &Path) -> Layout {
         let hash = self.hash();
-        let name = format!("{}-{}", head(&self.sandbox, 64), head(&hash, 12));
+        let name = format!("{}-{}", head(&self.sandbox, 40), head(&hash, 12));
         Layout { state: run.join(SANDBOXES).join(&name), share: run.join("shared/sandboxes").join(&name) }
     }
 }
@@ -142,6 +143,7 @@ impl Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use katana_protocol::manage::SOCKET;
 
     #[test]
     fn names_that_mean_something_in_a_path_are_refused() {
@@ -168,7 +170,10 @@ mod tests {
         assert_eq!(shares.len(), all.len());
         assert!(shares.iter().all(|share| share.parent() == Some(Path::new("/run/k/shared/sandboxes"))));
         let long = at("/run/containerd/containerd.sock", &"n".repeat(76), &"i".repeat(128));
-        assert!(long.socket(None).as_os_str().len() < 108, "must fit sockaddr_un");
+        let managed = long.layout(Path::new(RUN)).state.join(SOCKET);
+        for socket in [long.socket(None), managed] {
+            assert!(socket.as_os_str().len() < 108, "must fit sockaddr_un: {}", socket.display());
+        }
     }
 
     #[test]

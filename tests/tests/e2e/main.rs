@@ -18,6 +18,7 @@ mod io;
 mod jail;
 mod kernel;
 mod leaks;
+mod manage;
 mod mounts;
 mod network;
 mod run;

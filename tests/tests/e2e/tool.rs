@@ -6,7 +6,7 @@ use std::path::Path;
 use katana_tests::turn::shared;
 use katana_tests::{BUSYBOX, Command, Configuration, Run, Scratch, environment};
 
-fn program(name: &str, arguments: &[&str]) -> Command {
+pub fn program(name: &str, arguments: &[&str]) -> Command {
     let path = environment::bin().join(name).display().to_string();
     Command::new(&[&[path.as_str()], arguments].concat())
 }
