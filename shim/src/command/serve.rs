@@ -27,7 +27,8 @@ use crate::machine::layout::Identity;
 use crate::manage;
 use crate::pod::Pod;
 
-/// Environment: containerd's ttrpc socket, which takes events.
+/// Environment: containerd's ttrpc socket, which takes events. Empty without a containerd: the pod is the client's, the
+/// process that asked for the shim, and ends with it.
 pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 /// The listening socket.
 pub const LISTENER_FD: RawFd = 3;
@@ -99,7 +100,11 @@ fn protect_from_oom() {
 async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mut fs::File) -> Result<()> {
     let address = std::env::var(TTRPC_ADDRESS)
         .map_err(|_| Error::InvalidArgument(format!("{TTRPC_ADDRESS} is not set in the environment")))?;
-    let events = Publisher::start(address, &identity.namespace);
+    let has_containerd = !address.is_empty();
+    let events = match has_containerd {
+        true => Publisher::start(address, &identity.namespace),
+        false => Publisher::silent(&identity.namespace),
+    };
     let config_path = Some(PathBuf::from(&args.config)).filter(|path| !path.as_os_str().is_empty());
     let pod = Pod::new(identity, args.debug, config_path, Arc::clone(&events));
     let failed = |e: &io::Error| Error::io("signals", e);
@@ -119,7 +124,10 @@ async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mu
         () = pod.stopped() => log::debug!("containerd says shutdown"),
         _ = terminate.recv() => end_of_pod(&pod, "SIGTERM").await,
         _ = interrupt.recv() => end_of_pod(&pod, "SIGINT").await,
-        () = forgotten(&pod) => log::warn!("containerd has ended before it asked for anything"),
+        () = forgotten(&pod, has_containerd) => match pod.is_empty() {
+            true => log::warn!("containerd has ended before it asked for anything"),
+            false => end_of_pod(&pod, "the client has ended").await,
+        },
     }
     events.flush(FAREWELL).await;
     // Nobody may find the socket and wait for a shim that goes.
@@ -135,11 +143,13 @@ async fn run(args: &Args, listener: UnixListener, identity: Identity, ready: &mu
     Ok(())
 }
 
-/// Waits for the end of a containerd that has not yet written down that this shim is there. Nobody else would end it.
-async fn forgotten(pod: &Pod) {
+/// Waits for the end of a containerd that has not yet written down that this shim is there, or of a client without one.
+/// Nobody else would end it.
+async fn forgotten(pod: &Pod, has_containerd: bool) {
     let Some(client) = fds::inherited(CLIENT_FD).ok().map(PidFd::from) else { return pending().await };
     match client.ended().await {
-        Ok(()) => tokio::time::sleep(PATIENCE).await,
+        Ok(()) if has_containerd => tokio::time::sleep(PATIENCE).await,
+        Ok(()) => return,
         Err(e) => log::warn!("watch containerd: {e}"),
     }
     if !pod.is_empty() {
@@ -147,10 +157,10 @@ async fn forgotten(pod: &Pod) {
     }
 }
 
-/// The shim is terminated by a signal, and nobody else can stop the VM. So the containers end as well, and their exit
+/// The shim is terminated by a signal or by its client's end, and nobody else can stop the VM. So the containers end as well, and their exit
 /// events are published before the shim ends.
-async fn end_of_pod(pod: &Pod, signal: &str) {
-    log::warn!("{signal}: the pod ends");
+async fn end_of_pod(pod: &Pod, why: &str) {
+    log::warn!("{why}: the pod ends");
     if tokio::time::timeout(ABANDON_LIMIT, pod.abandon()).await.is_err() {
         log::error!("the machine does not end; containerd's delete removes what is left");
     }

@@ -82,26 +82,33 @@ pub struct Publisher {
     queue: Mutex<VecDeque<Envelope>>,
     more: Notify,
     empty: watch::Sender<bool>,
+    /// Whether somebody takes them.
+    forwards: bool,
     recent: Recent<Arc<Envelope>>,
 }
 
 impl Publisher {
     /// Publishes to containerd's ttrpc socket, as its own task.
     pub fn start(address: String, namespace: &str) -> Arc<Self> {
-        let publisher = Self::silent(namespace);
+        let publisher = Arc::new(Self::new(namespace, true));
         tokio::spawn(Arc::clone(&publisher).forward_all(address));
         publisher
     }
 
     /// For what is no task of containerd's: takes events and passes none on.
     pub fn silent(namespace: &str) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new(Self::new(namespace, false))
+    }
+
+    fn new(namespace: &str, forwards: bool) -> Self {
+        Self {
             namespace: namespace.to_owned(),
             queue: Mutex::default(),
             more: Notify::new(),
             empty: watch::channel(true).0,
+            forwards,
             recent: Recent::new(KEPT),
-        })
+        }
     }
 
     fn queue(&self) -> MutexGuard<'_, VecDeque<Envelope>> {
@@ -168,6 +175,9 @@ impl Publisher {
 
     /// Waits until every event has been passed on, but not for ever.
     pub async fn flush(&self, limit: Duration) {
+        if !self.forwards {
+            return;
+        }
         let mut empty = self.empty.subscribe();
         if tokio::time::timeout(limit, empty.wait_for(|empty| *empty)).await.is_err() {
             log::error!("{} events are lost", self.queue().len());
