@@ -8,7 +8,7 @@ use std::time::Duration;
 use katana_tests::host::eventually;
 use katana_tests::scratch::LoopDevice;
 use katana_tests::turn::shared;
-use katana_tests::{BUSYBOX, Command, DEBIAN, Run, Scratch};
+use katana_tests::{BUSYBOX, Command, DEBIAN, Run, Scratch, environment};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::guest;
@@ -269,4 +269,32 @@ fn a_volume_that_does_not_answer_holds_up_those_who_use_it_and_nobody_else() {
     drop(frozen);
     let all = eventually(|| container.sh(ended).ok().text() == format!("{WAITING}\n"));
     assert!(all, "{}", container.sh("ls -l /tmp /volume").ok().text());
+}
+
+/// 200,000 with KATANA_SOAK: the file server holds a descriptor for each file that the guest knows.
+#[test]
+fn many_files_are_walked_again_and_again() {
+    let _turn = shared();
+    let scratch = Scratch::new();
+    let volume = Mounted::new("tmpfs", scratch.directory("many"), "mode=755");
+    let (directories, each) = (100, environment::rounds(200));
+    for directory in 0..directories {
+        let path = volume.0.join(directory.to_string());
+        fs::create_dir(&path).expect("a directory");
+        for file in 0..each {
+            fs::File::create(path.join(file.to_string())).expect("a file");
+        }
+    }
+    let container = Run::new(BUSYBOX).bind(&volume.0, "/many", "ro").command(&["sleep", "100000"]).start();
+    let count = |what: &str| {
+        let words = ["sh", "-c", &format!("find /many -type f {what} | wc -l")];
+        container.exec_command(&[], &words).patiently().output().ok().text().trim().to_owned()
+    };
+    let all = (directories * each).to_string();
+    // By name alone, and with each file's attributes.
+    for what in ["", "-size 0", "-size 0"] {
+        assert_eq!(count(what), all);
+    }
+    fs::write(volume.0.join("new"), "new").expect("a file");
+    container.exec(&["cat", "/many/new"]).ok().expect_text("new");
 }
