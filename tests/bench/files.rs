@@ -9,7 +9,7 @@ use std::time::Duration;
 use katana_tests::cri::{Container, Pod};
 use katana_tests::environment;
 use katana_tests::scratch::noise;
-use katana_tests::{BENCH, Command, Scratch};
+use katana_tests::{BENCH, Command, DEBIAN, POSTGRES, Scratch};
 use serde_json::{Value, json};
 
 use crate::chart::Chart;
@@ -22,6 +22,7 @@ const PLACES: [(&str, &str); 2] = [("root", "/root"), ("volume", "/volume")];
 /// One kind of work.
 struct Work {
     name: String,
+    image: &'static str,
     /// Of what there are `count` in it.
     unit: &'static str,
     count: f64,
@@ -54,7 +55,7 @@ fn all_work() -> Vec<Work> {
     let mut all = Vec::new();
     let mut add = |name: &str, unit, count, aim, prepare: &str, work: &str| {
         let (name, prepare, work) = (name.to_owned(), prepare.to_owned(), work.to_owned());
-        all.push(Work { name, unit, count, prepare, work, aim });
+        all.push(Work { name, image: BENCH, unit, count, prepare, work, aim });
     };
     for (place, directory) in PLACES {
         let file = format!("{directory}/file");
@@ -116,7 +117,50 @@ fn all_work() -> Vec<Work> {
     let files = "for n in $(seq 16); do fill /volume/$n 4; done; old
         readers() { local n; for n in $(seq 16); do cat /volume/$n >/dev/null & done; wait; }";
     add("volume: 16 readers of files of 4 MiB, first time", "MiB", 64.0, 0.6, files, "timed readers");
+    all.extend(programs());
     all
+}
+
+/// What people run: a start of Python, packages, Git, a database.
+fn programs() -> Vec<Work> {
+    let of = |image, name: &str, unit, count, aim, prepare: &str, work: &str| {
+        let (name, prepare, work) = (format!("root: {name}"), prepare.to_owned(), work.to_owned());
+        Work { name, image, unit, count, prepare, work, aim }
+    };
+    let modules = "import json, re, subprocess, urllib.request, sqlite3, ssl, asyncio, decimal, xml.dom.minidom, ctypes";
+    let python = format!("load() {{ python3 -c '{modules}'; }}; load");
+    let apt = "apt-get update >/dev/null; install() { apt-get install -y jq >/dev/null 2>&1; }";
+    let repository = "export HOME=/root; git config --global user.email a@b; git config --global user.name a
+        git init -q /root/tree; tar xf /in/archive -C /root/tree; cd /root/tree; rm -rf directory-[5-9]?
+        git add -A; git commit -q -m a; status() { git status --short; }; status; cd /";
+    let status = "cd /root/tree; timed status";
+    let clone = "copy() { git clone -q --no-local /root/tree /root/copy; }";
+    let database = "export PGDATA=/var/lib/postgresql/data
+        initdb >/dev/null; pg_ctl -w -l /tmp/log start >/dev/null; pgbench -q -i -s 1 postgres 2>/dev/null
+        work() { pgbench -t 200 postgres >/dev/null 2>&1; }; work";
+    vec![
+        of(DEBIAN, "python3 imports ten modules, second time", "run", 1.0, 0.85, &python, "timed load"),
+        of(DEBIAN, "apt-get install jq", "run", 1.0, 0.6, apt, "timed install"),
+        of(BENCH, "git status of 5,000 files, second time", "run", 1.0, 0.85, repository, status),
+        of(
+            BENCH,
+            "git clone of 5,000 files",
+            "run",
+            1.0,
+            0.6,
+            &format!("{repository}; {clone}"),
+            "timed copy",
+        ),
+        of(
+            POSTGRES,
+            "pgbench, a transaction",
+            "transaction",
+            200.0,
+            0.6,
+            database,
+            "timed work; pg_ctl -m fast stop >/dev/null",
+        ),
+    ]
 }
 
 /// Measures the rows whose names contain `wanted`, prints a table row by row, and gives the figures so far and their
@@ -155,7 +199,7 @@ fn measure(work: &Work, handler: &str, input: &Scratch) -> f64 {
     let mount = |path: &Path, to: &str| json!({"host_path": path, "container_path": to});
     let pod = Pod::run(handler);
     let mounts = [mount(volume.path(), "/volume"), mount(input.path(), "/in")];
-    let config = json!({"image": {"image": BENCH}, "command": ["sleep", "10000"], "mounts": mounts});
+    let config = json!({"image": {"image": work.image}, "command": ["sleep", "10000"], "mounts": mounts});
     let container: Container = pod.start(config);
     let script = format!("set -e\n{FUNCTIONS}\n{}\n{}", work.prepare, work.work);
     let output = container.exec(&["bash", "-c", &script]);

@@ -36,7 +36,7 @@ pub const BUSYBOX: &str = "localhost/busybox:1";
 pub const DEBIAN: &str = "localhost/debian:1";
 /// An nginx that serves one page on port 80, and a busybox.
 pub const NGINX: &str = "localhost/nginx:1";
-/// fio, iperf3, wrk and busybox.
+/// fio, iperf3, wrk, git and busybox.
 pub const BENCH: &str = "localhost/bench:1";
 /// PostgreSQL, run as its user postgres.
 pub const POSTGRES: &str = "localhost/postgres:1";
