@@ -372,6 +372,11 @@ impl Container {
         self.cgroup.statistics()
     }
 
+    /// CPU time in microseconds, and bytes of memory.
+    pub fn used(&self) -> (u64, u64) {
+        self.cgroup.used()
+    }
+
     /// The processes in the container, with the id of those that are an exec's first.
     pub fn processes(&self) -> Result<Vec<(Pid, String)>> {
         let members = self.cgroup.members()?;

@@ -14,6 +14,7 @@ mod disks;
 mod dns;
 mod early_signals;
 mod forward;
+mod guest_stats;
 mod hooks;
 mod huge_pages;
 mod in_use;

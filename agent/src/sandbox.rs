@@ -85,6 +85,15 @@ enum Entry {
     Created(Arc<Container>),
 }
 
+impl Entry {
+    fn created(&self) -> Option<Arc<Container>> {
+        match self {
+            Self::Created(container) => Some(container.clone()),
+            Self::Creating | Self::Abandoned => None,
+        }
+    }
+}
+
 /// The pod that this guest is for.
 #[derive(Debug)]
 pub struct Sandbox {
@@ -170,10 +179,15 @@ impl Sandbox {
 
     /// The container with this id.
     pub fn container(&self, id: &str) -> Result<Arc<Container>> {
-        match self.containers().get(id) {
-            Some(Entry::Created(container)) => Ok(container.clone()),
-            Some(Entry::Creating | Entry::Abandoned) | None => Err(Error::NoContainer(id.to_owned())),
-        }
+        let found = self.containers().get(id).and_then(Entry::created);
+        found.ok_or_else(|| Error::NoContainer(id.to_owned()))
+    }
+
+    /// What the containers use together: CPU time in microseconds, and bytes of memory.
+    pub fn used(&self) -> (u64, u64) {
+        let containers: Vec<_> = self.containers().values().filter_map(Entry::created).collect();
+        let used = containers.iter().map(|container| container.used());
+        used.fold((0, 0), |sum, one| (sum.0.saturating_add(one.0), sum.1.saturating_add(one.1)))
     }
 
     /// Removes a container, whatever it still does. One that is being created is removed when that has ended.

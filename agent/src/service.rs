@@ -10,8 +10,8 @@ use async_trait::async_trait;
 use katana_protocol::agent::{
     self, Agent, Changes, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreateSandboxRequest, Empty, ExecProcessRequest, ExecProcessResponse,
-    ForwardPortRequest, ListProcessesResponse, MountChanges, Network, OomResponse, ProcessRequest,
-    ReleaseDiskRequest, ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio,
+    ForwardPortRequest, GuestStatsResponse, ListProcessesResponse, MountChanges, Network, OomResponse,
+    ProcessRequest, ReleaseDiskRequest, ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio,
     UpdateContainerRequest, WaitProcessResponse, create_agent,
 };
 use katana_protocol::{AGENT_PORT, DEBUG_CONSOLE_PORT};
@@ -25,6 +25,7 @@ use crate::boot::{self, Never};
 use crate::container;
 use crate::device_filter;
 use crate::disks;
+use crate::guest_stats;
 use crate::huge_pages;
 use crate::init::control::Kind;
 use crate::launch::Spares;
@@ -305,6 +306,22 @@ impl Agent for Service {
         };
         Ok(ListProcessesResponse {
             processes: processes.into_iter().map(message).collect(),
+            ..Default::default()
+        })
+    }
+
+    async fn guest_stats(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<GuestStatsResponse> {
+        let sandbox = self.sandbox.clone();
+        // The kernel takes its time for some of them, and others are served meanwhile.
+        let read = move || (guest_stats::files(), guest_stats::open_descriptors(), sandbox.used());
+        let read = tokio::task::spawn_blocking(read).await;
+        let (files, open_descriptors, (containers_cpu_us, containers_memory_bytes)) =
+            read.map_err(|e| ttrpc::Error::Others(e.to_string()))?;
+        Ok(GuestStatsResponse {
+            files,
+            open_descriptors,
+            containers_cpu_us,
+            containers_memory_bytes,
             ..Default::default()
         })
     }

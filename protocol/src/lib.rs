@@ -19,6 +19,7 @@ pub mod pod {
 
 pub mod bpf;
 pub mod caller;
+pub mod counters;
 pub mod kernel;
 pub mod manage;
 pub mod mount_options;
@@ -116,6 +117,7 @@ mod tests {
             read::<SignalProcessRequest>(bytes);
             read::<CreateContainerResponse>(bytes);
             read::<ContainerStatsResponse>(bytes);
+            read::<GuestStatsResponse>(bytes);
             read::<ListProcessesResponse>(bytes);
             read::<WaitProcessResponse>(bytes);
             read::<OomResponse>(bytes);

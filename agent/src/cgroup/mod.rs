@@ -163,6 +163,14 @@ impl Cgroup {
             .collect()
     }
 
+    /// CPU time in microseconds, and bytes of memory, as far as the kernel says.
+    pub fn used(&self) -> (u64, u64) {
+        let cpu = self.read("cpu.stat").unwrap_or_default();
+        let cpu = events::parse(&cpu).get("usage_usec").copied().unwrap_or(0);
+        let memory = self.read("memory.current").unwrap_or_default();
+        (cpu, memory.trim().parse().unwrap_or(0))
+    }
+
     /// Opens a file that announces its changes: `cgroup.events`, `memory.events`.
     pub fn watch(&self, name: &str) -> Result<EventFile> {
         let path = self.path.join(name);
