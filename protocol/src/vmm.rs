@@ -127,6 +127,8 @@ pub enum Request {
         /// Its id in the VMM's pid namespace.
         thread: i32,
     },
+    /// Asks what the VMM has counted. Answered by [`Event::Counts`].
+    Counts,
 }
 
 /// What the VMM reports to the shim.
@@ -158,6 +160,8 @@ pub enum Event {
         /// Its id in the VMM's pid namespace.
         thread: i32,
     },
+    /// What the VMM has counted: a number for each of [`crate::counters::Counter::ALL`].
+    Counts(Vec<u64>),
     /// The answer to a request to attach or detach, or about a thread or vCPUs: an error text if it failed.
     Done(Option<String>),
     /// The template has been made; or why it cannot be made, or is refused. The VM runs in any case.

@@ -11,6 +11,7 @@ use katana_protocol::vmm::{CONTROL_FD, Error, Event, Request, receive, send};
 use nix::sys::socket::{setsockopt, sockopt::SendTimeout};
 use nix::sys::time::TimeVal;
 
+use crate::counters;
 use crate::end::{End, Ended};
 use crate::error;
 use crate::machine::Slots;
@@ -150,6 +151,7 @@ impl ControlService {
                 Ok(thread) => return self.control.report(&Event::PlaceholderAdded { thread }),
                 Err(error) => Err(error),
             },
+            Request::Counts => return self.control.report(&Event::Counts(counters::all())),
             Request::RemovePlaceholder { thread } => {
                 self.placeholders.remove(&thread).map(Placeholder::end).ok_or(Refused::NoThread(thread))
             }

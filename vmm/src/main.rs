@@ -6,6 +6,7 @@ mod boot;
 mod bus;
 mod console_ring;
 mod control;
+mod counters;
 mod cpu;
 mod end;
 mod error;

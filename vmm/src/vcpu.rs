@@ -4,12 +4,14 @@ use std::io;
 use std::sync::Arc;
 use std::thread;
 
+use katana_protocol::counters::Counter;
 use kvm_bindings::{
     KVM_INTERNAL_ERROR_DELIVERY_EV, KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Bus;
+use crate::counters;
 use crate::end::{End, Ended};
 use crate::seccomp::{self, Kind};
 use crate::template::{Asked, Maker};
@@ -54,7 +56,11 @@ impl Vcpu {
     /// Runs until the VM ends; returns the reason unless it has been reported already.
     pub(crate) fn run(&mut self) -> Option<Ended> {
         loop {
-            match self.fd.run() {
+            let exit = self.fd.run();
+            if let Some(kind) = kind(&exit) {
+                counters::exit(self.number, kind);
+            }
+            match exit {
                 Ok(VcpuExit::IoIn(port, data)) => self.ports.read(u64::from(port), data),
                 Ok(VcpuExit::IoOut(port, data)) => {
                     self.ports.write(u64::from(port), data);
@@ -135,6 +141,19 @@ impl Vcpu {
         };
         format!("KVM on vCPU {}: {what}{}", self.number, self.instruction())
     }
+}
+
+/// As what an exit is counted. The others are the machine's end.
+fn kind(exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Option<Counter> {
+    Some(match exit {
+        Ok(VcpuExit::IoIn(..)) => Counter::ExitPortRead,
+        Ok(VcpuExit::IoOut(..)) => Counter::ExitPortWrite,
+        Ok(VcpuExit::MmioRead(..)) => Counter::ExitMmioRead,
+        Ok(VcpuExit::MmioWrite(..)) => Counter::ExitMmioWrite,
+        Ok(VcpuExit::Hlt) => Counter::ExitHalt,
+        Ok(VcpuExit::Intr) | Err(_) => Counter::ExitInterrupted,
+        Ok(_) => return None,
+    })
 }
 
 #[cfg(test)]

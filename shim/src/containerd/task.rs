@@ -20,6 +20,7 @@ use serde_json::{Map, Value};
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use crate::error::{Error, Result};
+use crate::host::durations::{Of, Timer};
 use crate::host::events::{any, timestamp};
 use crate::pod::Pod;
 use crate::pod::container::Container;
@@ -53,6 +54,10 @@ where
     outcome.map_err(|e| ttrpc::Error::Others(e.to_string()))?.map_err(ttrpc::Error::from)
 }
 
+fn timer(request: &'static str) -> Timer {
+    Timer::start(Of::Requests, request)
+}
+
 #[async_trait]
 impl Task for Tasks {
     async fn create(
@@ -60,29 +65,34 @@ impl Task for Tasks {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
+        let _timer = timer("create");
         let pod = Arc::clone(&self.0);
         let pid = run(async move { pod.create(request).await }).await?;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let _timer = timer("start");
         let container = self.0.container(&request.id)?;
         let pid = run(async move { container.start(&request.exec_id).await }).await?;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        let _timer = timer("delete");
         let pod = Arc::clone(&self.0);
         run(async move { pod.delete(request).await }).await
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let _timer = timer("state");
         let container = self.0.container(&request.id)?;
         let process = container.process(&request.exec_id)?;
         Ok(state(&container, &process, request))
     }
 
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let _timer = timer("wait");
         let process = self.0.container(&request.id)?.process(&request.exec_id)?;
         let exit = process.wait().await;
         let exited_at = Some(timestamp(exit.at)).into();
@@ -90,12 +100,14 @@ impl Task for Tasks {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let _timer = timer("kill");
         let container = self.0.container(&request.id)?;
         run(async move { container.kill(&request.exec_id, request.signal, request.all).await }).await?;
         Ok(Empty::new())
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let _timer = timer("exec");
         let container = self.0.container(&request.id)?;
         let spec = json_object("exec", &request.spec)?;
         let paths = Paths {
@@ -109,18 +121,21 @@ impl Task for Tasks {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        let _timer = timer("pause");
         let container = self.0.container(&request.id)?;
         run(async move { container.pause().await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        let _timer = timer("resume");
         let container = self.0.container(&request.id)?;
         run(async move { container.resume().await }).await?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let _timer = timer("resize_pty");
         let container = self.0.container(&request.id)?;
         let (columns, rows) = (request.width, request.height);
         run(async move { container.resize(&request.exec_id, columns, rows).await }).await?;
@@ -128,6 +143,7 @@ impl Task for Tasks {
     }
 
     async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        let _timer = timer("close_io");
         let process = self.0.container(&request.id)?.process(&request.exec_id)?;
         if request.stdin {
             process.close_stdin();
@@ -136,6 +152,7 @@ impl Task for Tasks {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let _timer = timer("update");
         let pod = Arc::clone(&self.0);
         let resources = json_object("update", &request.resources)?;
         run(async move { pod.update(&request.id, resources).await }).await?;
@@ -143,6 +160,7 @@ impl Task for Tasks {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let _timer = timer("pids");
         let container = self.0.container(&request.id)?;
         let processes = run(async move { container.processes().await }).await?;
         let processes = processes.into_iter().map(|(pid, exec)| process_info(pid, exec)).collect();
@@ -150,17 +168,20 @@ impl Task for Tasks {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let _timer = timer("stats");
         let container = self.0.container(&request.id)?;
         let files = run(async move { container.stats().await }).await?;
         Ok(StatsResponse { stats: Some(any(&stats::metrics(&files))).into(), ..Default::default() })
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        let _timer = timer("connect");
         let task_pid = self.0.container(&request.id).map_or(0, |container| container.pid);
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..Default::default() })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        let _timer = timer("shutdown");
         let pod = Arc::clone(&self.0);
         run(async move {
             pod.shut_down(&request.id).await;
@@ -171,6 +192,7 @@ impl Task for Tasks {
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        let _timer = timer("checkpoint");
         Err(Error::Unimplemented("checkpoint is not supported".into()).into())
     }
 }

@@ -17,6 +17,7 @@ use ttrpc::context::{Context, with_duration};
 
 use super::vmm::{End, wait_end};
 use crate::error::{Error, Result, one_line};
+use crate::host::durations::{Of, Timer};
 use crate::storage::mount_table::Mounted;
 use crate::storage::volumes::Changes;
 
@@ -41,7 +42,8 @@ const NO_LOOK: Duration = Duration::from_secs(10);
 /// How much longer a request is waited for that cannot even be sent.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// The most that is believed of the text of a container's cgroup files, bytes: lines for each disk are the longest.
+/// The most that is believed of the text of files of a container's cgroup or of the guest's kernel, bytes: lines for
+/// each disk are the longest.
 const MOST_STATS: usize = 256 * 1024;
 /// The most processes of a container that are listed: as many as an answer to containerd can hold.
 const MOST_PROCESSES: usize = 32 * 1024;
@@ -92,11 +94,12 @@ impl Agent {
 
     /// Makes a call on a task of its own: dropping a request that is half written would end the connection for
     /// all, and requests of containerd are dropped whenever containerd goes away.
-    async fn call<T, F>(&self, name: &str, limit: Option<Duration>, request: F) -> Result<T>
+    async fn call<T, F>(&self, name: &'static str, limit: Option<Duration>, request: F) -> Result<T>
     where
         F: Future<Output = ttrpc::Result<T>> + Send + 'static,
         T: Send + 'static,
     {
+        let _timer = Timer::start(Of::Agent, name);
         let mut ended = self.ended.clone();
         let asked = tokio::spawn(request);
         let answer = async move {
@@ -132,16 +135,20 @@ impl Agent {
         }
     }
 
+    fn check_missed(&self, name: &str) -> Result<()> {
+        if self.missed().is_some_and(|missed| missed.elapsed() < NO_LOOK) {
+            return Err(Error::DeadlineExceeded(format!("{name}: the agent does not answer")));
+        }
+        Ok(())
+    }
+
     /// Likewise for what others wait behind.
-    async fn look<T, F>(&self, name: &str, request: F) -> Result<T>
+    async fn look<T, F>(&self, name: &'static str, request: F) -> Result<T>
     where
         F: Future<Output = ttrpc::Result<T>> + Send + 'static,
         T: Send + 'static,
     {
-        if self.missed().is_some_and(|missed| missed.elapsed() < NO_LOOK) {
-            let text = format!("{name}: the agent does not answer");
-            return Err(Error::DeadlineExceeded(text));
-        }
+        self.check_missed(name)?;
         let answer = self.call(name, Some(LOOK), request).await;
         // Only these say that it is silent: what others take depends on what runs in the guest.
         if matches!(answer, Err(Error::DeadlineExceeded(_))) {
@@ -331,14 +338,24 @@ impl Agent {
         let (client, request) = (self.client.clone(), container(id));
         let call = async move { client.container_stats(with_duration(LOOK), &request).await };
         let files = self.look("ContainerStats", call).await?.files;
-        let sizes = files.iter().map(|(name, text)| name.len() + text.len());
         let is_text = |text: &String| text.bytes().all(|byte| matches!(byte, b'\n' | b'\t' | b' '..=b'~'));
-        if sizes.sum::<usize>() > MOST_STATS
-            || !files.iter().flat_map(|(name, text)| [name, text]).all(is_text)
-        {
+        if length(&files) > MOST_STATS || !files.iter().flat_map(|(name, text)| [name, text]).all(is_text) {
             return Err(nonsense("ContainerStats"));
         }
         Ok(files)
+    }
+
+    /// What the guest as a whole does. Who asks does not wait long, and says nothing about the guest to those who wait
+    /// longer.
+    pub async fn guest_stats(&self, limit: Duration) -> Result<api::GuestStatsResponse> {
+        self.check_missed("GuestStats")?;
+        let (client, request) = (self.client.clone(), api::Empty::new());
+        let call = async move { client.guest_stats(with_duration(limit), &request).await };
+        let answer = tokio::time::timeout(limit, self.call("GuestStats", Some(limit), call)).await;
+        let answer =
+            answer.map_err(|_| Error::DeadlineExceeded("GuestStats: the agent does not answer".into()))??;
+        // What is in them is looked at where they are read: interfaces can have any names.
+        if length(&answer.files) > MOST_STATS { Err(nonsense("GuestStats")) } else { Ok(answer) }
     }
 
     /// A container's processes: pid in the guest, and the exec that the process is the first of, if any.
@@ -428,6 +445,10 @@ impl Agent {
         let call = async move { client.next_oom(Context::default(), &request).await };
         Ok(self.call("NextOom", None, call).await?.container_id)
     }
+}
+
+fn length(files: &HashMap<String, String>) -> usize {
+    files.iter().map(|(name, text)| name.len() + text.len()).sum()
 }
 
 fn nonsense(name: &str) -> Error {

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use katana_protocol::counters::Counter;
 use katana_protocol::vmm::{self, CONTROL_FD, Machine, Request};
 use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socketpair};
 use tokio::io::unix::AsyncFd;
@@ -45,17 +46,53 @@ pub struct Vmm {
 /// Whether the VMM has made the template, or why not.
 type Made = std::result::Result<(), String>;
 
-/// The id of a thread that was asked for, otherwise 0; or what has failed.
-type Answer = std::result::Result<i32, String>;
+/// What the VMM has done, or what has failed.
+type Answer = std::result::Result<Done, String>;
 
-/// Who waits for the answer to a request to attach or to add a placeholder: one at a time, as the VMM answers in the
-/// order of the requests. An answer for which nobody waits is none.
+/// Who waits for the answer to a request: one at a time, as the VMM answers in the order of the requests. An answer for
+/// which nobody waits is none.
 type Asked = Arc<Mutex<Option<Waiting>>>;
 
 struct Waiting {
-    /// Whether the request is one for a thread.
-    adds: bool,
+    request: Kind,
     answer: oneshot::Sender<Answer>,
+}
+
+/// Requests by what their answers are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    Thread,
+    Counts,
+}
+
+impl Kind {
+    fn of(request: &Request) -> Self {
+        match request {
+            Request::AddPlaceholder => Self::Thread,
+            Request::Counts => Self::Counts,
+            _ => Self::Plain,
+        }
+    }
+}
+
+/// What was done.
+#[derive(Debug)]
+enum Done {
+    Plain,
+    /// By its id in the VMM's pid namespace.
+    Thread(i32),
+    Counts(Vec<u64>),
+}
+
+impl Done {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Plain => Kind::Plain,
+            Self::Thread(_) => Kind::Thread,
+            Self::Counts(_) => Kind::Counts,
+        }
+    }
 }
 
 /// A thread of the VMM that does nothing.
@@ -238,7 +275,9 @@ impl Vmm {
 
     /// Has the VMM make a thread that does nothing.
     pub async fn add_placeholder(&self) -> Result<Thread> {
-        let inner = self.ask(Request::AddPlaceholder, Vec::new()).await?;
+        let Done::Thread(inner) = self.ask(Request::AddPlaceholder, Vec::new()).await? else {
+            return Err(Error::Host("kata-vmm: no thread".into()));
+        };
         let vmm = self.pid();
         // The VMM knows itself by other ids, and none of a process but its own is believed.
         let found = crate::host::threads::blocking(move || {
@@ -258,16 +297,44 @@ impl Vmm {
         self.ask(Request::RemovePlaceholder { thread: thread.inner }, Vec::new()).await.map(drop)
     }
 
+    /// What the VMM has counted, each beside its number; nothing unless it answers in this time. Who gives up before it
+    /// is his turn leaves nothing behind that would ask later.
+    pub async fn counts(&self, limit: Duration) -> Option<Vec<(Counter, u64)>> {
+        let counts = async {
+            let turn = Arc::clone(&self.turn).lock_owned().await;
+            self.ask_in_turn(async move { turn }, Request::Counts, Vec::new()).await
+        };
+        match tokio::time::timeout(limit, counts).await {
+            Ok(Ok(Done::Counts(counts))) if counts.len() == Counter::ALL.len() => {
+                Some(Counter::ALL.into_iter().zip(counts).collect())
+            }
+            Ok(Err(e)) => {
+                log::debug!("counts: {e}");
+                None
+            }
+            _ => None,
+        }
+    }
+
+    async fn ask(&self, request: Request, fds: Vec<OwnedFd>) -> Result<Done> {
+        self.ask_in_turn(Arc::clone(&self.turn).lock_owned(), request, fds).await
+    }
+
     /// Passes descriptors on, which are closed here before the answer comes. On a task of its own: the answer is taken
     /// even if nobody waits for it any more, so that the next one who asks does not take it for his.
-    async fn ask(&self, request: Request, fds: Vec<OwnedFd>) -> Result<i32> {
-        let (control, turn, asked, mut ended) =
-            (Arc::clone(&self.control), Arc::clone(&self.turn), Arc::clone(&self.asked), self.ended());
-        let adds = matches!(request, Request::AddPlaceholder);
+    async fn ask_in_turn<T: Send>(
+        &self,
+        turn: impl Future<Output = T> + Send + 'static,
+        request: Request,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Done> {
+        let (control, asked, mut ended) = (Arc::clone(&self.control), Arc::clone(&self.asked), self.ended());
+        let kind = Kind::of(&request);
         let answered = tokio::spawn(async move {
-            let _turn = turn.lock().await;
+            let _turn = turn.await;
             let (answer, answered) = oneshot::channel();
-            *asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Waiting { adds, answer });
+            let waiting = Waiting { request: kind, answer };
+            *asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(waiting);
             if let Some(end) = ended.borrow().clone() {
                 return Err(Error::Unavailable(end.to_string()));
             }
@@ -279,7 +346,7 @@ impl Vmm {
             drop(borrowed);
             drop(fds);
             match answered.await {
-                Ok(Ok(thread)) => Ok(thread),
+                Ok(Ok(done)) => Ok(done),
                 Ok(Err(why)) => Err(Error::Host(format!("kata-vmm: {why}"))),
                 Err(_) => Err(Error::Unavailable(wait_end(&mut ended).await.to_string())),
             }

@@ -3,6 +3,7 @@
 //! May use [`crate::error`].
 
 pub mod cgroup;
+pub mod durations;
 pub mod events;
 pub mod fds;
 pub mod logger;

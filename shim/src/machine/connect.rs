@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::guest::agent::Agent;
 use crate::guest::ports::Waiter;
 use crate::guest::vmm::wait_end;
+use crate::host::durations;
 use crate::network::Loopback;
 use crate::spec::Spec;
 
@@ -40,14 +41,14 @@ impl Machine {
             // Whatever was wrong with the network, that there is no agent says more.
             (agent?, network?)
         };
-        log::debug!("timeline: agent connected");
+        durations::reached("agent connected");
         if let Some(vcpus) = vcpus {
             // Before the NICs are found: their driver uses as many pairs of queues as there are CPUs then.
             self.vmm.add_vcpus(vcpus).await?;
             agent.set_cpus(vcpus).await?;
         }
         agent.create_sandbox(hostname, shm_bytes, network.clone(), self.ports.key()?).await?;
-        log::debug!("timeline: pod introduced");
+        durations::reached("pod introduced");
         *sent = network;
         Ok(agent)
     }

@@ -22,6 +22,7 @@ use crate::guest::agent::Agent;
 use crate::guest::ports::Ports;
 use crate::guest::vmm::Vmm;
 use crate::host::cgroup;
+use crate::host::durations;
 use crate::host::events::Publisher;
 use crate::host::pidfd::ProcessId;
 use crate::network::{Network, Nics};
@@ -82,7 +83,7 @@ impl Machine {
     async fn try_launch(launch: &Launch<'_>, layout: Layout, events: &Arc<Publisher>) -> Result<Arc<Self>> {
         let Launch { config, identity, first, .. } = launch;
         let spec = first.spec;
-        log::debug!("timeline: Create");
+        durations::start_begins();
         let mut record = Record {
             layout: layout.clone(),
             identity: (*identity).clone(),
@@ -98,7 +99,7 @@ impl Machine {
         let size = bounds.size(&launch.limits);
         let nics = Nics { pairs: size.vcpus, vhost: !config.hypervisor.disable_vhost_net };
         let network = Network::open(spec, &identity.namespace, nics).await?;
-        log::debug!("timeline: network looked at");
+        durations::reached("network looked at");
         record.network = network.record();
         if record.network.is_some() {
             record.write(Vec::new(), BTreeMap::new())?;
@@ -111,7 +112,7 @@ impl Machine {
             let process = i32::try_from(pid).ok().and_then(|pid| ProcessId::of(pid).ok());
             record.write(process.into_iter().collect(), BTreeMap::new())
         })?;
-        log::debug!("timeline: VMM spawned");
+        durations::reached("VMM spawned");
         let own = shape::machine(config, size.vcpus, network.slots(), disk_slots)?;
         let namespace = spec.owner(&identity.namespace);
         let start = if launch.own { Start::Boot } else { Start::choose(config, &namespace, &own) };
@@ -130,7 +131,7 @@ impl Machine {
         let files = [kvm.as_fd(), kernel.as_fd(), image.as_fd(), directory.as_fd()];
         let files = files.into_iter().chain(start.file()).chain(cgroup.as_ref().map(AsFd::as_fd));
         vmm.boot(machine, &files.collect::<Vec<_>>())?;
-        let becomes_template = matches!(start, Start::First(_));
+        let (becomes_template, begins) = (matches!(start, Start::First(_)), start.name());
         let (sender, agent) = watch::channel(None);
         start.expect(&vmm, is_there(agent.clone()));
         if size.plugged_mib > 0 && !becomes_template {
@@ -158,6 +159,7 @@ impl Machine {
             started,
             layout,
             becomes_template,
+            start: begins,
             agent,
             bounds,
             size,

@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use katana_config::HostNamespaces;
 use katana_protocol::agent as api;
+use katana_protocol::counters::Counter;
 use tokio::sync::watch::{Receiver, Sender};
 
 use self::follow::Follower;
@@ -78,6 +79,8 @@ pub struct Machine {
     /// Whether a template is made of the machine: then it stays empty until the agent is there, or the machines that
     /// are restored from the template would have its NICs, disks and memory.
     becomes_template: bool,
+    /// Where it was to begin.
+    start: &'static str,
     agent: Receiver<Option<Result<Agent>>>,
     bounds: Bounds,
     size: tokio::sync::Mutex<Size>,
@@ -115,6 +118,22 @@ impl Machine {
             Some(end) => Err(Error::Unavailable(end.to_string())),
             None => Ok(agent),
         }
+    }
+
+    /// The agent, if it is there already.
+    pub fn agent_now(&self) -> Option<Agent> {
+        self.agent.borrow().clone().and_then(Result::ok).filter(|_| !self.is_dead())
+    }
+
+    /// What the VMM has counted; nothing unless it answers in this time.
+    pub async fn counts(&self, limit: Duration) -> Option<Vec<(Counter, u64)>> {
+        self.vmm.counts(limit).await
+    }
+
+    /// Where the machine began, in a word: at its boot if the template turned out to be of no use.
+    pub fn start(&self) -> &'static str {
+        let refused = matches!(&*self.vmm.template().borrow(), Some(Err(_)));
+        if refused && self.start == template::TEMPLATE { template::BOOT } else { self.start }
     }
 
     /// The VMM's pid on the host.

@@ -10,6 +10,11 @@ use tokio::sync::watch;
 use crate::guest::vmm::Vmm;
 use crate::host::threads;
 
+/// [`Start::name`] of a machine that boots.
+pub const BOOT: &str = "boot";
+/// Of one that is restored.
+pub const TEMPLATE: &str = "template";
+
 /// Where a machine begins.
 pub enum Start {
     /// It boots.
@@ -42,6 +47,15 @@ impl Start {
                 log::warn!("no template: {e}; the VM boots without it");
                 Self::Boot
             }
+        }
+    }
+
+    /// In a word.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Boot => BOOT,
+            Self::First(_) => "boot_for_template",
+            Self::Template(_) => TEMPLATE,
         }
     }
 

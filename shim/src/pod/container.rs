@@ -18,6 +18,7 @@ use super::process::{Exit, KILLED, Phase, Process};
 use super::stdio::{Paths, Streams};
 use crate::error::{Error, Result};
 use crate::guest::agent::{Agent, ProcessName, Uses};
+use crate::host::durations;
 use crate::host::events::{Publisher, timestamp};
 use crate::machine::Machine;
 use crate::machine::disks::Attached;
@@ -204,7 +205,7 @@ impl Container {
         let pause = self.spec.is_sandbox();
         let answer = self.agent.create_container(&self.id, spec, streams.ports(), pause, uses).await;
         let pid = self.with_streams(&self.init, &mut streams, answer).await?;
-        log::debug!("timeline: container created");
+        durations::reached("container created");
         self.init.exists(pid, streams);
         self.machine.watch(watched);
         if follows && let Err(e) = self.machine.follow_mounts().await {
@@ -317,7 +318,7 @@ impl Container {
         self.init.may_start()?;
         self.machine.starting(&self.spec).await?;
         self.agent.start_container(&self.id).await?;
-        log::debug!("timeline: container started");
+        durations::reached("container started");
         self.init.started();
         let (container_id, pid) = (self.id.clone(), self.pid);
         self.events.publish(&TaskStart { container_id, pid, ..Default::default() });

@@ -34,6 +34,17 @@ impl api::Agent for Hostile {
         Ok(api::ContainerStatsResponse { files, ..Default::default() })
     }
 
+    async fn guest_stats(&self, _: &TtrpcContext, _: api::Empty) -> ttrpc::Result<api::GuestStatsResponse> {
+        match self.count.fetch_add(1, Ordering::Relaxed) {
+            0 => std::future::pending().await,
+            1 => {
+                let files = [("meminfo".to_owned(), "x".repeat(1 << 20))].into_iter().collect();
+                Ok(api::GuestStatsResponse { files, ..Default::default() })
+            }
+            _ => Ok(api::GuestStatsResponse::default()),
+        }
+    }
+
     async fn list_processes(
         &self,
         _: &TtrpcContext,
@@ -119,6 +130,22 @@ async fn a_silent_agent_delays_nobody_twice() {
     // Once it answers anything, it is asked again.
     agent.pause_container("c").await.unwrap_err();
     agent.container_stats("other").await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_for_numbers_does_not_wait_for_a_silent_agent() {
+    let (_server, agent, _count, _end) = hostile().await;
+    let (begin, limit) = (Instant::now(), Duration::from_millis(700));
+    let error = agent.guest_stats(limit).await.unwrap_err();
+    assert!(matches!(error, Error::DeadlineExceeded(_)) && begin.elapsed() <= limit, "{error}");
+    // That it was slow once keeps nobody from asking.
+    let error = agent.guest_stats(limit).await.unwrap_err().to_string();
+    assert_eq!(error, "the agent's answer to GuestStats makes no sense");
+    agent.guest_stats(limit).await.unwrap();
+    agent.container_stats("silent").await.unwrap_err();
+    let begin = Instant::now();
+    agent.guest_stats(limit).await.unwrap_err();
+    assert!(begin.elapsed().is_zero());
 }
 
 #[tokio::test]

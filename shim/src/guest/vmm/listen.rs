@@ -18,9 +18,10 @@ use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use super::{Answer, Asked, End, Made};
+use super::{Answer, Asked, Done, End, Made};
 use crate::error::{cut, one_line, plain};
 use crate::guest::ports::Ports;
+use crate::host::durations;
 use crate::host::logger;
 use crate::host::pidfd::{PidFd, ProcessId};
 use crate::host::rate::Rate;
@@ -130,7 +131,7 @@ impl Listener {
             }
             Event::Running if *self.reports.runs.borrow() => Err("the machine runs already"),
             Event::Running => {
-                log::debug!("timeline: guest runs");
+                durations::reached("guest runs");
                 self.machine = fds.into_iter().next();
                 self.reports.runs.send_replace(true);
                 Ok(())
@@ -144,18 +145,19 @@ impl Listener {
                 self.reports.makes.send_replace(Some(failed.map_or(Ok(()), |why| Err(one_line(&why)))));
                 Ok(())
             }
-            Event::Done(outcome) => self.answer(false, outcome.map_or(Ok(0), |why| Err(one_line(&why)))),
-            Event::PlaceholderAdded { thread } => self.answer(true, Ok(thread)),
+            Event::Done(outcome) => self.answer(outcome.map_or(Ok(Done::Plain), |why| Err(one_line(&why)))),
+            Event::PlaceholderAdded { thread } => self.answer(Ok(Done::Thread(thread))),
+            Event::Counts(counts) => self.answer(Ok(Done::Counts(counts))),
             Event::Exit { .. } | Event::Failed(_) => Ok(()),
         }
     }
 
-    fn answer(&self, added: bool, answer: Answer) -> Result<(), &'static str> {
+    fn answer(&self, answer: Answer) -> Result<(), &'static str> {
         let mut asked = self.reports.asked.lock().unwrap_or_else(PoisonError::into_inner);
         match &*asked {
             None => return Err("an answer to nothing"),
             // A request for a thread can fail, but not be done without one.
-            Some(waiting) if waiting.adds != added && answer.is_ok() => {
+            Some(waiting) if answer.as_ref().is_ok_and(|done| done.kind() != waiting.request) => {
                 return Err("an answer to another request");
             }
             Some(_) => {}

@@ -301,6 +301,35 @@ async fn answers_that_nobody_has_asked_for_are_dropped() {
 }
 
 #[tokio::test]
+async fn counts_that_are_none_are_nobodys() {
+    let (vmm, theirs, mut child, _ports) = hostile();
+    let counts: Vec<u64> = (0..).take(Counter::ALL.len()).collect();
+    let asked = std::thread::spawn(move || {
+        for counts in [counts.get(1..).unwrap_or_default().to_vec(), vec![u64::MAX; 1000], counts] {
+            assert!(matches!(vmm::receive::<Request>(&theirs).unwrap().0, Request::Counts));
+            vmm::send(&theirs, &Event::PlaceholderAdded { thread: 1 }, &[]).unwrap();
+            vmm::send(&theirs, &Event::Counts(counts), &[]).unwrap();
+        }
+        theirs
+    });
+    let limit = Duration::from_secs(180);
+    assert_eq!(vmm.counts(limit).await, None);
+    assert_eq!(vmm.counts(limit).await, None);
+    let counts = vmm.counts(limit).await.expect("counts");
+    assert_eq!(counts.last(), Some(&(Counter::VsockBytesSent, Counter::ALL.len() as u64 - 1)));
+    // From now on the VMM is silent: the first one waits for the answer, the next for his turn.
+    let theirs = asked.join().unwrap();
+    for _ in 0..2 {
+        assert_eq!(vmm.counts(Duration::from_millis(20)).await, None);
+    }
+    assert!(matches!(vmm::receive::<Request>(&theirs).unwrap().0, Request::Counts));
+    nonblocking(&theirs).unwrap();
+    assert!(vmm::receive::<Request>(&theirs).is_err());
+    vmm.kill();
+    let _ = child.wait();
+}
+
+#[tokio::test]
 async fn a_vmm_that_does_not_answer_is_not_waited_for_for_ever() {
     let (vmm, theirs, mut child, _ports) = hostile();
     tokio::time::pause();

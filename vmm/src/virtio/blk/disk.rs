@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 
+use katana_protocol::counters::Counter;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use virtio_bindings::virtio_blk::{
@@ -15,6 +16,7 @@ use vm_memory::{ByteValued, Le32, Le64};
 
 use super::patience::Patience;
 use super::slot::Slot;
+use crate::counters;
 use crate::virtio::chain::{Buffers, Chain};
 
 /// The unit of capacity and position, whatever the block size.
@@ -127,6 +129,16 @@ pub fn request(mut chain: Chain<'_>, disk: Option<&mut Disk>, slot: &Slot<'_>) -
     Ok(u32::try_from(written + 1).unwrap_or(u32::MAX))
 }
 
+/// As what a request is counted.
+fn counter(kind: u32) -> Counter {
+    match kind {
+        VIRTIO_BLK_T_IN => Counter::DiskRead,
+        VIRTIO_BLK_T_OUT => Counter::DiskWrite,
+        VIRTIO_BLK_T_FLUSH => Counter::DiskFlush,
+        _ => Counter::DiskOther,
+    }
+}
+
 impl Disk {
     /// A disk of what is in a regular file or a block device.
     ///
@@ -157,7 +169,9 @@ impl Disk {
         slot: &Slot<'_>,
     ) -> Result<usize, Failure> {
         let sector = header.sector.to_native();
-        match header.kind.to_native() {
+        let kind = header.kind.to_native();
+        counters::count(counter(kind));
+        match kind {
             VIRTIO_BLK_T_IN => self.read(sector, answer),
             VIRTIO_BLK_T_OUT => self.write(sector, data, slot),
             VIRTIO_BLK_T_FLUSH => {
@@ -197,6 +211,7 @@ impl Disk {
                 }
             }
         }
+        counters::add(Counter::DiskBytesRead, length);
         Ok(length)
     }
 
@@ -212,6 +227,7 @@ impl Disk {
                 count => {
                     data.advance(count);
                     offset += count as u64;
+                    counters::add(Counter::DiskBytesWritten, count);
                 }
             }
         }

@@ -7,6 +7,7 @@ use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
+use katana_protocol::counters::Counter;
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::filesystem::{Context, FileSystem};
 use virtiofsd::fuse::{
@@ -21,6 +22,7 @@ use super::host::{Birth, Host};
 use super::inode_flags::Request;
 use super::replay::{self, Replaying};
 use super::transfer::Written;
+use crate::counters;
 
 /// FUSE_STATX, which the library has no name for.
 const STATX: u32 = 52;
@@ -66,12 +68,17 @@ impl Messages {
         }
         let header = read::<InHeader>(&mut reader.clone())?;
         let kind = Opcode::try_from(header.opcode);
+        counters::count(counter(&kind));
         let replay = replay::is_one(&Context::from(header));
         let ours = header.opcode == STATX
             || !replay && matches!(kind, Ok(Opcode::Write | Opcode::TmpFile | Opcode::Ioctl));
         if !ours {
             // There is no shared memory window (DAX), hence no back-end to ask for one.
-            return self.server.handle_message(reader, writer, None::<&mut ()>);
+            let answered = self.server.handle_message(reader, writer, None::<&mut ()>)?;
+            if matches!(kind, Ok(Opcode::Read)) {
+                counters::add(Counter::FileBytesRead, answered.saturating_sub(size_of::<OutHeader>()));
+            }
+            return Ok(answered);
         }
         let header = read::<InHeader>(&mut reader)?;
         let answer = match Opcode::try_from(header.opcode) {
@@ -88,6 +95,7 @@ impl Messages {
     fn take(&self, mut reader: Reader<'_>) -> Result<(), virtiofsd::Error> {
         let header = read::<InHeader>(&mut reader)?;
         let (ctx, inode) = (Context::from(header), header.nodeid);
+        counters::count(counter(&Opcode::try_from(header.opcode)));
         match Opcode::try_from(header.opcode) {
             Ok(Opcode::Forget) => {
                 self.replaying.forget(ctx, inode, read::<ForgetIn>(&mut reader)?.nlookup);
@@ -116,6 +124,7 @@ impl Messages {
         let kill = write_flags & WRITE_KILL_PRIV != 0;
         let (ctx, inode, data) = (Context::from(header), header.nodeid, Written(reader));
         let written = self.host.write(ctx, inode, fh, data, size, offset, owner, delayed, kill, flags)?;
+        counters::add(Counter::FileBytesWritten, written);
         // It is not more than asked for.
         let size = u32::try_from(written).unwrap_or(size);
         Ok(WriteOut { size, ..WriteOut::default() }.as_slice().to_vec())
@@ -157,6 +166,24 @@ impl Messages {
 pub fn refuse(mut reader: Reader<'_>, writer: Writer<'_>) -> io::Result<usize> {
     let header = reader.read_obj::<InHeader>()?;
     reply(writer, header.unique, invalid())
+}
+
+/// As what a request is counted.
+fn counter<E>(kind: &Result<Opcode, E>) -> Counter {
+    use Opcode as O;
+    let Ok(kind) = kind else { return Counter::FileOther };
+    match kind {
+        O::Lookup => Counter::FileLookup,
+        O::Forget | O::BatchForget => Counter::FileForget,
+        O::Getattr => Counter::FileAttributes,
+        O::Open | O::Opendir | O::Create | O::TmpFile | O::Release | O::Releasedir => Counter::FileOpen,
+        O::Read => Counter::FileRead,
+        O::Write => Counter::FileWrite,
+        O::Readdir | O::Readdirplus => Counter::FileList,
+        O::Flush | O::Fsync | O::Fsyncdir | O::Syncfs => Counter::FileSync,
+        O::Getxattr | O::Setxattr | O::Listxattr | O::Removexattr => Counter::FileExtended,
+        _ => Counter::FileOther,
+    }
 }
 
 fn read<T: ByteValued>(reader: &mut Reader<'_>) -> Result<T, virtiofsd::Error> {

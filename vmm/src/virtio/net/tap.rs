@@ -4,11 +4,13 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use katana_protocol::counters::Counter;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
 };
 
 use super::AttachError;
+use crate::counters;
 use crate::memory::GuestMemory;
 use crate::virtio::chain::{Buffers, Chain, MAX_DESCRIPTORS};
 use crate::virtio::queue::DeviceQueue;
@@ -125,7 +127,11 @@ impl Tap {
             }
             budget -= 1;
             match buffers.buffers().read_from(self.fd.as_fd()) {
-                Ok(length) => buffers.give(memory, queue, length),
+                Ok(length) => {
+                    counters::count(Counter::NetPacketsReceived);
+                    counters::add(Counter::NetBytesReceived, length.saturating_sub(HEADER));
+                    buffers.give(memory, queue, length);
+                }
                 Err(error) => {
                     self.readable = false;
                     if error.kind() != io::ErrorKind::WouldBlock {
@@ -161,6 +167,9 @@ impl Tap {
                 }
                 // A packet that the tap refuses is lost, as on any network.
                 queue.complaints().add(&format_args!("tap: {error}"));
+            } else {
+                counters::count(Counter::NetPacketsSent);
+                counters::add(Counter::NetBytesSent, length - HEADER);
             }
             queue.push(memory, chain.head(), 0);
         }

@@ -12,8 +12,10 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 use event_manager::EventSet;
+use katana_protocol::counters::Counter;
 
 use super::packet::{Header, Key, LONGEST_PAYLOAD, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, op};
+use crate::counters;
 use crate::virtio::chain::Buffers;
 
 /// How much the guest may send before the host's end has taken it.
@@ -167,6 +169,7 @@ impl Connection {
     }
 
     fn count_taken(&mut self, count: usize) {
+        counters::add(Counter::VsockBytesSent, count);
         // Never more than BUFFER at once.
         self.taken += Wrapping(count as u32);
         if (self.taken - self.credited).0 >= UPDATE_AFTER {
@@ -277,7 +280,10 @@ impl Connection {
                 self.announce(flags);
                 0
             }
-            Ok(count) => count,
+            Ok(count) => {
+                counters::add(Counter::VsockBytesReceived, count);
+                count
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.readable = false;
                 0

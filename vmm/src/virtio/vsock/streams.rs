@@ -6,9 +6,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use event_manager::EventSet;
+use katana_protocol::counters::Counter;
 
 use super::connection::{Connection, Outlet, Verdict};
 use super::packet::{HOST_CID, Header, Key, LONGEST_PAYLOAD, TYPE_STREAM, op};
+use crate::counters;
 use crate::virtio::base::Sources;
 use crate::virtio::chain::Buffers;
 
@@ -134,6 +136,7 @@ impl Streams {
     fn add(&mut self, key: Key, mut connection: Connection, sources: &Sources) -> io::Result<()> {
         connection.watched = connection.interest();
         sources.add(connection.fd(), key.token(), connection.watched)?;
+        counters::count(Counter::VsockConnections);
         self.connections.insert(key, connection);
         self.apply(key, Verdict::Keep, sources);
         Ok(())
