@@ -7,6 +7,7 @@ mod env;
 mod factory;
 mod lines;
 mod list;
+mod metrics;
 mod stats;
 mod table;
 mod version;
@@ -69,6 +70,11 @@ enum Command {
         /// Show it as JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Show a pod's metrics, in the text format of Prometheus
+    Metrics {
+        /// The pod, by its id or the beginning of it
+        pod: String,
     },
     /// Show the lines of a pod in its shim's log, with enable_debug the guest's console among them
     Logs {
@@ -171,6 +177,8 @@ enum Error {
     #[error(transparent)]
     Lines(#[from] lines::Error),
     #[error(transparent)]
+    Metrics(#[from] metrics::Error),
+    #[error(transparent)]
     Stats(#[from] stats::Error),
     #[error("kata-runtime factory: {0}")]
     Factory(#[from] factory::Error),
@@ -213,6 +221,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         }
         Some(Command::List { json, no_trunc }) => list::run(json, no_trunc, &mut out)?,
         Some(Command::Stats { pod, json }) => stats::run(pod.as_deref(), json, &mut out)?,
+        Some(Command::Metrics { pod }) => metrics::run(&pod, &mut out)?,
         Some(Command::Logs { pod, follow }) => lines::logs(&pod, follow, &mut out)?,
         Some(Command::Events { pod, follow, json }) => lines::events(&pod, follow, json, &mut out)?,
         None => write!(out, "{}", Cli::command().render_help())?,
@@ -261,6 +270,7 @@ mod tests {
             "kata-runtime list --json",
             "kata-runtime ps",
             "kata-runtime stats abc",
+            "kata-runtime metrics abc",
             "kata-runtime logs -f abc",
             "kata-runtime events abc --follow --json",
         ] {

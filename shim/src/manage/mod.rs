@@ -23,6 +23,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use katana_metrics::text::CONTENT_TYPE;
 use katana_protocol::manage::{FOLLOW, SOCKET};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -37,8 +38,6 @@ const MOST_CONNECTIONS: usize = 32;
 const HEAD_LIMIT: Duration = Duration::from_secs(5);
 /// Longest head of a request, bytes.
 const LONGEST_HEAD: usize = 16 * 1024;
-/// What Prometheus calls its text format.
-const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Pause after a connection that could not be taken, for lack of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -105,7 +104,7 @@ async fn serve_connection(stream: UnixStream, pod: Arc<Pod>) {
 async fn route(pod: &Arc<Pod>, request: Request<Incoming>) -> Result<Answer> {
     match (request.method(), request.uri().path()) {
         (&Method::GET, "/pod") => json(&describe::pod(pod)),
-        (&Method::GET, "/metrics") => Ok(text(METRICS, metrics::text(pod).await)),
+        (&Method::GET, "/metrics") => Ok(text(CONTENT_TYPE, metrics::text(pod).await)),
         (&Method::GET, "/stats") => json(&describe::stats(pod).await),
         (&Method::GET, "/logs") => Ok(logs::answer(follows(&request))),
         (&Method::GET, "/events") => Ok(events::answer(pod, follows(&request))),

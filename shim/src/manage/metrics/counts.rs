@@ -1,8 +1,7 @@
 //! What the VMM has counted.
 
+use katana_metrics::text::{Kind, Text};
 use katana_protocol::counters::Counter as C;
-
-use super::text::{Kind, Text};
 
 /// A family's name after "kata_hypervisor_", what it is, the name of its label, and the label's values.
 type Row = (&'static str, &'static str, &'static str, &'static [(&'static str, C)]);

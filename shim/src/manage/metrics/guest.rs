@@ -3,8 +3,8 @@
 
 use std::collections::HashMap;
 
-use super::process::{self, Files, Whose};
-use super::text::{Family, Kind, Text};
+use katana_metrics::process::{self, Files, Whose};
+use katana_metrics::text::{Family, Kind, Text};
 
 /// Lines of meminfo that are passed on, and what Kata Containers calls them.
 const MEMINFO: [(&str, &str); 57] = [
@@ -108,8 +108,12 @@ const NET: [&str; 16] = [
     "sent_carrier",
     "sent_compressed",
 ];
-/// The most interfaces, disks and CPUs.
-const MOST: usize = 256;
+/// The most CPUs.
+const MOST_CPUS: usize = 256;
+/// The most interfaces and disks, each.
+const MOST_DEVICES: usize = 64;
+/// The most lines of vmstat; Linux 6.12 has some 190.
+const MOST_VM_STATS: usize = 512;
 
 /// All that the files say of the guest, and of the agent in it.
 pub fn write(text: &mut Text, files: &HashMap<String, String>, descriptors: u32) {
@@ -136,7 +140,18 @@ pub fn write(text: &mut Text, files: &HashMap<String, String>, descriptors: u32)
     process::write(text, Whose::Agent, &agent);
     let booted = of("stat").lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse::<u32>().ok());
     process::write_usual(text, Whose::Agent, &agent, booted.map(f64::from));
-    process::write_totals(text, &agent);
+    totals(text, &agent);
+}
+
+/// What Kata Containers' agent tells beside that.
+fn totals(text: &mut Text, files: &Files) {
+    let mut one = |metric: &str, help, value: Option<f64>| {
+        text.family(&format!("kata_agent_{metric}"), Kind::Gauge, help).add_known(&[], value);
+    };
+    let number = |value: Option<u64>| value.map(|value| value as f64);
+    one("total_time", "Processor time of the agent, seconds.", files.cpu_seconds());
+    one("total_vm", "Address space of the agent, bytes.", number(files.virtual_size()));
+    one("total_rss", "Resident memory of the agent, bytes.", number(files.resident()));
 }
 
 /// "0.20 0.18 0.12 1/80 11206"
@@ -158,7 +173,7 @@ fn load(text: &mut Text, load: &str) {
 /// "cpu0 1 2 3 ...", and "cpu ..." for all of them, in clock ticks.
 fn cpu_time(family: &mut Family<'_>, stat: &str) {
     let lines = stat.lines().map_while(|line| line.strip_prefix("cpu"));
-    for line in lines.take(MOST) {
+    for line in lines.take(MOST_CPUS) {
         let (cpu, columns) = line.split_once(' ').unwrap_or((line, ""));
         let cpu = if cpu.is_empty() { "total" } else { cpu };
         if cpu != "total" && cpu.parse::<u16>().is_err() {
@@ -174,14 +189,14 @@ fn cpu_time(family: &mut Family<'_>, stat: &str) {
 fn vm_stat(family: &mut Family<'_>, text: &str) {
     let is_name = |name: &str| name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_'));
     let pairs = text.lines().filter_map(|line| line.split_once(' '));
-    for (name, value) in pairs.filter(|(name, _)| !name.is_empty() && is_name(name)).take(2 * MOST) {
+    for (name, value) in pairs.filter(|(name, _)| !name.is_empty() && is_name(name)).take(MOST_VM_STATS) {
         family.add_known(&[("item", name)], value.trim().parse::<u64>().ok());
     }
 }
 
 /// "  eth0: 1 2 3 ...", after two lines of headings.
 pub fn net_devices(family: &mut Family<'_>, text: &str) {
-    for line in text.lines().skip(2).take(MOST) {
+    for line in text.lines().skip(2).take(MOST_DEVICES) {
         let Some((name, columns)) = line.rsplit_once(": ").or_else(|| line.rsplit_once(':')) else {
             continue;
         };
@@ -193,7 +208,7 @@ pub fn net_devices(family: &mut Family<'_>, text: &str) {
 
 /// " 254 0 vda 1 2 3 ..."
 fn disks(family: &mut Family<'_>, text: &str) {
-    for line in text.lines().take(MOST) {
+    for line in text.lines().take(MOST_DEVICES) {
         let mut words = line.split_ascii_whitespace().skip(2);
         let Some(name) = words.next() else { continue };
         for (item, value) in DISK.iter().zip(words) {

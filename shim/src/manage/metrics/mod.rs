@@ -4,19 +4,17 @@
 
 mod counts;
 mod guest;
-mod process;
-mod text;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
+use katana_metrics::process::{self, Files, Whose, booted};
+use katana_metrics::text::{Kind, Text};
 use katana_protocol::agent::GuestStatsResponse;
 use katana_protocol::counters::Counter;
 use tokio::sync::Mutex;
 
-use self::process::{Files, Whose};
-use self::text::{Kind, Text};
 use crate::host::durations::{self, Of};
 use crate::machine::Machine;
 use crate::pod::Pod;
@@ -94,13 +92,6 @@ async fn see(machine: Option<&Arc<Machine>>) -> Seen {
     });
     let start = Some(machine.start());
     Seen { shim, vmm, counts, guest, start, booted, ..Seen::default() }
-}
-
-/// By the clock that is right now, as those who read it compare.
-fn booted() -> Option<f64> {
-    let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
-    let uptime: f64 = uptime.split_ascii_whitespace().next()?.parse().ok()?;
-    Some(SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_secs_f64() - uptime)
 }
 
 impl Seen {

@@ -1,9 +1,10 @@
-//! A process as Linux shows it below /proc: the shim, the VMM, and, by what the guest says, the agent.
+//! A process as Linux shows it below /proc: the shim, the VMM, `kata-monitor` and, by what the guest says, the agent.
 
 use std::fs;
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::text::{Family, Kind, Text};
+use crate::text::{Family, Kind, Text};
 
 /// Clock ticks in a second, in which /proc counts for all programs (USER_HZ).
 const TICKS: f64 = 100.0;
@@ -52,6 +53,7 @@ pub struct Files {
 
 impl Files {
     /// Of a process of this host. What cannot be read is empty.
+    #[must_use]
     pub fn of(process: &Path) -> Self {
         let read = |name| fs::read_to_string(process.join(name)).unwrap_or_default();
         let descriptors = fs::read_dir(process.join("fd")).ok().map(|open| open.count() as u64);
@@ -90,27 +92,30 @@ impl Files {
     }
 
     /// Processor time in seconds.
+    #[must_use]
     pub fn cpu_seconds(&self) -> Option<f64> {
         Some(self.field(14)?.saturating_add(self.field(15)?) as f64 / TICKS)
     }
 
     /// Resident memory in bytes.
+    #[must_use]
     pub fn resident(&self) -> Option<u64> {
         self.field(24).map(|pages| pages.saturating_mul(PAGE))
     }
 
     /// How long the process has been there, in seconds.
+    #[must_use]
     pub fn age(&self) -> Option<f64> {
-        let uptime = fs::read_to_string("/proc/uptime").ok()?;
-        let uptime: f64 = uptime.split_ascii_whitespace().next()?.parse().ok()?;
-        Some(uptime - self.field(22)? as f64 / TICKS)
+        Some(uptime()? - self.field(22)? as f64 / TICKS)
     }
 
     fn threads(&self) -> Option<u64> {
         self.field(20)
     }
 
-    fn virtual_size(&self) -> Option<u64> {
+    /// Address space in bytes.
+    #[must_use]
+    pub fn virtual_size(&self) -> Option<u64> {
         self.field(23)
     }
 }
@@ -124,6 +129,8 @@ pub enum Whose {
     Hypervisor,
     /// The agent's.
     Agent,
+    /// Those of `kata-monitor`.
+    Monitor,
 }
 
 impl Whose {
@@ -132,6 +139,7 @@ impl Whose {
             Self::Shim => "kata_shim",
             Self::Hypervisor => "kata_hypervisor",
             Self::Agent => "kata_agent",
+            Self::Monitor => "kata_monitor",
         }
     }
 
@@ -140,6 +148,7 @@ impl Whose {
             Self::Shim => "the shim",
             Self::Hypervisor => "the VMM",
             Self::Agent => "the agent",
+            Self::Monitor => "kata-monitor",
         }
     }
 
@@ -148,7 +157,19 @@ impl Whose {
     }
 }
 
-/// What all three have.
+/// When this host booted, in seconds since 1970: by the clock that is right now, as those who read it compare.
+#[must_use]
+pub fn booted() -> Option<f64> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
+    Some(now.as_secs_f64() - uptime()?)
+}
+
+fn uptime() -> Option<f64> {
+    let uptime = fs::read_to_string("/proc/uptime").ok()?;
+    uptime.split_ascii_whitespace().next()?.parse().ok()
+}
+
+/// What all of Kata Containers' programs but the monitor have.
 pub fn write(text: &mut Text, whose: Whose, files: &Files) {
     let name = whose.name();
     whose.gauge(text, "threads", &format!("Threads of {name}.")).add_known(&[], files.threads());
@@ -197,17 +218,6 @@ pub fn write_usual(text: &mut Text, whose: Whose, files: &Files, booted: Option<
     one("virtual_memory_max_bytes", Kind::Gauge, format!("Address space that {name} may have."), most);
     let started = booted.zip(files.field(22)).map(|(booted, ticks)| booted + ticks as f64 / TICKS);
     one("start_time_seconds", Kind::Gauge, format!("When {name} started, since 1970."), started);
-}
-
-/// What Kata Containers' agent tells beside that.
-pub fn write_totals(text: &mut Text, files: &Files) {
-    let mut one = |metric: &str, help, value: Option<f64>| {
-        text.family(&format!("kata_agent_{metric}"), Kind::Gauge, help).add_known(&[], value);
-    };
-    let number = |value: Option<u64>| value.map(|value| value as f64);
-    one("total_time", "Processor time of the agent, seconds.", files.cpu_seconds());
-    one("total_vm", "Address space of the agent, bytes.", number(files.virtual_size()));
-    one("total_rss", "Resident memory of the agent, bytes.", number(files.resident()));
 }
 
 #[cfg(test)]

@@ -4,12 +4,15 @@
 use std::collections::HashSet;
 use std::fmt::{Display, Write};
 
-use crate::host::durations::{BOUNDS, Histogram};
+use crate::histogram::{BOUNDS, Histogram};
 
 /// The most lines of a family. A guest chooses how many interfaces, disks and CPUs it has.
 const MOST_LINES: usize = 4096;
 /// Longest value of a label, bytes.
 const LONGEST_LABEL: usize = 128;
+
+/// What Prometheus calls it.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What a family's numbers are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +37,9 @@ pub struct Text {
 
 impl Text {
     /// Begins a family, which is not there yet.
+    ///
+    /// # Panics
+    /// Where debug assertions are on, when it is.
     pub fn family(&mut self, name: &str, kind: Kind, help: &str) -> Family<'_> {
         let kind_name = match kind {
             Kind::Counter => "counter",
@@ -47,6 +53,7 @@ impl Text {
     }
 
     /// The whole text.
+    #[must_use]
     pub fn finish(self) -> String {
         self.text
     }
@@ -109,8 +116,10 @@ fn written(labels: Labels<'_>) -> String {
     format!("{{{}}}", pairs.join(","))
 }
 
-/// Control characters are nobody's name, and a terminal may show this.
-fn escaped(value: &str) -> String {
+/// A label's value as it is written, without quotes. Control characters are nobody's name, and a terminal may show
+/// this.
+#[must_use]
+pub fn escaped(value: &str) -> String {
     let mut escaped = String::with_capacity(value.len());
     for c in value.chars() {
         if escaped.len() >= LONGEST_LABEL {
