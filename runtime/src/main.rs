@@ -5,6 +5,7 @@ mod check;
 mod config;
 mod env;
 mod factory;
+mod install;
 mod lines;
 mod list;
 mod metrics;
@@ -95,6 +96,10 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Make this host's containerd, Docker and CRI-O know the runtime, and link the programs to /usr/local/bin
+    Install(install::Options),
+    /// Take out what `install` has put in; files are then as they were before
+    Uninstall(install::Options),
     /// Show the version
     Version,
 }
@@ -182,6 +187,8 @@ enum Error {
     Stats(#[from] stats::Error),
     #[error("kata-runtime factory: {0}")]
     Factory(#[from] factory::Error),
+    #[error("kata-runtime: {0}")]
+    Install(#[from] install::Error),
     #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
 }
@@ -201,6 +208,8 @@ fn run(cli: Cli) -> Result<(), Error> {
             args.refuse_releases()?;
             check::run(cli.config.as_deref(), args.verbose, &mut out)?;
         }
+        Some(Command::Install(options)) => install::install(&options, &mut out)?,
+        Some(Command::Uninstall(options)) => install::uninstall(&options, &mut out)?,
         Some(Command::Config(Config::Check { file })) => config::check(&file, &mut out)?,
         Some(Command::Config(Config::Migrate { file })) => config::migrate(&file, &mut out)?,
         Some(Command::Factory(command)) => {
