@@ -208,7 +208,7 @@ fn host() -> Host {
         kernel: read("/proc/sys/kernel/osrelease").trim_end().to_owned(),
         // By the names of Go, which scripts expect here.
         architecture: "amd64",
-        vm_container_capable: check::capable(&|_| {}).is_ok(),
+        vm_container_capable: check::is_capable(),
         distro: Distro { name: field(&release, "NAME", '='), version: field(&release, "VERSION_ID", '=') },
         cpu: Cpu {
             vendor: field(&cpuinfo, "vendor_id", ':'),

@@ -38,7 +38,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Test whether this system can run containers in virtual machines; exit code 0 if so
+    /// Test whether this system can run containers in virtual machines; exit code 0 if so, otherwise 1
     #[command(alias = "kata-check")]
     Check(CheckArgs),
     /// Look at configuration files
@@ -138,9 +138,12 @@ struct Whose {
 
 #[derive(Args)]
 struct CheckArgs {
-    /// Show each check
+    /// Show each detail as well
     #[arg(short, long)]
     verbose: bool,
+    /// Show what was looked at as JSON
+    #[arg(long)]
+    json: bool,
     /// Accepted for compatibility: no check uses the network
     #[arg(short, long)]
     no_network_checks: bool,
@@ -206,7 +209,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Some(Command::Env { json }) => writeln!(out, "{}", env::text(cli.config.as_deref(), json)?)?,
         Some(Command::Check(args)) => {
             args.refuse_releases()?;
-            check::run(cli.config.as_deref(), args.verbose, &mut out)?;
+            check::run(cli.config.as_deref(), args.verbose, args.json, &mut out)?;
         }
         Some(Command::Install(options)) => install::install(&options, &mut out)?,
         Some(Command::Uninstall(options)) => install::uninstall(&options, &mut out)?,

@@ -37,19 +37,20 @@ struct Magic {
     what: &'static str,
 }
 
-/// Checks it.
-pub(crate) fn check(config: &Config, note: &dyn Fn(String)) -> Result<(), Error> {
+/// Checks it: what was looked at, and what was found.
+pub(crate) fn check(config: &Config) -> [(&'static str, Result<String, Error>); 5] {
     let hypervisor = &config.hypervisor;
-    check_program("path", &hypervisor.path)?;
-    note(format!("VMM: {}", hypervisor.path.display()));
-    check_magic("kernel", &hypervisor.kernel, &ELF)?;
-    note(format!("kernel: {}", hypervisor.kernel.display()));
-    check_magic("image", &hypervisor.image, &EROFS)?;
-    note(format!("image: {}", hypervisor.image.display()));
-    check_templates(&config.factory.template_path)?;
-    check_namespaces().map_err(Error::Namespaces)?;
-    note("namespaces of the VMM's jail: available".to_owned());
-    Ok(())
+    let found = |path: &Path, result: Result<(), Error>| result.map(|()| path.display().to_string());
+    let (path, kernel, image) = (&hypervisor.path, &hypervisor.kernel, &hypervisor.image);
+    let templates = &config.factory.template_path;
+    let namespaces = check_namespaces().map_err(Error::Namespaces);
+    [
+        ("VMM", found(path, check_program("path", path))),
+        ("kernel", found(kernel, check_magic("kernel", kernel, &ELF))),
+        ("image", found(image, check_magic("image", image, &EROFS))),
+        ("directory of templates", found(templates, check_templates(templates))),
+        ("namespaces of the VMM's jail", namespaces.map(|()| "available".to_owned())),
+    ]
 }
 
 fn check_program(key: &'static str, path: &Path) -> Result<(), Error> {
@@ -124,7 +125,10 @@ mod tests {
         std::fs::create_dir_all(&folder).unwrap();
         let path = folder.display().to_string();
         let config = configured(&path);
-        let error = || check(&config, &|_| {}).unwrap_err().to_string();
+        let error = || {
+            let mut failures = check(&config).into_iter().filter_map(|(_, result)| result.err());
+            failures.next().unwrap().to_string()
+        };
 
         let missing = "No such file or directory (os error 2)";
         assert_eq!(error(), format!("path in [hypervisor.katana]: {path}/vmm: {missing}"));

@@ -14,15 +14,15 @@ fn list(calls: &[Call]) -> String {
 }
 
 /// Tries all of them.
-pub(crate) fn check(note: &dyn Fn(String)) -> Result<(), Error> {
-    if let Ok(version) = std::fs::read_to_string("/proc/sys/kernel/osrelease") {
-        note(format!("kernel: Linux {}; the oldest that is supported is {OLDEST}", version.trim()));
-    }
+pub(crate) fn check(note: &dyn Fn(String)) -> Result<String, Error> {
+    let version = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let found = format!("Linux {}; the oldest that is supported is {OLDEST}", version.trim());
+    note(format!("kernel: {found}"));
     let (there, missing): (Vec<_>, Vec<_>) = CALLS.into_iter().partition(Call::is_there);
     for call in there {
         note(format!("{}(2): available", call.name));
     }
-    if missing.is_empty() { Ok(()) } else { Err(Error(missing)) }
+    if missing.is_empty() { Ok(found) } else { Err(Error(missing)) }
 }
 
 #[cfg(test)]

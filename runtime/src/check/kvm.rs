@@ -23,6 +23,11 @@ pub(crate) enum Error {
     Busy(io::Error),
     #[error("KVM cannot {step}: {source}")]
     Step { step: &'static str, source: io::Error },
+    #[error(
+        "this KVM interprets the guest's kernel: ring 0 runs {0} times slower than the CPU; Linux does not boot in it in \
+         useful time"
+    )]
+    Interpreted(u64),
     #[error("the test guest stopped with {0} instead of a halt")]
     Exit(String),
 }
@@ -73,12 +78,12 @@ pub(crate) fn open(path: &Path) -> Result<Kvm, Error> {
 }
 
 /// Checks for what the VMM needs.
-pub(crate) fn check_capabilities(kvm: &Kvm, note: &dyn Fn(String)) -> Result<(), Error> {
+pub(crate) fn check_capabilities(kvm: &Kvm, note: &dyn Fn(String)) -> Result<String, Error> {
     for (capability, name, purpose) in NEEDED {
         if !kvm.check_extension(*capability) {
             return Err(Error::Capability { name, purpose });
         }
         note(format!("{name}: available"));
     }
-    Ok(())
+    Ok("has all that the VMM needs".to_owned())
 }
