@@ -1,6 +1,7 @@
 //! kata-runtime: the host's tool. Its commands, options and output are those of Kata Containers' tool, as far
 //! as what they speak of exists here.
 
+mod absent;
 mod check;
 mod config;
 mod env;
@@ -9,6 +10,7 @@ mod install;
 mod lines;
 mod list;
 mod metrics;
+mod pages;
 mod stats;
 mod table;
 mod version;
@@ -100,8 +102,27 @@ enum Command {
     Install(install::Options),
     /// Take out what `install` has put in; files are then as they were before
     Uninstall(install::Options),
+    /// Write manual pages and completions for shells, for who packs this
+    #[command(hide = true)]
+    Pages {
+        /// The directory `share` of the installation
+        share: PathBuf,
+    },
+    /// Of Kata Containers' tool; says why it is not here
+    #[command(hide = true)]
+    Iptables(Anything),
+    /// Of Kata Containers' tool; says why it is not here
+    #[command(hide = true)]
+    DirectVolume(Anything),
     /// Show the version
     Version,
+}
+
+/// All that follows.
+#[derive(Args)]
+struct Anything {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    _words: Vec<String>,
 }
 
 #[derive(Subcommand)]
@@ -190,6 +211,10 @@ enum Error {
     Stats(#[from] stats::Error),
     #[error("kata-runtime factory: {0}")]
     Factory(#[from] factory::Error),
+    #[error(transparent)]
+    Absent(#[from] absent::Error),
+    #[error("kata-runtime pages: {0}")]
+    Pages(#[from] pages::Error),
     #[error("kata-runtime: {0}")]
     Install(#[from] install::Error),
     #[error("cannot write the output: {0}")]
@@ -213,6 +238,9 @@ fn run(cli: Cli) -> Result<(), Error> {
         }
         Some(Command::Install(options)) => install::install(&options, &mut out)?,
         Some(Command::Uninstall(options)) => install::uninstall(&options, &mut out)?,
+        Some(Command::Pages { share }) => pages::write(&Cli::command(), &share)?,
+        Some(Command::Iptables(_)) => return Err(absent::Error::Iptables.into()),
+        Some(Command::DirectVolume(_)) => return Err(absent::Error::DirectVolume.into()),
         Some(Command::Config(Config::Check { file })) => config::check(&file, &mut out)?,
         Some(Command::Config(Config::Migrate { file })) => config::migrate(&file, &mut out)?,
         Some(Command::Factory(command)) => {
@@ -289,6 +317,23 @@ mod tests {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");
         }
         assert!(Cli::try_parse_from(["kata-runtime", "metrics"]).is_err());
+    }
+
+    #[test]
+    fn what_does_not_exist_here_says_why() {
+        for (line, expected) in [
+            (
+                "kata-runtime iptables get --sandbox-id a --v6",
+                "kata-runtime iptables: the guest has no iptables program",
+            ),
+            (
+                "kata-runtime direct-volume add --volume-path /a",
+                "kata-runtime direct-volume: no volume is mounted",
+            ),
+        ] {
+            let error = run(Cli::parse_from(line.split(' '))).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
     }
 
     #[test]
