@@ -6,7 +6,7 @@ FUZZ_SECONDS ?= 600
 VERSION := $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml | head -n 1)
 
 .DEFAULT_GOAL := help
-.PHONY: demo test build install dist bench soak lint unit clean help
+.PHONY: demo test build install uninstall dist deb bench soak lint unit clean help
 
 demo: build ## run real containers in virtual machines and show it
 	tests/run demo
@@ -20,9 +20,15 @@ build: ## build programs, guest kernel and image, laid out below target/katana/
 install: ## install what was built to $(DESTDIR)$(PREFIX)
 	scripts/install "$(DESTDIR)" "$(PREFIX)"
 
+uninstall: ## remove what `make install` has installed there, and take the runtime out of containerd, Docker and CRI-O
+	scripts/uninstall "$(DESTDIR)" "$(PREFIX)"
+
 dist: export KATANA_FULL_KERNEL = 1
 dist: build ## pack target/kata-static-VERSION-x86_64.tar.xz
 	scripts/dist $(VERSION)
+
+deb: build ## pack target/katana_VERSION_amd64.deb
+	scripts/deb $(VERSION)
 
 bench: build ## measure starts, memory, network and file systems: target/bench/*.json
 	tests/run bench

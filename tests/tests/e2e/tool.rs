@@ -114,6 +114,19 @@ fn namespaces_have_templates_of_their_own() {
 }
 
 #[test]
+fn check_says_what_it_looked_at() {
+    let _turn = shared();
+    if environment::is_vm_or_say("this is Katana's own tool") {
+        let list: serde_json::Value =
+            serde_json::from_str(&program("kata-runtime", &["check", "--json"]).output().ok().text())
+                .expect("JSON");
+        assert_eq!((&list["capable"], &list["can_create"]), (&true.into(), &true.into()), "{list}");
+        let checks = list["checks"].as_array().expect("a list");
+        assert!(checks.len() >= 11 && checks.iter().all(|check| check["result"] != "failed"), "{list}");
+    }
+}
+
+#[test]
 fn versions_are_printed() {
     let _turn = shared();
     if environment::is_vm_or_say("these are Katana's own programs") {
