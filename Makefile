@@ -40,11 +40,12 @@ bench: build ## measure starts, memory, network and file systems: target/bench/*
 soak: build ## long end-to-end tests, all on three Intel models, and FUZZ_SECONDS=600 of each fuzz target
 	tests/soak $(FUZZ_SECONDS)
 
-lint: ## formatting, clippy, licences of dependencies
+lint: ## formatting, clippy, licences of dependencies, documents, Helm chart
 	scripts/install-build-deps
 	cargo fmt --all --check
 	scripts/check-licences
 	scripts/check-docs
+	scripts/check-charts
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
 unit: ## unit tests

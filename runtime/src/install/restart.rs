@@ -44,7 +44,9 @@ impl Daemon {
     /// Has those that run read their configuration.
     pub(crate) fn restart(&self, out: &mut dyn Write) -> Result<(), Error> {
         for unit in self.units {
-            if systemctl(&["is-active", "--quiet", unit]).is_ok() {
+            // One that has failed, too: an uninstallation may be what makes it come up again. What does not exist is inactive.
+            let state = systemctl(&["show", "--property=ActiveState", "--value", unit]);
+            if !matches!(state.as_deref().map(str::trim), Ok("inactive") | Err(_)) {
                 let failed = |why| Error::Failed { verb: self.verb, unit, why };
                 systemctl(&[self.verb, unit]).map_err(failed)?;
                 writeln!(out, "systemctl {} {unit}: done", self.verb)?;
@@ -54,11 +56,11 @@ impl Daemon {
     }
 }
 
-fn systemctl(arguments: &[&str]) -> Result<(), String> {
+fn systemctl(arguments: &[&str]) -> Result<String, String> {
     let output = Command::new("systemctl").args(arguments).stdin(Stdio::null()).output();
     match output {
         Err(e) => Err(format!("cannot run it: {e}")),
-        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
         Ok(output) => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
     }
 }

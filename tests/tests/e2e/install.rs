@@ -17,13 +17,13 @@ fn tool(arguments: &[&str]) -> Command {
 }
 
 /// A containerd whose configuration does not know the runtime.
-struct Plain {
-    instance: Instance,
-    program: PathBuf,
+pub struct Plain {
+    pub instance: Instance,
+    pub program: PathBuf,
 }
 
 impl Plain {
-    fn start(version: Version) -> Self {
+    pub fn start(version: Version) -> Self {
         let instance = Instance::start(version);
         let pid =
             fs::read_to_string(instance.containerd().directory().join("containerd.pid")).expect("its pid");
@@ -40,7 +40,7 @@ impl Plain {
         Self { instance, program }
     }
 
-    fn file(&self) -> PathBuf {
+    pub fn file(&self) -> PathBuf {
         self.instance.containerd().configuration()
     }
 

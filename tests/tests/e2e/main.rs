@@ -7,6 +7,7 @@
 mod coexist;
 mod containerd;
 mod cri;
+mod deploy;
 mod disks;
 mod docker;
 mod exec;

@@ -10,7 +10,9 @@ use katana_tests::turn::alone;
 use katana_tests::{BUSYBOX, Command, Run, Scratch, environment};
 
 const TREE: &str = "/opt/kata";
-const ASIDE: &str = "/opt/kata-of-the-tests";
+/// As in the image of the DaemonSet.
+pub const ARTIFACTS: &str = "/opt/kata-artifacts";
+const ASIDE: &str = "/opt/kata-artifacts/opt/kata";
 /// What packs it, and of what.
 const FILES: [(&str, &str); 6] = [
     ("scripts/deb", include_str!("../../../scripts/deb")),
@@ -22,10 +24,11 @@ const FILES: [(&str, &str); 6] = [
 ];
 
 /// The tests' own installation makes room, and is back when this is dropped.
-struct Aside;
+pub struct Aside;
 
 impl Aside {
-    fn new() -> Self {
+    pub fn new() -> Self {
+        fs::create_dir_all(ASIDE).expect("directory");
         fs::rename(TREE, ASIDE).expect("the tests' installation is moved");
         Self
     }
@@ -36,6 +39,7 @@ impl Drop for Aside {
         let _ = Command::new(&["dpkg", "--purge", "--force-all", "katana"]).output();
         let _ = fs::remove_dir_all(TREE);
         let _ = fs::rename(ASIDE, TREE);
+        let _ = fs::remove_dir_all(ARTIFACTS);
     }
 }
 
