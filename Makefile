@@ -29,6 +29,7 @@ dist: build ## pack target/kata-static-VERSION-x86_64.tar.xz
 
 deb: build ## pack target/katana_VERSION_amd64.deb
 	scripts/deb $(VERSION)
+	! command -v lintian >/dev/null || lintian --fail-on error,warning target/katana_$(VERSION)_amd64.deb
 
 bench: build ## measure starts, memory, network and file systems: target/bench/*.json
 	tests/run bench
