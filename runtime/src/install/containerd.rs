@@ -247,6 +247,10 @@ impl Entry for Import<'_> {
         if imports.is_empty() {
             document.remove("imports");
         }
+        // It was of version 2, got a table, and was migrated with that.
+        if let Some(runtimes) = runtimes_mut(&mut document, &TWO) {
+            runtimes.remove(NAME);
+        }
         Ok(document.to_string())
     }
 }

@@ -165,6 +165,20 @@ fn a_table_that_was_adapted_goes_as_well() {
 }
 
 #[test]
+fn a_table_that_was_migrated_goes_as_well() {
+    let root = Root::new(&[(CONTAINERD, FILES_1[1])]);
+    root.install("").unwrap();
+    root.write(
+        CONTAINERD,
+        &root.read(CONTAINERD).replace("version = 2", "version = 3").replace(CRI_1, CRI_2),
+    );
+    assert_eq!(root.install("").unwrap(), "nothing to change\n");
+    root.uninstall("").unwrap();
+    assert!(!root.read(CONTAINERD).contains("kata"));
+    assert_eq!(root.all().len(), 1);
+}
+
+#[test]
 fn a_file_of_version_3_imports_ours() {
     for text in FILES_3 {
         let root = Root::new(&[(CONTAINERD, text)]);
