@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use katana_config::Config;
+use katana_config::{Config, HostNamespaces, TemplateScope, WritableLayer};
 use serde::Serialize;
 
 use crate::{check, version};
@@ -30,6 +30,7 @@ struct Env {
     meta: Meta,
     image: Image,
     hypervisor: Hypervisor,
+    factory: Factory,
     runtime: Runtime,
     host: Host,
     agent: Agent,
@@ -68,7 +69,21 @@ struct Hypervisor {
     default_memory: u32,
     /// MiB.
     default_max_memory: u32,
+    disable_vhost_net: bool,
+    disk_slots: u32,
+    writable_layer: &'static str,
+    /// MiB.
+    writable_layer_size: u32,
     debug: bool,
+    enable_annotations: Vec<String>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Factory {
+    enable_template: bool,
+    template_path: PathBuf,
+    template_scope: &'static str,
 }
 
 #[derive(Serialize)]
@@ -77,6 +92,11 @@ struct Runtime {
     path: PathBuf,
     debug: bool,
     sandbox_cgroup_only: bool,
+    host_namespaces: &'static str,
+    disable_guest_empty_dir: bool,
+    /// MiB.
+    empty_dir_size: u32,
+    config_path_directories: Vec<PathBuf>,
     config: ConfigFile,
     version: RuntimeVersion,
 }
@@ -159,33 +179,91 @@ pub(crate) fn text(config: Option<&Path>, json: bool) -> Result<String, Error> {
     Ok(text.trim_end().to_owned())
 }
 
+/// Takes the configuration apart without a `..`, so that a key that is not shown does not compile.
 fn gather(config: Config) -> Env {
+    let Config { path, hypervisor, agent, factory, runtime, without_meaning: _ } = config;
+    let (kernel, image, hypervisor) = machine(hypervisor);
+    let katana_config::Agent { debug_console_enabled, enable_debug, dial_timeout } = agent;
+    let katana_config::Factory { enable_template, template_path, template_scope } = factory;
     Env {
-        kernel: Kernel { path: config.hypervisor.kernel, parameters: config.hypervisor.kernel_params },
+        kernel,
         meta: Meta { version: FORMAT },
-        image: Image { path: config.hypervisor.image },
-        hypervisor: Hypervisor {
-            path: config.hypervisor.path,
-            shared_fs: "virtio-fs",
-            default_vcpus: config.hypervisor.default_vcpus,
-            default_maxvcpus: config.hypervisor.default_maxvcpus,
-            default_memory: config.hypervisor.default_memory,
-            default_max_memory: config.hypervisor.default_maxmemory,
-            debug: config.hypervisor.enable_debug,
+        image,
+        hypervisor,
+        factory: Factory {
+            enable_template,
+            template_path,
+            template_scope: match template_scope {
+                TemplateScope::Host => "host",
+                TemplateScope::Namespace => "namespace",
+            },
         },
-        runtime: Runtime {
-            path: std::env::current_exe().unwrap_or_default(),
-            debug: config.runtime.enable_debug,
-            sandbox_cgroup_only: config.runtime.sandbox_cgroup_only,
-            config: ConfigFile { path: config.path },
-            version: RuntimeVersion { oci: version::OCI, version: semver() },
-        },
+        runtime: shim(runtime, path),
         host: host(),
-        agent: Agent {
-            debug: config.agent.enable_debug,
-            debug_console: config.agent.debug_console_enabled,
-            dial_timeout: config.agent.dial_timeout,
+        agent: Agent { debug: enable_debug, debug_console: debug_console_enabled, dial_timeout },
+    }
+}
+
+fn machine(hypervisor: katana_config::Hypervisor) -> (Kernel, Image, Hypervisor) {
+    let katana_config::Hypervisor {
+        path,
+        kernel,
+        image,
+        kernel_params,
+        default_vcpus,
+        default_maxvcpus,
+        default_memory,
+        default_maxmemory,
+        disable_vhost_net,
+        disk_slots,
+        writable_layer,
+        writable_layer_size,
+        enable_debug,
+        enable_annotations,
+    } = hypervisor;
+    let hypervisor = Hypervisor {
+        path,
+        shared_fs: "virtio-fs",
+        default_vcpus,
+        default_maxvcpus,
+        default_memory,
+        default_max_memory: default_maxmemory,
+        disable_vhost_net,
+        disk_slots,
+        writable_layer: match writable_layer {
+            None => "",
+            Some(WritableLayer::Disk) => "disk",
+            Some(WritableLayer::Shared) => "shared",
         },
+        writable_layer_size,
+        debug: enable_debug,
+        enable_annotations,
+    };
+    (Kernel { path: kernel, parameters: kernel_params }, Image { path: image }, hypervisor)
+}
+
+fn shim(runtime: katana_config::Runtime, file: PathBuf) -> Runtime {
+    let katana_config::Runtime {
+        enable_debug,
+        sandbox_cgroup_only,
+        host_namespaces,
+        disable_guest_empty_dir,
+        empty_dir_size,
+        config_path_directories,
+    } = runtime;
+    Runtime {
+        path: std::env::current_exe().unwrap_or_default(),
+        debug: enable_debug,
+        sandbox_cgroup_only,
+        host_namespaces: match host_namespaces {
+            HostNamespaces::Refuse => "refuse",
+            HostNamespaces::Guest => "guest",
+        },
+        disable_guest_empty_dir,
+        empty_dir_size,
+        config_path_directories,
+        config: ConfigFile { path: file },
+        version: RuntimeVersion { oci: version::OCI, version: semver() },
     }
 }
 
@@ -246,12 +324,17 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("katana-env-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         let file = folder.join("configuration.toml");
-        fs::write(&file, "[hypervisor.katana]\ndefault_memory = 777\n[agent.kata]\nenable_debug = true\n")
-            .unwrap();
+        let configuration = "[hypervisor.katana]\ndefault_memory = 777\nwritable_layer = \"shared\"\n\
+            [agent.kata]\nenable_debug = true\n[factory]\ntemplate_scope = \"namespace\"\n\
+            [runtime]\nempty_dir_size = 99\n";
+        fs::write(&file, configuration).unwrap();
         let (toml, json) = (text(Some(&file), false).unwrap(), text(Some(&file), true).unwrap());
         fs::remove_dir_all(&folder).unwrap();
         let toml: toml::Value = toml::from_str(&toml).unwrap();
         assert_eq!(toml["Hypervisor"]["DefaultMemory"].as_integer(), Some(777));
+        assert_eq!(toml["Hypervisor"]["WritableLayer"].as_str(), Some("shared"));
+        assert_eq!(toml["Factory"]["TemplateScope"].as_str(), Some("namespace"));
+        assert_eq!(toml["Runtime"]["EmptyDirSize"].as_integer(), Some(99));
         assert_eq!(toml["Runtime"]["Config"]["Path"].as_str(), file.to_str());
         let json: serde_json::Value = serde_json::from_str(&json).unwrap();
         assert_eq!(json["Agent"]["Debug"], true);
