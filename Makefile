@@ -47,6 +47,7 @@ lint: ## formatting, clippy, licences of dependencies, documents, Helm chart
 	scripts/check-licences
 	scripts/check-docs
 	scripts/check-charts
+	scripts/check-messages
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
 unit: ## unit tests
