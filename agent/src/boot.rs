@@ -69,12 +69,6 @@ pub fn boot() -> Result<(), StartError> {
     nix::unistd::sethostname("localhost").map_err(|e| StartError::new("set the host name", &e))
 }
 
-/// Whether the kernel command line asks for a shell on vsock.
-pub fn wants_debug_console() -> bool {
-    let command_line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    command_line.split_ascii_whitespace().any(|word| word == "agent.debug_console")
-}
-
 /// Writes why to the console and resets the machine, which ends it (`reboot=k`: through the i8042).
 pub fn power_off(error: &StartError) -> ! {
     let line = format!("kata-agent: fatal: {error}\n");

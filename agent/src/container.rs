@@ -19,6 +19,7 @@ use crate::acls;
 use crate::cgroup::{self, Cgroup};
 use crate::device_filter::{self, DeviceFilter};
 use crate::disks::{self, Disks};
+use crate::execs::{self, Execs};
 use crate::hooks::{self, Stage};
 use crate::huge_pages::{self, HugePages};
 use crate::init;
@@ -66,12 +67,9 @@ pub enum Error {
     /// One of its processes fails.
     #[error(transparent)]
     Process(#[from] process::Error),
-    /// There is no such exec.
-    #[error("process {0:?} does not exist")]
-    NoProcess(String),
-    /// There is such an exec already.
-    #[error("process {0:?} already exists")]
-    ProcessExists(String),
+    /// There is no such exec, or the like.
+    #[error(transparent)]
+    Execs(#[from] execs::Error),
     /// It is not in the right state.
     #[error("{0}")]
     State(&'static str),
@@ -122,13 +120,6 @@ enum Phase {
     Started,
 }
 
-/// An entry in the table of execs.
-#[derive(Debug)]
-enum Exec {
-    Starting,
-    Started(Arc<Process>),
-}
-
 /// A container.
 #[derive(Debug)]
 pub struct Container {
@@ -140,7 +131,7 @@ pub struct Container {
     spec: Spec,
     init: Arc<Process>,
     phase: tokio::sync::Mutex<Phase>,
-    execs: Mutex<HashMap<String, Exec>>,
+    execs: Execs,
     oom_watch: JoinHandle<()>,
     /// Until it is removed.
     disks: Mutex<Disks>,
@@ -231,7 +222,7 @@ impl Container {
             spec: *spec,
             init: Arc::new(init),
             phase: tokio::sync::Mutex::new(Phase::Created(gate)),
-            execs: Mutex::default(),
+            execs: Execs::default(),
             oom_watch: tokio::spawn(oom.watch(cgroup.clone())),
             disks: Mutex::default(),
             huge_pages: Mutex::default(),
@@ -261,17 +252,11 @@ impl Container {
         if exec_id.is_empty() {
             return Ok(self.init.clone());
         }
-        match self.execs().get(exec_id) {
-            Some(Exec::Started(process)) => Ok(process.clone()),
-            Some(Exec::Starting) | None => Err(Error::NoProcess(exec_id.to_owned())),
-        }
+        Ok(self.execs.get(exec_id)?)
     }
 
-    /// Runs one more process in the container.
-    pub async fn exec(&self, exec_id: &str, process: &[u8], ports: Ports) -> Result<Pid> {
-        if exec_id.is_empty() {
-            return Err(Error::Invalid("an exec needs an id"));
-        }
+    /// Runs one more process in the container: a program of it, or one of the agent's that copies files.
+    pub async fn exec(&self, exec_id: &str, process: &[u8], ports: Ports, copies: bool) -> Result<Pid> {
         let process: ProcessSpec = serde_json::from_slice(process)?;
         if self.init.exit().is_some() {
             return Err(Error::State("cannot exec in a stopped container"));
@@ -279,34 +264,23 @@ impl Container {
         if self.is_frozen() {
             return Err(Error::State("cannot exec in a paused container"));
         }
-        {
-            let mut execs = self.execs();
-            if execs.contains_key(exec_id) {
-                return Err(Error::ProcessExists(exec_id.to_owned()));
-            }
-            execs.insert(exec_id.to_owned(), Exec::Starting);
-        }
-        let started = self.start_exec(process, ports).await;
-        let mut execs = self.execs();
-        match started {
-            Ok(process) => {
-                let pid = process.pid();
-                execs.insert(exec_id.to_owned(), Exec::Started(Arc::new(process)));
-                Ok(pid)
-            }
-            Err(error) => {
-                execs.remove(exec_id);
-                Err(error)
-            }
-        }
+        self.execs.start(exec_id, self.start_exec(process, ports, copies)).await
     }
 
-    async fn start_exec(&self, process: ProcessSpec, ports: Ports) -> Result<Process> {
+    async fn start_exec(&self, process: ProcessSpec, ports: Ports, copies: bool) -> Result<Process> {
         let mut cgroups = vec![self.cgroup.path().to_owned()];
         cgroups.extend(cgroup::of(self.init.pid()));
-        let namespaces = private_namespaces(self.init.pid()).bits();
-        let (seccomp, personality) = (self.seccomp.clone(), personality(&self.spec));
-        let task = Task { cgroups, process, seccomp, personality, work: Work::Exec { namespaces } };
+        let mut namespaces = private_namespaces(self.init.pid());
+        if copies {
+            // No process of the container sees one that copies, be it to trace it.
+            namespaces &= CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUSER;
+        }
+        let work = Work::Exec { namespaces: namespaces.bits(), copies };
+        let (seccomp, personality) = match copies {
+            true => (None, None),
+            false => (self.seccomp.clone(), personality(&self.spec)),
+        };
+        let task = Task { cgroups, process, seccomp, personality, work };
         let Pod { transport, reaper, spares, .. } = &self.pod;
         let surroundings = Surroundings { transport, reaper, spares, ports, maps: IdMaps::default() };
         Ok(Process::start(&task, Some(&self.init), surroundings, || ()).await?.0)
@@ -314,10 +288,10 @@ impl Container {
 
     /// Forgets an exec that has ended.
     pub fn remove_process(&self, exec_id: &str) -> Result<()> {
-        if self.process(exec_id)?.exit().is_none() {
-            return Err(Error::State("cannot remove a running process"));
+        if exec_id.is_empty() {
+            return Err(Error::State("the first process goes with its container"));
         }
-        self.execs().remove(exec_id).map(drop).ok_or_else(|| Error::NoProcess(exec_id.to_owned()))
+        Ok(self.execs.remove(exec_id)?)
     }
 
     /// Sends a signal to every process of the container.
@@ -380,12 +354,7 @@ impl Container {
     /// The processes in the container, with the id of those that are an exec's first.
     pub fn processes(&self) -> Result<Vec<(Pid, String)>> {
         let members = self.cgroup.members()?;
-        let execs = self.execs();
-        let exec_id = |pid: Pid| {
-            let is_it =
-                |exec: &Exec| matches!(exec, Exec::Started(p) if p.pid() == pid && p.exit().is_none());
-            execs.iter().find(|(_, exec)| is_it(exec)).map(|(id, _)| id.clone()).unwrap_or_default()
-        };
+        let exec_id = |pid| self.execs.id_of(pid).unwrap_or_default();
         Ok(members.into_iter().map(|pid| (pid, exec_id(pid))).collect())
     }
 
@@ -436,10 +405,6 @@ impl Container {
 
     fn disks(&self) -> MutexGuard<'_, Disks> {
         self.disks.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
-        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

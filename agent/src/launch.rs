@@ -15,7 +15,7 @@ use nix::unistd::{Pid, write};
 use oci_spec::runtime::LinuxIdMapping;
 use tokio::sync::oneshot;
 
-use crate::init::control::{Failure, Order, Report, Task};
+use crate::init::control::{Failure, Order, Report, Task, Work};
 use crate::read_ahead::SmallPieces;
 use crate::reaper::{ExitStatus, Launch};
 use crate::stream::Stream;
@@ -155,7 +155,7 @@ pub async fn launch(
                     break true;
                 }
             }
-            None if container.is_none() => return Err(Error::Died),
+            None if matches!(task.work, Work::Container { .. }) => return Err(Error::Died),
             // The connection closes with the execve.
             None => break false,
         }

@@ -20,6 +20,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use crate::container::{self, Container, Pod, Request};
 use crate::dns::{self, Names};
 use crate::forward;
+use crate::guest::Guest;
 use crate::launch::Spares;
 use crate::network;
 use crate::reaper::Reaper;
@@ -102,6 +103,7 @@ pub struct Sandbox {
     ooms: tokio::sync::Mutex<UnboundedReceiver<String>>,
     names: Names,
     replayer: Replayer,
+    guest: Guest,
 }
 
 impl Sandbox {
@@ -111,6 +113,7 @@ impl Sandbox {
         let pod = Pod { transport, reaper, spares, ooms: sender, share: Arc::default() };
         let ooms = tokio::sync::Mutex::new(receiver);
         Self {
+            guest: Guest::new(pod.clone()),
             pod,
             containers: Mutex::default(),
             ooms,
@@ -188,6 +191,11 @@ impl Sandbox {
         let containers: Vec<_> = self.containers().values().filter_map(Entry::created).collect();
         let used = containers.iter().map(|container| container.used());
         used.fold((0, 0), |sum, one| (sum.0.saturating_add(one.0), sum.1.saturating_add(one.1)))
+    }
+
+    /// The processes of the guest itself.
+    pub fn guest(&self) -> &Guest {
+        &self.guest
     }
 
     /// Removes a container, whatever it still does. One that is being created is removed when that has ended.

@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use katana_protocol::AGENT_PORT;
 use katana_protocol::agent::{
     self, Agent, Changes, ContainerRequest, ContainerStatsResponse, CreateContainerRequest,
     CreateContainerResponse, CreateSandboxRequest, Empty, ExecProcessRequest, ExecProcessResponse,
@@ -14,7 +15,6 @@ use katana_protocol::agent::{
     ProcessRequest, ReleaseDiskRequest, ResizeTerminalRequest, SetCpusRequest, SignalProcessRequest, Stdio,
     UpdateContainerRequest, WaitProcessResponse, create_agent,
 };
-use katana_protocol::{AGENT_PORT, DEBUG_CONSOLE_PORT};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use ttrpc::Code;
@@ -26,6 +26,7 @@ use crate::container;
 use crate::device_filter;
 use crate::disks;
 use crate::guest_stats;
+use crate::execs;
 use crate::huge_pages;
 use crate::init::control::Kind;
 use crate::launch::Spares;
@@ -36,7 +37,7 @@ use crate::start_error::StartError;
 use crate::stream::Stream;
 use crate::streams::Ports;
 use crate::transport::Transport;
-use crate::{cgroup, console, cpus, init};
+use crate::{cgroup, cpus, init};
 
 /// Pause before the next try after the host refused a connection.
 const RECONNECT: Duration = Duration::from_secs(1);
@@ -62,9 +63,6 @@ async fn run(transport: Transport) -> Result<Never, StartError> {
     }
     let first = first_connection(&transport).await;
     let first = first.map_err(|e| StartError::new(format!("connect to the host's port {AGENT_PORT}"), &e))?;
-    if transport.is_guest() && boot::wants_debug_console() {
-        tokio::spawn(console::serve_shells(DEBUG_CONSOLE_PORT));
-    }
     let service = create_agent(Arc::new(Service { sandbox }));
     let mut server = Server::new().register_service(service).add_listener(connections(transport, first));
     server.start().await.map_err(|e| StartError::new("start the service", &e))?;
@@ -158,13 +156,16 @@ fn status(error: &sandbox::Error) -> ttrpc::Error {
             C::Cgroup(cgroup::Error::Invalid(_)) | C::Devices(device_filter::Error::Rule(..)) => {
                 Code::INVALID_ARGUMENT
             }
-            C::Cgroup(cgroup::Error::InUse(_)) | C::ProcessExists(_) => Code::ALREADY_EXISTS,
+            C::Cgroup(cgroup::Error::InUse(_)) | C::Execs(execs::Error::Exists(_)) => Code::ALREADY_EXISTS,
+            C::Execs(execs::Error::NoId) => Code::INVALID_ARGUMENT,
             C::Acls(_) => Code::FAILED_PRECONDITION,
             C::HugePages(huge_pages::Error::Size(_)) => Code::INVALID_ARGUMENT,
             C::HugePages(huge_pages::Error::Memory { .. }) => Code::RESOURCE_EXHAUSTED,
             C::Cgroup(_) | C::Devices(_) | C::Disks(_) | C::HugePages(_) | C::Sockets(_) => Code::INTERNAL,
-            C::NoProcess(_) | C::Process(P::Finished) => Code::NOT_FOUND,
-            C::State(_) | C::Process(P::NoTerminal) => Code::FAILED_PRECONDITION,
+            C::Execs(execs::Error::NoProcess(_)) | C::Process(P::Finished) => Code::NOT_FOUND,
+            C::Execs(execs::Error::Running) | C::State(_) | C::Process(P::NoTerminal) => {
+                Code::FAILED_PRECONDITION
+            }
             C::Process(P::Signal(..)) => Code::INVALID_ARGUMENT,
             C::Process(error) => match error.failure().map(|failure| failure.kind) {
                 Some(Kind::NotFound) => Code::NOT_FOUND,
@@ -298,7 +299,10 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ContainerRequest,
     ) -> ttrpc::Result<ListProcessesResponse> {
-        let processes = self.container(&request.container_id)?.processes().map_err(container_status)?;
+        let processes = match request.container_id.as_str() {
+            "" => self.sandbox.guest().processes(),
+            id => self.container(id)?.processes().map_err(container_status)?,
+        };
         let message = |(pid, exec_id): (nix::unistd::Pid, String)| agent::list_processes_response::Process {
             pid: pid.as_raw().cast_unsigned(),
             exec_id,
@@ -331,21 +335,31 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ExecProcessRequest,
     ) -> ttrpc::Result<ExecProcessResponse> {
-        let container = self.container(&request.container_id)?;
+        let sandbox = self.sandbox.clone();
         let exec = async move {
             let ports = ports(request.stdio.as_ref());
-            container.exec(&request.exec_id, &request.process, ports).await.map_err(container_status)
+            let (id, process) = (&request.exec_id, &request.process);
+            let started = match request.container_id.as_str() {
+                "" => sandbox.guest().exec(id, process, ports).await,
+                container => {
+                    let container = sandbox.container(container).map_err(|e| status(&e))?;
+                    container.exec(id, process, ports, request.copies).await
+                }
+            };
+            started.map_err(container_status)
         };
         let pid = to_the_end(exec).await??;
         Ok(ExecProcessResponse { pid: pid.as_raw().cast_unsigned(), ..Default::default() })
     }
 
     async fn signal_process(&self, _: &TtrpcContext, request: SignalProcessRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.container_id)?;
-        if request.all {
+        if request.all && request.container_id.is_empty() {
+            self.sandbox.guest().kill(&request.exec_id).map_err(container_status)?;
+        } else if request.all {
+            let container = self.container(&request.container_id)?;
             container.signal_all(request.signal).map_err(container_status)?;
         } else {
-            let process = container.process(&request.exec_id).map_err(container_status)?;
+            let process = self.process(&request.container_id, &request.exec_id)?;
             process.ready_for(request.signal).await;
             process.signal(request.signal).map_err(process_status)?;
         }
@@ -379,8 +393,14 @@ impl Agent for Service {
     }
 
     async fn remove_process(&self, _: &TtrpcContext, request: ProcessRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.container_id)?;
-        container.remove_process(&request.exec_id).map_err(container_status)?;
+        if request.container_id.is_empty() {
+            let sandbox = self.sandbox.clone();
+            let remove = async move { sandbox.guest().remove(&request.exec_id).await };
+            to_the_end(remove).await?.map_err(container_status)?;
+        } else {
+            let container = self.container(&request.container_id)?;
+            container.remove_process(&request.exec_id).map_err(container_status)?;
+        }
         Ok(Empty::new())
     }
 
@@ -423,6 +443,10 @@ impl Service {
     }
 
     fn process(&self, container_id: &str, exec_id: &str) -> ttrpc::Result<Arc<process::Process>> {
-        self.container(container_id)?.process(exec_id).map_err(container_status)
+        let process = match container_id {
+            "" => self.sandbox.guest().process(exec_id),
+            id => self.container(id)?.process(exec_id),
+        };
+        process.map_err(container_status)
     }
 }

@@ -275,23 +275,3 @@ async fn copy_in(host: Stream, process: Arc<Stream>) {
         buffer = Vec::new();
     }
 }
-
-/// Copies both ways between two streams until one ends.
-pub async fn join(a: Stream, b: Stream) {
-    let (a, b) = (Arc::new(a), Arc::new(b));
-    let copy = async |from: &Stream, to: &Stream| {
-        let mut buffer = vec![0; 4096];
-        while from.readable().await.is_ok() {
-            while let Ok(Some(count)) = from.try_read(&mut buffer) {
-                let bytes = buffer.get(..count).unwrap_or_default();
-                if bytes.is_empty() || to.send_all(bytes).await.is_err() {
-                    return;
-                }
-            }
-        }
-    };
-    tokio::select! {
-        () = copy(&a, &b) => (),
-        () = copy(&b, &a) => (),
-    }
-}

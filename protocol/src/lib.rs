@@ -43,8 +43,6 @@ pub mod bridge {
 
 /// The vsock port on the host to which the agent connects as soon as it can serve [`agent::Agent`].
 pub const AGENT_PORT: u32 = 1024;
-/// The vsock port in the guest on which an agent with the debug console listens for a shell session.
-pub const DEBUG_CONSOLE_PORT: u32 = 1026;
 /// Ports on the host from here on are handed out by the shim for standard streams and the like.
 pub const FIRST_STREAM_PORT: u32 = 0x1_0000;
 /// Bytes of what the agent says first on each connection to one of those ports. The shim sends it in

@@ -70,9 +70,6 @@ pub fn machine(config: &Config) -> Machine {
     if config.agent.enable_debug {
         kernel_params.push_str(" agent.log=debug");
     }
-    if config.agent.debug_console_enabled {
-        kernel_params.push_str(" agent.debug_console");
-    }
     let vcpus = hypervisor.default_maxvcpus.max(hypervisor.default_vcpus).max(1);
     let pluggable = hypervisor.default_maxmemory.saturating_sub(hypervisor.default_memory);
     Machine {

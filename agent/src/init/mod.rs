@@ -57,7 +57,9 @@ fn run(control: &Control, task: &Task, descriptors: Descriptors) -> Result<contr
             let (process, seccomp) = (&task.process, task.seccomp.as_ref());
             Container { control, id, spec, process, seccomp, cgroup }.run(descriptors)
         }
-        Work::Exec { namespaces } => exec(control, task, *namespaces, descriptors),
+        Work::Exec { namespaces, copies: false } => exec(control, task, *namespaces, descriptors),
+        Work::Exec { namespaces, copies: true } => copy(control, &task.process, *namespaces, descriptors),
+        Work::Guest => in_guest(control, &task.process, descriptors),
     }
 }
 
@@ -75,6 +77,37 @@ fn exec(control: &Control, task: &Task, namespaces: i32, descriptors: Descriptor
     attach_stdio(descriptors.stdio, terminal, process)?;
     let program = become_user(process, task.seccomp.as_ref())?;
     program.execute(task.seccomp.as_ref().filter(|_| late_seccomp(process)))
+}
+
+/// A process that copies files of a container, with the privileges that the host gives it for that.
+fn copy(
+    control: &Control,
+    process: &Process,
+    namespaces: i32,
+    descriptors: Descriptors,
+) -> Result<control::Never> {
+    let program = program::Itself::open()?;
+    // From here on paths lead through the container's root, and links nowhere else.
+    namespaces::join(control, &descriptors.container()?, namespaces)?;
+    start_session()?;
+    attach_stdio(descriptors.stdio, None, process)?;
+    program::close_descriptors_on_exec()?;
+    identity::no_new_privileges(process)?;
+    identity::user_and_capabilities(process)?;
+    program.execute("copy", process.args().as_deref().unwrap_or_default())
+}
+
+/// A process of the guest itself. It may do what the agent may.
+fn in_guest(control: &Control, process: &Process, descriptors: Descriptors) -> Result<control::Never> {
+    start_session()?;
+    let terminal = match &descriptors.stdio {
+        Some(_) => None,
+        None => Some(terminal::open_for(control, process, None)?),
+    };
+    attach_stdio(descriptors.stdio, terminal, process)?;
+    program::close_descriptors_on_exec()?;
+    program::change_directory(process.cwd())?;
+    program::Program::find(process, Path::new("/etc/passwd"))?.execute(None)
 }
 
 /// The first process of a pod's sandbox container. It has the namespaces that the pod's containers join, an empty root,
@@ -100,7 +133,7 @@ fn pause(
     identity::user_and_capabilities(process)?;
     control.report(&Report::Ready { small: false }, &[]);
     control.expect(Order::Run)?;
-    program.execute("pause")
+    program.execute("pause", &[])
 }
 
 /// The first process of a container.

@@ -123,12 +123,13 @@ impl Itself {
         opened.map(Self).map_err(Failure::during("open /proc/self/exe"))
     }
 
-    /// Becomes it, with one argument.
-    pub fn execute(&self, argument: &str) -> Result<Infallible> {
+    /// Becomes it, as the program of this name with these arguments.
+    pub fn execute(&self, name: &str, arguments: &[String]) -> Result<Infallible> {
         reset_signals().map_err(Failure::during("reset signals"))?;
-        let arguments = [c"kata-agent".to_owned(), c_string(argument.as_ref())?];
-        let Err(error) = fexecve(&self.0, &arguments, &[] as &[CString]);
-        Err(Failure::new(kind_of(error), format!("exec {argument}: {}", reason(&error.into()))))
+        let words = ["kata-agent", name].into_iter().chain(arguments.iter().map(String::as_str));
+        let words = words.map(|word| c_string(word.as_ref())).collect::<Result<Vec<_>>>()?;
+        let Err(error) = fexecve(&self.0, &words, &[] as &[CString]);
+        Err(Failure::new(kind_of(error), format!("exec {name}: {}", reason(&error.into()))))
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod confinement;
 mod file_systems;
+mod guest;
 mod harness;
 mod lifecycle;
 mod resources;
