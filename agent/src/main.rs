@@ -1,13 +1,14 @@
 //! `kata-agent`: PID 1 of the guest. It makes the containers of one pod and serves the shim.
 //!
-//! Started again as `container-init` it is a container's first process up to the execve ([`init`]), and as `pause` the
-//! first process of a pod ([`pause`]).
+//! Started again as `container-init` it is a container's first process up to the execve ([`init`]), as `pause` the first
+//! process of a pod ([`pause`]), and as `copy` it copies files of a container ([`copy`]).
 
 mod acls;
 mod boot;
 mod cgroup;
 mod console;
 mod container;
+mod copy;
 mod cpus;
 mod device_filter;
 mod disks;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
     match arguments.as_slice() {
         ["container-init"] => init::main(),
         ["pause"] => pause::main(),
+        ["copy", asked] => copy::main(asked),
         // On a host, with Unix sockets `DIRECTORY/<port>.sock` in place of vsock: how the agent is tested without
         // a virtual machine.
         ["serve", directory] => {

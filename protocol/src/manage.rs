@@ -1,5 +1,7 @@
 //! What the host's tools ask of a shim, as HTTP on the pod's management socket: JSON, unless a path says otherwise.
 
+pub mod exec;
+
 use serde::{Deserialize, Serialize};
 
 /// Name of the socket in the pod's state directory.

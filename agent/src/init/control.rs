@@ -49,7 +49,7 @@ pub enum Work {
     Exec {
         /// The namespaces to join: CLONE_* bits.
         namespaces: i32,
-        /// It runs the agent's own program `copy` with the arguments of the process.
+        /// It runs [`crate::copy`] with the arguments of the process.
         copies: bool,
     },
     /// A process of the guest itself.

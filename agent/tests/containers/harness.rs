@@ -46,6 +46,14 @@ pub struct Output {
     pub stderr: String,
 }
 
+/// What a copy wrote and how it ended.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Copied {
+    pub status: u32,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
 /// The host's end of a process's streams.
 pub struct Streams {
     pub ports: Stdio,
@@ -231,6 +239,32 @@ impl Guest {
             ..Default::default()
         };
         Ok(self.client.exec_process(ctx(), &request).await?.pid)
+    }
+
+    /// Copies files of a container.
+    pub async fn copy(&self, id: &str, asked: &Value, input: Option<&[u8]>) -> Copied {
+        let mut streams = self.streams(input.is_some(), true);
+        let capabilities = json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID"]);
+        let process = json!({
+            "user": {"uid": 0, "gid": 0}, "cwd": "/", "args": [asked.to_string()],
+            "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+        });
+        let request = ExecProcessRequest {
+            container_id: id.to_owned(),
+            exec_id: "copy".to_owned(),
+            process: serde_json::to_vec(&process).unwrap(),
+            stdio: Some(streams.ports.clone()).into(),
+            copies: true,
+            ..Default::default()
+        };
+        self.client.exec_process(ctx(), &request).await.unwrap();
+        if let Some(input) = input {
+            feed(streams.stdin.take().unwrap(), input).await;
+        }
+        let exit = self.wait(id, "copy").await;
+        let (stdout, stderr) = (streams.stdout.await.unwrap(), streams.stderr.unwrap().await.unwrap());
+        self.client.remove_process(ctx(), &self::process(id, "copy")).await.unwrap();
+        Copied { status: exit.exit_status, stdout, stderr: String::from_utf8(stderr).unwrap() }
     }
 
     /// A wait that does not hold on to this guest.

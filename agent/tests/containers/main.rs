@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod confinement;
+mod copies;
 mod file_systems;
 mod guest;
 mod harness;
