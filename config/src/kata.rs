@@ -178,12 +178,9 @@ pub(crate) const TABLE: &[Group] = &[
         "vm_cache_number", "vm_cache_endpoint",
     ]),
     // The agent.
-    group(AGENT, Works, "", &["enable_debug", "dial_timeout"]),
+    group(AGENT, Works, "", &["debug_console_enabled", "enable_debug", "dial_timeout"]),
     group(AGENT, Works, "milliseconds; raises dial_timeout, if it is longer", &[
         "dial_timeout_ms", "reconnect_timeout_ms",
-    ]),
-    group(AGENT, WorksBut(Is(true)), "there is no way yet to reach the console from the host", &[
-        "debug_console_enabled",
     ]),
     group(AGENT, Refused(Set),
         "the guest's kernel has no modules: name one that has what pods need built in",

@@ -96,7 +96,11 @@ pub(crate) const KEYS: &[Key] = &[
         name: "enable_annotations",
         set: |c, v| expressions(v, &mut c.hypervisor.enable_annotations),
     },
-    Key { section: AGENT, name: "debug_console_enabled", set: |_, v| fixed(v) },
+    Key {
+        section: AGENT,
+        name: "debug_console_enabled",
+        set: |c, v| boolean(v, &mut c.agent.debug_console_enabled),
+    },
     Key { section: AGENT, name: "enable_debug", set: |c, v| boolean(v, &mut c.agent.enable_debug) },
     Key {
         section: AGENT,

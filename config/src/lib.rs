@@ -108,7 +108,7 @@ pub enum WritableLayer {
 /// The guest's agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Agent {
-    /// Offer a shell in the guest over vsock; always false, see `kata`.
+    /// Let `kata-runtime exec` run programs in the guest itself, outside of containers.
     pub debug_console_enabled: bool,
     /// Debug messages of the agent.
     pub enable_debug: bool,

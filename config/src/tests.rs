@@ -203,12 +203,12 @@ fn a_pod_sets_what_it_may_set() {
 #[test]
 fn the_kernels_parameters_are_not_a_pods_to_set_unless_the_file_says_so() {
     let parameters =
-        ("io.katacontainers.config.hypervisor.kernel_params".to_owned(), "agent.debug_console".into());
+        ("io.katacontainers.config.hypervisor.kernel_params".to_owned(), "agent.log=debug".into());
     let annotations = [parameters].into();
     let error = parse("").unwrap().annotated(&annotations).unwrap_err().to_string();
     assert!(error.contains("\"kernel_params\" is not in enable_annotations of"), "{error}");
     let allowed = parse("hypervisor.katana.enable_annotations = [\"kernel_params\"]").unwrap();
-    assert_eq!(allowed.annotated(&annotations).unwrap().0.hypervisor.kernel_params, "agent.debug_console");
+    assert_eq!(allowed.annotated(&annotations).unwrap().0.hypervisor.kernel_params, "agent.log=debug");
 }
 
 #[test]

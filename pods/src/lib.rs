@@ -63,7 +63,8 @@ pub struct Pod {
     pub vmm: Option<Process>,
     /// Its cgroup on the host, if the VMM has one of its own.
     pub cgroup: Option<PathBuf>,
-    directory: PathBuf,
+    /// What there is of it on the host goes with it: its record, its shim's socket.
+    pub directory: PathBuf,
 }
 
 /// What is read of a pod's record.

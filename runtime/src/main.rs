@@ -4,15 +4,19 @@
 mod absent;
 mod check;
 mod config;
+mod cp;
 mod env;
+mod exec;
 mod factory;
 mod install;
 mod lines;
 mod list;
 mod metrics;
 mod pages;
+mod session;
 mod stats;
 mod table;
+mod terminal;
 mod version;
 
 use std::io::{self, Write};
@@ -53,6 +57,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Copy files between this host and a container of a pod, as `docker cp` does; the container needs no program for it
+    Cp(cp::Options),
+    /// Run a command in a pod's guest, or a shell; it ends with this program. The exit code is the command's, or 125 if it
+    /// does not come about
+    Exec(exec::Options),
     /// Make, look for or remove the template from which machines start
     #[command(subcommand)]
     Factory(Factory),
@@ -181,13 +190,20 @@ struct CheckArgs {
 }
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
+    let cli = Cli::parse();
+    let done = match cli.command {
+        // They write to standard output from other threads.
+        Some(Command::Exec(options)) => exec::run(options).map_err(Error::from),
+        Some(Command::Cp(options)) => cp::run(&options).map(|()| ExitCode::SUCCESS).map_err(Error::from),
+        _ => run(cli).map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("{error}");
+        match &error {
+            Error::Exec(error) => ExitCode::from(error.code()),
+            _ => ExitCode::FAILURE,
         }
-    }
+    })
 }
 
 /// Why a command failed, each with its whole message.
@@ -201,6 +217,10 @@ enum Error {
     Config(#[from] config::Error),
     #[error(transparent)]
     Env(#[from] env::Error),
+    #[error(transparent)]
+    Cp(#[from] cp::Error),
+    #[error(transparent)]
+    Exec(#[from] exec::Error),
     #[error(transparent)]
     List(#[from] list::Error),
     #[error(transparent)]
@@ -264,7 +284,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Some(Command::Metrics { pod }) => metrics::run(&pod, &mut out)?,
         Some(Command::Logs { pod, follow }) => lines::logs(&pod, follow, &mut out)?,
         Some(Command::Events { pod, follow, json }) => lines::events(&pod, follow, json, &mut out)?,
-        None => write!(out, "{}", Cli::command().render_help())?,
+        Some(Command::Cp(_) | Command::Exec(_)) | None => write!(out, "{}", Cli::command().render_help())?,
     }
     Ok(())
 }
@@ -309,6 +329,12 @@ mod tests {
             "kata-runtime config migrate /a",
             "kata-runtime list --json",
             "kata-runtime ps",
+            "kata-runtime exec abc",
+            "kata-runtime exec -it abc sh -c ls -l",
+            "kata-runtime exec abc -- ls --all",
+            "kata-runtime exec -c web -w /tmp -e A=1 abc ls",
+            "kata-runtime cp -a abc:/etc .",
+            "kata-runtime cp - abc/web:/etc",
             "kata-runtime stats abc",
             "kata-runtime metrics abc",
             "kata-runtime logs -f abc",

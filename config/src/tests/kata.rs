@@ -103,13 +103,13 @@ fn what_has_no_meaning_is_accepted_and_listed() {
     let config = parse(
         "[hypervisor.qemu]\npath = \"/usr/bin/qemu\"\nmachine_type = 7\n\
          [runtime]\nsandbox_cgroup_only = false\n\
-         [agent.kata]\ndebug_console_enabled = true\n[hypervisor.qemu.rootless_user]\nuid = 7\n",
+         [agent.kata]\ndebug_console_enabled = true\nlog_level = 3\n[hypervisor.qemu.rootless_user]\nuid = 7\n",
     );
-    let listed = "keys of the configuration without a meaning here: [agent.kata] debug_console_enabled; \
+    let listed = "keys of the configuration without a meaning here: [agent.kata] log_level; \
                   [hypervisor.qemu] path, machine_type, rootless_user; [runtime] sandbox_cgroup_only";
     let config = config.unwrap();
     assert_eq!(config.without_meaning_line().as_deref(), Some(listed));
-    assert_eq!((config.agent.debug_console_enabled, config.runtime.sandbox_cgroup_only), (false, true));
+    assert_eq!((config.agent.debug_console_enabled, config.runtime.sandbox_cgroup_only), (true, true));
     assert_eq!(config.hypervisor, Hypervisor::default());
 }
 

@@ -71,7 +71,7 @@ pub struct Uses {
     pub mounts: Vec<Mounted>,
 }
 
-/// A process: a container's first (the exec is empty) or an exec.
+/// A process: a container's first (the exec is empty) or an exec; without a container one of the guest itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessName {
     /// The container.
@@ -371,13 +371,27 @@ impl Agent {
         processes.collect()
     }
 
-    /// Starts a further process; the answer is its pid in the guest.
-    pub async fn exec_process(&self, name: &ProcessName, process: Vec<u8>, stdio: api::Stdio) -> Result<u32> {
+    /// Whether the agent answers, without a look at any container.
+    pub async fn ping(&self) -> Result<()> {
+        let (client, request) = (self.client.clone(), container(""));
+        let call = async move { client.list_processes(with_duration(LOOK), &request).await };
+        self.call("ListProcesses", Some(LOOK), call).await.map(drop)
+    }
+
+    /// Starts a further process, or one that copies files; the answer is its pid in the guest.
+    pub async fn exec_process(
+        &self,
+        name: &ProcessName,
+        process: Vec<u8>,
+        stdio: api::Stdio,
+        copies: bool,
+    ) -> Result<u32> {
         let request = api::ExecProcessRequest {
             container_id: name.container.clone(),
             exec_id: name.exec.clone(),
             process,
             stdio: Some(stdio).into(),
+            copies,
             ..Default::default()
         };
         let client = self.client.clone();

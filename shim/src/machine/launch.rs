@@ -151,6 +151,7 @@ impl Machine {
             shared_memory,
             host_namespaces: config.runtime.host_namespaces,
             disk_policy: Policy::of(config),
+            debug_console: config.agent.debug_console_enabled,
             members: Arc::default(),
             vmm,
             threads,

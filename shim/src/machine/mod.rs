@@ -65,6 +65,8 @@ pub struct Machine {
     pub host_namespaces: HostNamespaces,
     /// What of containers' files is on disks.
     pub disk_policy: Policy,
+    /// Whether the host's tools may run programs in the guest itself.
+    pub debug_console: bool,
     /// The containers that the agent may speak of.
     pub members: Arc<Members>,
     vmm: Vmm,

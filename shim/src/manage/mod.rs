@@ -6,6 +6,7 @@
 mod answer;
 mod describe;
 mod events;
+mod exec;
 mod logs;
 mod metrics;
 
@@ -102,7 +103,13 @@ async fn serve_connection(stream: UnixStream, pod: Arc<Pod>) {
 }
 
 async fn route(pod: &Arc<Pod>, request: Request<Incoming>) -> Result<Answer> {
+    if request.method() == Method::POST
+        && let Some(id) = exec::resized(request.uri().path()).map(str::to_owned)
+    {
+        return exec::resize(&id, request).await;
+    }
     match (request.method(), request.uri().path()) {
+        (&Method::POST, "/exec") => exec::run(pod, request).await,
         (&Method::GET, "/pod") => json(&describe::pod(pod)),
         (&Method::GET, "/metrics") => Ok(text(CONTENT_TYPE, metrics::text(pod).await)),
         (&Method::GET, "/stats") => json(&describe::stats(pod).await),

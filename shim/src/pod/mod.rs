@@ -10,6 +10,7 @@ pub mod process;
 pub mod sandbox;
 pub mod stats;
 pub mod stdio;
+pub mod tool;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

@@ -158,7 +158,7 @@ async fn answers_that_make_no_sense_are_refused() {
     assert_eq!(agent.container_stats("fine").await.unwrap()["memory.stat"], "anon 1\n");
     assert_eq!(agent.list_processes("many").await.unwrap().len(), MOST_PROCESSES);
     agent.list_processes("zero").await.unwrap_err();
-    agent.exec_process(&name(), Vec::new(), api::Stdio::new()).await.unwrap_err();
+    agent.exec_process(&name(), Vec::new(), api::Stdio::new(), false).await.unwrap_err();
     assert_eq!(agent.wait_process(&name()).await.unwrap().exit_status, LAST_STATUS);
     let error = agent.pause_container("c").await.unwrap_err().to_string();
     assert!(error.starts_with("no\\u{1b}[31m; xxx") && error.len() < 5000, "{}", error.len());

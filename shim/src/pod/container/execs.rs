@@ -39,7 +39,7 @@ impl Container {
         let namespace = self.events.namespace();
         let mut streams = Streams::open(&process.paths, &self.id, namespace, &self.machine.ports).await?;
         let spec = process.spec_for_guest();
-        let answer = self.agent.exec_process(&process.name, spec, streams.ports()).await;
+        let answer = self.agent.exec_process(&process.name, spec, streams.ports(), false).await;
         let pid = self.with_streams(process, &mut streams, answer).await?;
         process.exists(pid, streams);
         Ok(pid)

@@ -128,7 +128,7 @@ fn kernel_parameters_are_not_a_pods_to_set() {
     let _turn = turn::shared();
     if environment::is_vm_or_say("runc has no kernel of a pod's own") {
         let key = "io.katacontainers.config.hypervisor.kernel_params";
-        expect_refused("kata", annotated(key, "agent.debug_console"), &[key, "is not in enable_annotations"]);
+        expect_refused("kata", annotated(key, "agent.log=debug"), &[key, "is not in enable_annotations"]);
         let key = "io.katacontainers.config.hypervisor.default_memory";
         expect_refused("kata", annotated(key, "1048576"), &[key, "is more than default_maxmemory"]);
     }
