@@ -91,7 +91,8 @@ impl Containerd {
         Self::start_with(name, "").await
     }
 
-    /// As [`Containerd::start`], with further kernel parameters, of which the stand-in knows some.
+    /// As [`Containerd::start`], with further kernel parameters, of which the stand-in knows some. With "console=on", the
+    /// host's tools may run programs in the guest.
     pub async fn start_with(name: &str, kernel_params: &str) -> Self {
         Self::start_as(name, kernel_params, false).await
     }
@@ -343,9 +344,10 @@ fn configure(directory: &Path, kernel_params: &str) {
     fs::write(&image, erofs).unwrap();
     // Long enough for any host, but where the agent is not to come.
     let dial_timeout = if kernel_params == "fail=silent" { 3 } else { 60 };
+    let console = kernel_params == "console=on";
     let text = format!(
         "[hypervisor.katana]\npath = {vmm:?}\nkernel = {kernel:?}\nimage = {image:?}\nkernel_params = {kernel_params:?}\n\
-         [agent.kata]\ndial_timeout = {dial_timeout}\n[factory]\nenable_template = false\n"
+         [agent.kata]\ndial_timeout = {dial_timeout}\ndebug_console_enabled = {console}\n[factory]\nenable_template = false\n"
     );
     fs::write(directory.join("configuration.toml"), text).unwrap();
 }
