@@ -12,6 +12,7 @@ use katana_protocol::manage::exec::{Copy, Exec, Run};
 use tokio::sync::oneshot;
 
 use crate::session::{self, Session};
+use crate::streams::{self, Input, Output};
 
 /// The longest line that is shown of what the container's side says, bytes.
 const LONGEST_LINE: u64 = 8192;
@@ -25,6 +26,8 @@ pub enum Error {
     Operands(&'static str),
     #[error("kata-runtime cp: {0}")]
     Session(#[from] session::Error),
+    #[error("kata-runtime cp: {0}")]
+    Stream(#[from] streams::Error),
     #[error("kata-runtime cp: {}", plain(&.0.to_string()))]
     Archive(#[from] katana_archive::Error),
     #[error("kata-runtime cp: {0}")]
@@ -110,7 +113,7 @@ async fn open(pod: &str, container: Option<&str>) -> Result<(Session, String), E
 
 async fn out(pod: &str, container: Option<&str>, copy: Copy, to: &str, keeps: bool) -> Result<(), Error> {
     let (session, container) = open(pod, container).await?;
-    let output = session.output("stdout")?;
+    let output = Output::open(session.directory(), "stdout")?;
     let (to, reader) = (PathBuf::from(to), output.reader);
     let here = on_thread(move || write_here(reader, &to, keeps));
     let streams = Streams { stdin: None, stdout: Some(output.path), kept: Some(output.keep) };
@@ -124,7 +127,7 @@ async fn into(pod: &str, container: Option<&str>, copy: Copy, from: &str, follow
             .map_err(|e| katana_archive::Error::File { path: from.clone(), source: e })?;
     }
     let (session, container) = open(pod, container).await?;
-    let input = session.input()?;
+    let input = Input::open(session.directory())?;
     let writer = input.writer;
     let here = on_thread(move || read_here(&from, follow, writer));
     let streams = Streams { stdin: Some(input.path), stdout: None, kept: Some(input.keep) };
@@ -147,7 +150,7 @@ async fn beside(
     streams: Streams,
     mut here: oneshot::Receiver<Result<(), Error>>,
 ) -> Result<(), Error> {
-    let errors = session.output("stderr")?;
+    let errors = Output::open(session.directory(), "stderr")?;
     let said = on_thread(move || show(errors.reader));
     let reads = streams.stdout.is_some();
     let exec = Exec {

@@ -1,16 +1,14 @@
 //! `kata-runtime exec`: a program in a pod's guest, or in one of its containers.
 
-use std::io::{self, Read, Write};
+use std::io;
 use std::process::ExitCode;
-use std::thread::{self, JoinHandle};
 
 use clap::Args;
 use katana_protocol::manage::exec::{Exec, Program, Run};
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc::{self, UnboundedSender};
 
 use crate::session::{self, Session};
-use crate::terminal::{self, Raw};
+use crate::streams::Attached;
+use crate::terminal;
 
 /// Exit code when the process does not come about, as Docker's.
 const FAILED: u8 = 125;
@@ -74,10 +72,8 @@ async fn follow(options: Options) -> Result<u8, Error> {
     let container = name.map(|name| session::choose(&pod.id, &containers, Some(name))).transpose()?;
     let session = Session::open(pod)?;
     let terminal = options.tty || terminal::is_interactive();
-    let input = (terminal || options.interactive || options.command.is_empty()).then(|| session.input());
-    let input = input.transpose()?;
-    let output = session.output("stdout")?;
-    let errors = (!terminal).then(|| session.output("stderr")).transpose()?;
+    let reads = terminal || options.interactive || options.command.is_empty();
+    let streams = Attached::open(session.directory(), reads, terminal).map_err(session::Error::from)?;
     let mut env = options.env;
     if let Some(kind) = std::env::var("TERM").ok().filter(|_| terminal) {
         env.insert(0, format!("TERM={kind}"));
@@ -88,65 +84,10 @@ async fn follow(options: Options) -> Result<u8, Error> {
         id: session.id.clone(),
         container,
         run: Run::Program(program),
-        stdin: input.as_ref().map(|input| input.path.clone()),
-        stdout: Some(output.path.clone()),
-        stderr: errors.as_ref().map(|errors| errors.path.clone()),
+        stdin: streams.stdin.as_ref().map(|input| input.path.clone()),
+        stdout: Some(streams.stdout.path.clone()),
+        stderr: streams.stderr.as_ref().map(|errors| errors.path.clone()),
     };
-    let raw = terminal.then(Raw::begin).transpose()?;
-    let _keep = input.map(|input| {
-        // What the process does not read is nobody's.
-        copy(io::stdin(), input.writer, |_| ());
-        input.keep
-    });
-    let (broken, mut is_broken) = mpsc::unbounded_channel();
-    let say = |broken: &UnboundedSender<_>| {
-        let broken = broken.clone();
-        move |e| drop(broken.send(e))
-    };
-    let mut kept = vec![output.keep];
-    let mut copies = vec![copy(output.reader, io::stdout(), say(&broken))];
-    if let Some(errors) = errors {
-        kept.push(errors.keep);
-        copies.push(copy(errors.reader, io::stderr(), say(&broken)));
-    }
-    let status = tokio::select! {
-        status = session.run(&exec) => status.map_err(Error::from),
-        Some(e) = is_broken.recv() => Err(Error::Output(e)),
-        never = resize(&session), if terminal => never,
-    };
-    drop(kept);
-    if status.is_ok() {
-        // The shim has handed over all of it.
-        copies.into_iter().for_each(|copy| drop(copy.join()));
-    }
-    drop(raw);
-    status
-}
-
-/// Copies on a thread of its own, which ends with the program if it does not end before. What cannot be written is
-/// passed on.
-fn copy(
-    mut from: impl Read + Send + 'static,
-    mut to: impl Write + Send + 'static,
-    failed: impl FnOnce(io::Error) + Send + 'static,
-) -> JoinHandle<()> {
-    thread::spawn(move || {
-        let mut buffer = [0; 32 * 1024];
-        while let Ok(length @ 1..) = from.read(&mut buffer) {
-            let bytes = buffer.get(..length).unwrap_or_default();
-            if let Err(e) = to.write_all(bytes).and_then(|()| to.flush()) {
-                return failed(e);
-            }
-        }
-    })
-}
-
-/// Follows the size of the terminal.
-async fn resize<T>(session: &Session) -> T {
-    if let Ok(mut changed) = signal(SignalKind::window_change()) {
-        while changed.recv().await.is_some() {
-            session.resize(terminal::size()).await;
-        }
-    }
-    std::future::pending().await
+    let followed = streams.follow(session.run(&exec), async |size| session.resize(size).await).await;
+    Ok(followed.map_err(Error::Output)??)
 }

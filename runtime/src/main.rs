@@ -8,13 +8,16 @@ mod cp;
 mod env;
 mod exec;
 mod factory;
+mod host_command;
 mod install;
 mod lines;
 mod list;
 mod metrics;
 mod pages;
 mod session;
+mod signals;
 mod stats;
+mod streams;
 mod table;
 mod terminal;
 mod version;
@@ -59,6 +62,9 @@ enum Command {
     },
     /// Copy files between this host and a container of a pod, as `docker cp` does; the container needs no program for it
     Cp(cp::Options),
+    /// Run a command of this host in a machine of its own, with the host's files to read and no network. The exit code is
+    /// the command's, or 125 if it does not come about
+    Do(host_command::Options),
     /// Run a command in a pod's guest, or a shell; it ends with this program. The exit code is the command's, or 125 if it
     /// does not come about
     Exec(exec::Options),
@@ -194,6 +200,7 @@ fn main() -> ExitCode {
     let done = match cli.command {
         // They write to standard output from other threads.
         Some(Command::Exec(options)) => exec::run(options).map_err(Error::from),
+        Some(Command::Do(options)) => host_command::run(&options, cli.config.as_deref()).map_err(Error::from),
         Some(Command::Cp(options)) => cp::run(&options).map(|()| ExitCode::SUCCESS).map_err(Error::from),
         _ => run(cli).map(|()| ExitCode::SUCCESS),
     };
@@ -201,6 +208,7 @@ fn main() -> ExitCode {
         eprintln!("{error}");
         match &error {
             Error::Exec(error) => ExitCode::from(error.code()),
+            Error::Do(error) => ExitCode::from(error.code()),
             _ => ExitCode::FAILURE,
         }
     })
@@ -219,6 +227,8 @@ enum Error {
     Env(#[from] env::Error),
     #[error(transparent)]
     Cp(#[from] cp::Error),
+    #[error(transparent)]
+    Do(#[from] host_command::Error),
     #[error(transparent)]
     Exec(#[from] exec::Error),
     #[error(transparent)]
@@ -284,7 +294,9 @@ fn run(cli: Cli) -> Result<(), Error> {
         Some(Command::Metrics { pod }) => metrics::run(&pod, &mut out)?,
         Some(Command::Logs { pod, follow }) => lines::logs(&pod, follow, &mut out)?,
         Some(Command::Events { pod, follow, json }) => lines::events(&pod, follow, json, &mut out)?,
-        Some(Command::Cp(_) | Command::Exec(_)) | None => write!(out, "{}", Cli::command().render_help())?,
+        Some(Command::Cp(_) | Command::Do(_) | Command::Exec(_)) | None => {
+            write!(out, "{}", Cli::command().render_help())?;
+        }
     }
     Ok(())
 }
@@ -329,6 +341,8 @@ mod tests {
             "kata-runtime config migrate /a",
             "kata-runtime list --json",
             "kata-runtime ps",
+            "kata-runtime do ls -l",
+            "kata-runtime do --memory 512 --volume /a:/b -- ls",
             "kata-runtime exec abc",
             "kata-runtime exec -it abc sh -c ls -l",
             "kata-runtime exec abc -- ls --all",

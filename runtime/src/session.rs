@@ -3,7 +3,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use hyper::Method;
@@ -11,10 +11,9 @@ use katana_pods::Pod;
 use katana_pods::request::LIMIT;
 use katana_protocol::manage::exec::{Exec, Exit, Size};
 use katana_protocol::manage::{self, Container, Status};
-use nix::libc;
-use nix::sys::stat::Mode;
-use nix::unistd::mkfifo;
-use tokio::signal::unix::{SignalKind, signal};
+
+use crate::signals;
+use crate::streams;
 
 /// Why there is no process, or no more.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +33,9 @@ pub enum Error {
     /// This host refuses something.
     #[error("{0}: {1}")]
     Host(String, io::Error),
+    /// This host refuses a stream.
+    #[error(transparent)]
+    Stream(#[from] streams::Error),
     /// The user does not want it any more.
     #[error("ended by {0}")]
     Signal(&'static str, u8),
@@ -92,26 +94,6 @@ pub struct Session {
     directory: PathBuf,
 }
 
-/// A stream to the process.
-pub struct Input {
-    /// Its name for the shim.
-    pub path: String,
-    /// Where to write; the process reads the end once this is closed.
-    pub writer: File,
-    /// What is written is not lost if the shim opens the FIFO later than `writer` is closed.
-    pub keep: File,
-}
-
-/// A stream of the process.
-pub struct Output {
-    /// Its name for the shim.
-    pub path: String,
-    /// Where to read. The end comes when `keep` is closed, and the shim's side.
-    pub reader: File,
-    /// Keeps `reader` from reading the end before the shim has opened the FIFO.
-    pub keep: File,
-}
-
 impl Session {
     /// Makes a place for its streams.
     pub fn open(pod: Pod) -> Result<Self, Error> {
@@ -126,27 +108,9 @@ impl Session {
         Ok(Self { pod, id, directory })
     }
 
-    fn fifo(&self, name: &str) -> Result<PathBuf, Error> {
-        let path = self.directory.join(name);
-        mkfifo(&path, Mode::from_bits_truncate(0o600)).map_err(failed(&path))?;
-        Ok(path)
-    }
-
-    /// A stream to the process.
-    pub fn input(&self) -> Result<Input, Error> {
-        let path = self.fifo("stdin")?;
-        let keep = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
-        let keep = keep.map_err(failed(&path))?;
-        let writer = File::options().write(true).open(&path).map_err(failed(&path))?;
-        Ok(Input { path: path.display().to_string(), writer, keep })
-    }
-
-    /// A stream of the process.
-    pub fn output(&self, name: &str) -> Result<Output, Error> {
-        let path = self.fifo(name)?;
-        let keep = File::options().read(true).write(true).open(&path).map_err(failed(&path))?;
-        let reader = File::open(&path).map_err(failed(&path))?;
-        Ok(Output { path: path.display().to_string(), reader, keep })
+    /// The directory for its streams.
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     /// Runs the process to its end; the answer is its exit code. It ends early by a signal to this program.
@@ -161,7 +125,7 @@ impl Session {
         };
         tokio::select! {
             answer = answer => answer,
-            signal = signalled() => Err(signal),
+            (name, number) = signals::ending() => Err(Error::Signal(name, number)),
         }
     }
 
@@ -177,27 +141,6 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.directory);
-    }
-}
-
-fn failed<E: Into<io::Error>>(path: &Path) -> impl FnOnce(E) -> Error {
-    move |e| Error::Host(path.display().to_string(), e.into())
-}
-
-/// Waits for a signal that ends this program.
-async fn signalled() -> Error {
-    let wait = async |kind: SignalKind, name| {
-        match signal(kind) {
-            Ok(mut signal) => drop(signal.recv().await),
-            // It ends the program without a word.
-            Err(_) => std::future::pending().await,
-        }
-        Error::Signal(name, u8::try_from(kind.as_raw_value()).unwrap_or(0))
-    };
-    tokio::select! {
-        error = wait(SignalKind::interrupt(), "SIGINT") => error,
-        error = wait(SignalKind::terminate(), "SIGTERM") => error,
-        error = wait(SignalKind::hangup(), "SIGHUP") => error,
     }
 }
 

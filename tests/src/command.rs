@@ -175,6 +175,11 @@ impl Running {
         }
     }
 
+    /// Its pid.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
     /// What it has written to its standard output so far.
     pub fn stdout(&self) -> String {
         String::from_utf8_lossy(&self.stdout.bytes()).into_owned()

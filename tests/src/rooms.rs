@@ -137,8 +137,8 @@ fn circle(uses: &Uses) -> Option<Vec<&str>> {
 #[test]
 fn no_files_use_each_other_in_a_circle() {
     for name in [
-        "agent", "archive", "config", "fuzz", "metrics", "monitor", "pods", "protocol", "runtime", "shim", "template",
-        "vmm",
+        "agent", "archive", "config", "fuzz", "metrics", "monitor", "pods", "protocol", "runtime", "shim",
+        "template", "vmm",
     ] {
         let uses = uses_of(name);
         assert_eq!(circle(&uses), None, "in {name}/src");

@@ -21,6 +21,7 @@ mod jail;
 mod kernel;
 mod leaks;
 mod manage;
+mod manage_do;
 mod manage_exec;
 mod mounts;
 mod network;
