@@ -8,6 +8,8 @@ use crate::text::{Family, Kind, Text};
 
 /// Clock ticks in a second, in which /proc counts for all programs (USER_HZ).
 const TICKS: f64 = 100.0;
+/// One of them, microseconds.
+const TICK_USEC: u64 = 10_000;
 const PAGE: u64 = 4096;
 /// Lines of status that are passed on.
 const STATUS: [&str; 19] = [
@@ -89,6 +91,18 @@ impl Files {
     fn io(&self, key: &str) -> Option<u64> {
         let line = self.io.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "))?;
         line.trim().parse().ok()
+    }
+
+    /// Processor time outside the kernel, microseconds; that of a VMM's guest is in it.
+    #[must_use]
+    pub fn user_usec(&self) -> Option<u64> {
+        self.field(14).map(|ticks| ticks.saturating_mul(TICK_USEC))
+    }
+
+    /// Processor time in the kernel, microseconds.
+    #[must_use]
+    pub fn system_usec(&self) -> Option<u64> {
+        self.field(15).map(|ticks| ticks.saturating_mul(TICK_USEC))
     }
 
     /// Processor time in seconds.

@@ -83,19 +83,29 @@ impl Family<'_> {
         }
     }
 
-    /// Adds a histogram, unless there is one with these labels.
+    /// Adds a histogram in milliseconds, unless there is one with these labels.
     pub fn add_histogram(&mut self, labels: Labels<'_>, histogram: &Histogram) {
+        self.add_histogram_in(labels, histogram, 1.0);
+    }
+
+    /// Likewise in seconds.
+    pub fn add_histogram_in_seconds(&mut self, labels: Labels<'_>, histogram: &Histogram) {
+        self.add_histogram_in(labels, histogram, 1000.0);
+    }
+
+    fn add_histogram_in(&mut self, labels: Labels<'_>, histogram: &Histogram, unit: f64) {
         let written_labels = written(labels);
         if self.lines.len() >= MOST_LINES || !self.lines.insert(written_labels.clone()) {
             return;
         }
         let mut count = 0;
-        let bounds = BOUNDS.iter().map(ToString::to_string).chain(["+Inf".to_owned()]);
+        let bounds = BOUNDS.iter().map(|bound| (*bound as f64 / unit).to_string());
+        let bounds = bounds.chain(["+Inf".to_owned()]);
         for (bound, in_bucket) in bounds.zip(histogram.buckets) {
             count += in_bucket;
             self.line("_bucket", &written(&[labels, &[("le", bound.as_str())]].concat()), count);
         }
-        self.line("_sum", &written_labels, histogram.sum);
+        self.line("_sum", &written_labels, histogram.sum / unit);
         self.line("_count", &written_labels, count);
     }
 
@@ -160,8 +170,12 @@ mod tests {
         [1, 3, 3, 9999].into_iter().for_each(|ms| histogram.record(Duration::from_millis(ms)));
         let mut text = Text::default();
         text.family("h", Kind::Histogram, "Some.").add_histogram(&[("action", "x")], &histogram);
+        let mut family = text.family("s", Kind::Histogram, "Some.");
+        family.add_histogram_in_seconds(&[], &histogram);
         let text = text.finish();
         for line in [
+            "s_bucket{le=\"0.004\"} 3",
+            "s_sum 10.006",
             "h_bucket{action=\"x\",le=\"2\"} 1",
             "h_bucket{action=\"x\",le=\"4\"} 3",
             "h_bucket{action=\"x\",le=\"512\"} 3",

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
+use katana_metrics::process::Files;
 use nix::libc::SIGTERM;
 use tokio::sync::{Mutex, watch};
 
@@ -152,7 +153,8 @@ impl PodSandbox {
         answer.map_err(|_| Error::DeadlineExceeded("the guest does not answer".into()))?
     }
 
-    /// SandboxMetrics: what the pod's containers use together. Those that have ended use nothing.
+    /// SandboxMetrics: what the pod uses of the host, shim and VMM with all that is in it; and in more detail what its
+    /// containers use together, by what the guest says. Those that have ended use nothing.
     pub async fn metrics(&self) -> Result<Metrics> {
         let holder = self.running()?;
         let mut total = stats::metrics(&holder.stats().await?);
@@ -162,6 +164,9 @@ impl PodSandbox {
                 Err(e) => log::debug!("statistics of container {}: {e}", container.id),
             }
         }
+        let vmm = holder.machine.pid();
+        let processes = ["/proc/self".to_owned(), format!("/proc/{vmm}")];
+        stats::count_host(&mut total, &processes.map(|process| Files::of(Path::new(&process))));
         Ok(total)
     }
 

@@ -6,6 +6,7 @@ use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
     RdmaEntry, RdmaStat,
 };
+use katana_metrics::process;
 
 /// The files of a cgroup by name.
 pub type Files = HashMap<String, String>;
@@ -56,6 +57,18 @@ pub fn add(total: &mut Metrics, one: &Metrics) {
     total.pids.mut_or_insert_default().limit = 0;
     let memory = total.memory.mut_or_insert_default();
     (memory.usage_limit, memory.swap_limit) = (0, 0);
+}
+
+/// Puts what these processes of the host have used in the place of what a guest says that its containers have: the
+/// guest's own part is in it, and nobody can claim another number.
+pub fn count_host(total: &mut Metrics, processes: &[process::Files]) {
+    let sum =
+        |of: fn(&process::Files) -> Option<u64>| processes.iter().filter_map(of).fold(0, u64::saturating_add);
+    let cpu = total.cpu.mut_or_insert_default();
+    cpu.user_usec = sum(process::Files::user_usec);
+    cpu.system_usec = sum(process::Files::system_usec);
+    cpu.usage_usec = cpu.user_usec.saturating_add(cpu.system_usec);
+    total.memory.mut_or_insert_default().usage = sum(process::Files::resident);
 }
 
 fn text<'a>(files: &'a Files, name: &str) -> &'a str {
@@ -297,6 +310,20 @@ mod tests {
         add(&mut total, &one);
         assert_eq!((total.pids.current, total.cpu.usage_usec, total.memory.inactive_file), (6, 200, 14));
         assert_eq!((total.memory.usage, total.memory.usage_limit), (u64::MAX, 0));
+    }
+
+    #[test]
+    fn a_pod_costs_the_host_what_shim_and_vmm_do() {
+        let stat = |user, system, pages| process::Files {
+            stat: format!("7 (a) S 1 2 3 4 5 6 7 8 9 10 {user} {system} 0 0 20 0 3 0 9 1000 {pages}"),
+            ..process::Files::default()
+        };
+        let mut total =
+            metrics(&files(&[("cpu.stat", "usage_usec 99"), ("memory.current", "18446744073709551615")]));
+        count_host(&mut total, &[stat(1, 2, 3), stat(10, 20, 30), process::Files::default()]);
+        let cpu = &total.cpu;
+        assert_eq!((cpu.usage_usec, cpu.user_usec, cpu.system_usec), (330_000, 110_000, 220_000));
+        assert_eq!(total.memory.usage, 33 * 4096);
     }
 
     #[test]

@@ -161,18 +161,22 @@ impl Seen {
 
 fn write_durations(text: &mut Text) {
     let families = [
-        (Of::Requests, "rpc", "action", "How long requests of containerd took."),
-        (Of::Agent, "agent_rpc", "action", "How long requests to the agent took."),
-        (Of::Start, "start", "stage", "How long after the request for the pod its start had come so far."),
+        (Of::Requests, "rpc", "How long requests of containerd took."),
+        (Of::Agent, "agent_rpc", "How long requests to the agent took."),
     ];
-    for (of, name, label, help) in families {
+    for (of, name, help) in families {
         let name = format!("kata_shim_{name}_durations_histogram_milliseconds");
         let mut family = text.family(&name, Kind::Histogram, help);
         for (action, histogram) in durations::of(of) {
             // As Kata Containers' shim calls requests to its agent.
             let action = if of == Of::Agent { format!("grpc.{action}Request") } else { action.to_owned() };
-            family.add_histogram(&[(label, &action)], &histogram);
+            family.add_histogram(&[("action", &action)], &histogram);
         }
+    }
+    let help = "How long after the request for the pod its start had come so far.";
+    let mut family = text.family("kata_shim_start_duration_seconds", Kind::Histogram, help);
+    for (stage, histogram) in durations::of(Of::Start) {
+        family.add_histogram_in_seconds(&[("stage", stage)], &histogram);
     }
 }
 
