@@ -23,6 +23,7 @@ mod leaks;
 mod manage;
 mod manage_do;
 mod manage_exec;
+mod metrics;
 mod mounts;
 mod network;
 mod package;
