@@ -63,6 +63,8 @@ impl Gatherer {
                     }
                     merged.add(&text, &labels);
                 }
+                // It has only just come, or goes.
+                Some(Err(error @ Error::Connect(..))) => log::debug!("{error}"),
                 Some(Err(error)) => log::warn!("{error}"),
                 None => {}
             }

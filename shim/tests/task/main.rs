@@ -13,6 +13,7 @@ mod stand_in;
 
 mod errors;
 mod life;
+mod metrics;
 mod sandbox;
 mod silent;
 mod sockets;

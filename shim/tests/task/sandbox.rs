@@ -1,11 +1,13 @@
 //! Pods of the Sandbox service.
 
 use containerd_shim_protos::api::{CreateTaskRequest, PidsRequest, StartRequest, StateRequest, WaitRequest};
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::sandbox_api::{
-    CreateSandboxRequest, PingRequest, SandboxStatusRequest, SandboxStatusResponse, ShutdownSandboxRequest,
-    StartSandboxRequest, StopSandboxRequest, WaitSandboxRequest,
+    CreateSandboxRequest, PingRequest, SandboxMetricsRequest, SandboxStatusRequest, SandboxStatusResponse,
+    ShutdownSandboxRequest, StartSandboxRequest, StopSandboxRequest, WaitSandboxRequest,
 };
 use containerd_shim_protos::sandbox_async::SandboxClient;
+use protobuf::Message;
 use serde_json::{Value, json};
 use ttrpc::Code;
 use ttrpc::asynchronous::Client;
@@ -61,6 +63,12 @@ impl Pod {
         self.client.ping_sandbox(ctx(), &request).await.map(drop)
     }
 
+    async fn metrics(&self) -> Metrics {
+        let request = SandboxMetricsRequest { sandbox_id: self.id(), ..Default::default() };
+        let answer = self.client.sandbox_metrics(ctx(), &request).await.unwrap();
+        Metrics::parse_from_bytes(&answer.metrics.data.value).unwrap()
+    }
+
     async fn shut_down(&self) {
         let request = ShutdownSandboxRequest { sandbox_id: self.id(), ..Default::default() };
         self.client.shutdown_sandbox(ctx(), &request).await.unwrap();
@@ -93,6 +101,13 @@ impl Pod {
     }
 }
 
+/// Bytes.
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.split_whitespace().next().unwrap().parse::<u64>().unwrap() << 10
+}
+
 fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
     code_and_text(result.unwrap_err()).0
 }
@@ -117,6 +132,11 @@ async fn a_pod_from_create_to_shutdown() {
     let status = pod.status().await.unwrap();
     assert_eq!((status.state.as_str(), status.pid), ("SANDBOX_READY", pid));
     pod.ping().await.unwrap();
+    let used = pod.metrics().await;
+    let resident = [std::process::id(), pid].map(resident);
+    // This process is far larger than the shim.
+    assert!(used.memory.usage > resident[1] && used.memory.usage < resident[0] + 2 * resident[1], "{used:?}");
+    assert!(used.cpu.usage_usec >= used.cpu.user_usec, "{used:?}");
     // It is no task.
     let request = StateRequest { id: pod.id(), ..Default::default() };
     assert_eq!(code(pod.containerd.client.state(ctx(), &request).await), Code::NOT_FOUND);

@@ -12,6 +12,7 @@ use std::process::{Child, Command};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
+use katana_protocol::counters::Counter;
 use katana_protocol::vmm::{CONTROL_FD, Event, ExitReason, MAX_FDS, Request, receive, send};
 use katana_protocol::{AGENT_PORT, FIRST_STREAM_PORT, GUEST_SHARE};
 use nix::mount::{MsFlags, mount};
@@ -131,6 +132,9 @@ fn forward(
                 Ok((Request::RemovePlaceholder { thread }, _)) => {
                     let failed = placeholders.remove(&thread).is_none().then(|| "no such thread".to_owned());
                     send(control, &Event::Done(failed), &[]).unwrap();
+                }
+                Ok((Request::Counts, _)) => {
+                    send(control, &Event::Counts((0..).take(Counter::ALL.len()).collect()), &[]).unwrap();
                 }
                 _ => return,
             }
