@@ -39,8 +39,8 @@ pub(crate) enum Error {
     #[error("{} does not parse: {source}", path.display())]
     Parse { path: PathBuf, source: toml_edit::TomlError },
     #[error(
-        "{} has no `version`, or version 1, which containerd 2 does not read any more: write what `containerd config migrate` \
-         prints to it, or begin it with `version = 2`",
+        "{} has no version, or version 1, which containerd 2 does not read any more: write what containerd config migrate \
+         prints to it, or begin it with version = 2",
         path.display()
     )]
     Version { path: PathBuf },

@@ -273,7 +273,7 @@ fn bad_files_are_refused_and_nothing_changes() {
             "version = ",
             "/etc/containerd/config.toml does not parse: TOML parse error at line 1, column 11",
         ),
-        (CONTAINERD, "root = \"/r\"\n", "/etc/containerd/config.toml has no `version`, or version 1"),
+        (CONTAINERD, "root = \"/r\"\n", "/etc/containerd/config.toml has no version, or version 1"),
         (
             CONTAINERD,
             other,
