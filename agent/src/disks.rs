@@ -10,7 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use katana_protocol::agent::Disk;
+use katana_protocol::mount::{MountAttributes, attach_mount, set_mount};
 use katana_protocol::{GUEST_DISKS, GUEST_ROOTS, GUEST_VOLUMES};
+use libc::MOUNT_ATTR_RDONLY;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, open};
 use nix::mount::{MntFlags, MsFlags, umount2};
@@ -19,7 +21,7 @@ use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, Spec
 
 use crate::init::{Make, Root, parse_mount_options};
 use crate::pci::{self, Kind};
-use crate::syscalls::{MOUNT_ATTR_RDONLY, MountAttributes, attach_mount, new_mount, set_mount};
+use crate::syscalls::new_mount;
 
 /// How long the kernel may take to end a file system whose last mount is gone, and between two looks at it.
 const END_LIMIT: Duration = Duration::from_secs(10);

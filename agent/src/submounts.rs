@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use katana_protocol::GUEST_SHARE;
 use katana_protocol::agent::SharedMount;
+use katana_protocol::mount::set_mount;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::mount::{MntFlags, umount2};
@@ -34,7 +35,6 @@ use oci_spec::runtime::Spec;
 
 use crate::in_use::{Device, device, is_in_use};
 use crate::init::mount_options;
-use crate::syscalls::set_mount;
 
 /// How long a container waits for the mounts in its volumes. A network file system of the host may not answer, and
 /// whoever does not look at it needs no answer.

@@ -22,6 +22,7 @@ pub mod caller;
 pub mod counters;
 pub mod kernel;
 pub mod manage;
+pub mod mount;
 pub mod mount_options;
 pub mod netlink;
 pub mod vmm;

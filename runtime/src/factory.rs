@@ -1,18 +1,16 @@
 //! `kata-runtime factory`: the template from which machines are restored. The first pod's start makes it as well; this
 //! is for hosts on which that one is to be as fast as the others.
 
-use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use katana_config::trusted::{self, Links};
 use katana_config::{Config, TemplateScope};
-use katana_protocol::kernel;
+use katana_protocol::mount::{MountAttributes, copy_mount, set_mount};
 use katana_protocol::vmm::{self, CONTROL_FD, Event, Machine, Request, Template};
 use katana_template::{Draft, Store};
 use nix::errno::Errno;
@@ -91,28 +89,14 @@ pub(crate) fn destroy(config: Option<&Path>) -> Result<(), Error> {
 
 /// A copy of the mount that a directory is in, attached nowhere yet, as the VMM takes its root.
 fn detached(path: &Path) -> io::Result<OwnedFd> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
-    // SAFETY: a path that outlives the call, and integers.
-    let fd =
-        Errno::result(unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) })
-            .map_err(|e| kernel::OPEN_TREE.explain(e))?;
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for the caller.
-    let mount = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mount = copy_mount(path, false)?;
     // pivot_root(2) takes none that is shared.
-    let attr = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY,
-        attr_clr: 0,
+    let attributes = MountAttributes {
+        set: libc::MOUNT_ATTR_RDONLY,
         propagation: libc::MS_PRIVATE,
-        userns_fd: 0,
+        ..MountAttributes::default()
     };
-    let (flags, size) = (libc::AT_EMPTY_PATH, size_of::<libc::mount_attr>());
-    // SAFETY: an empty path, and a structure of the given size that outlives the call.
-    Errno::result(unsafe {
-        libc::syscall(libc::SYS_mount_setattr, fd, c"".as_ptr(), flags, &raw const attr, size)
-    })
-    .map_err(|e| kernel::MOUNT_SETATTR.explain(e))?;
+    set_mount(&mount, &attributes, false)?;
     Ok(mount)
 }
 

@@ -9,15 +9,18 @@ mod landlock;
 use std::ffi::CStr;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 use katana_protocol::kernel;
+use katana_protocol::mount::{MountAttributes, attach_mount_at, copy_mount, set_mount};
 use libc::{c_int, c_ulong};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{chdir, dup2_stdin, dup2_stdout, fchdir, pipe2, pivot_root, read, setgroups, write};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 /// Every namespace but those of cgroups, time and the network. CLONE_PARENT: the shim reaps the VMM itself.
 ///
@@ -195,31 +198,11 @@ fn lock_up(share: &OwnedFd) -> Result<Jail, Error> {
 /// mounted over (`mount_too_revealing` in fs/namespace.c), and it would be a superblock for each pod. And it is needed:
 /// to open a file by its descriptor (openat(2) knows no AT_EMPTY_PATH), the library has no other way.
 fn own_descriptors() -> io::Result<OwnedFd> {
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
-    // SAFETY: the path is a constant string; the call touches no memory of this process.
-    let mount =
-        unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, c"/proc/self/fd".as_ptr(), flags) };
-    if mount < 0 {
-        return Err(kernel::OPEN_TREE.explain(io::Error::last_os_error()));
-    }
-    // SAFETY: the kernel has just made this descriptor for us.
-    let mount = unsafe { OwnedFd::from_raw_fd(mount as c_int) };
+    let mount = copy_mount(Path::new("/proc/self/fd"), false)?;
     // The directory itself has an owner and times.
-    let attributes =
-        libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
-    let (fd, size) = (mount.as_raw_fd(), size_of_val(&attributes));
-    // SAFETY: an empty path, and a structure of the given size that outlives the call.
-    let set = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            fd,
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attributes,
-            size,
-        )
-    };
-    if set < 0 { Err(kernel::MOUNT_SETATTR.explain(io::Error::last_os_error())) } else { Ok(mount) }
+    let read_only = MountAttributes { set: libc::MOUNT_ATTR_RDONLY, ..MountAttributes::default() };
+    set_mount(&mount, &read_only, false)?;
+    Ok(mount)
 }
 
 /// Makes the share, a mount that is attached nowhere yet, the root.
@@ -228,28 +211,15 @@ fn change_root(share: &OwnedFd) -> Result<(), Error> {
     // Slave: nothing of this goes back.
     let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
     mount(none, "/", none, slave, none).map_err(step("make mounts slaves"))?;
-    attach(share)?;
+    // On the old root. One that has come along from the host's namespace pivot_root would refuse: such mounts are locked
+    // together (mount_namespaces(7)).
+    attach_mount_at(share, Path::new("/")).map_err(step("mount the share"))?;
     fchdir(share).map_err(step("enter the share"))?;
     // The old root is stacked on the new one, and then let go (pivot_root(2)). With it goes the copy of the host's
     // mounts, which would keep file systems that the host unmounts from ending.
     pivot_root(".", ".").map_err(step("pivot_root"))?;
     umount2(".", MntFlags::MNT_DETACH).map_err(step("unmount the host's root"))?;
     chdir("/").map_err(step("enter the new root"))
-}
-
-/// Mounts the share on the old root. One that has come along from the host's namespace pivot_root would refuse: such
-/// mounts are locked together (mount_namespaces(7)).
-fn attach(share: &OwnedFd) -> Result<(), Error> {
-    const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
-    let (from, cwd) = (share.as_fd().as_raw_fd(), libc::AT_FDCWD);
-    // SAFETY: the paths are constant strings; the call touches no memory of this process.
-    let result = unsafe {
-        libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), cwd, c"/".as_ptr(), MOVE_MOUNT_F_EMPTY_PATH)
-    };
-    if result < 0 {
-        return Err(step("mount the share")(kernel::MOVE_MOUNT.explain(Errno::last())));
-    }
-    Ok(())
 }
 
 fn prctl(what: &'static str, option: c_int, value: c_ulong) -> Result<(), Error> {
@@ -262,8 +232,6 @@ fn prctl(what: &'static str, option: c_int, value: c_ulong) -> Result<(), Error>
 
 /// Keeps [`CAPABILITIES`] only, in every set.
 fn drop_capabilities() -> Result<(), Error> {
-    /// Version 3 of the header: two words for each set (capset(2)).
-    const VERSION_3: u32 = 0x2008_0522;
     for capability in (0..=LAST_POSSIBLE_CAPABILITY).filter(|number| !CAPABILITIES.contains(number)) {
         match prctl("drop capabilities", libc::PR_CAPBSET_DROP, c_ulong::from(capability)) {
             // The kernel does not know one of this number.
@@ -271,15 +239,10 @@ fn drop_capabilities() -> Result<(), Error> {
             result => result?,
         }
     }
-    let kept = CAPABILITIES.iter().fold(0u32, |set, number| set | 1 << number);
-    let header = [VERSION_3, 0];
-    // Effective, permitted and inheritable of the low word, then of the high one.
-    let sets = [kept, kept, 0, 0, 0, 0];
-    // SAFETY: header and sets have the layout that version 3 asks for.
-    if unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) } < 0 {
-        return Err(step("drop capabilities")(io::Error::last_os_error()));
-    }
-    Ok(())
+    let kept = CAPABILITIES.iter().fold(0, |set, number| set | 1 << number);
+    let kept = CapabilitySet::from_bits_retain(kept);
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: kept };
+    set_capabilities(None, sets).map_err(step("drop capabilities"))
 }
 
 #[cfg(test)]

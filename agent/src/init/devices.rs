@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use katana_protocol::mount::{attach_mount, clone_mount};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat};
 use nix::sys::stat::{FchmodatFlags, FileStat, Mode, SFlag, fchmodat, fstat, makedev, mknod, mknodat};
@@ -17,7 +18,6 @@ use super::confined::{Make, is};
 use super::control::{Failure, Result, reason};
 use super::mounts;
 use super::rootfs::Rootfs;
-use crate::syscalls::{attach_mount, clone_mount};
 
 /// Where nodes are made that a container can only have by a bind mount, below a directory of the container's: whoever
 /// may change the mode of one changes the file itself, so that no two have one in common.

@@ -13,6 +13,7 @@ use oci_spec::runtime::{
     Capabilities, Capability, IOPriorityClass, LinuxPersonalityDomain, LinuxSchedulerFlag,
     LinuxSchedulerPolicy, PosixRlimitType, Process, Scheduler,
 };
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 use super::control::{Failure, Result};
 use crate::seccomp::Filter;
@@ -216,23 +217,6 @@ struct Sets {
     ambient: u64,
 }
 
-/// `struct __user_cap_header_struct`, capset(2).
-#[repr(C)]
-struct CapabilityHeader {
-    version: u32,
-    pid: i32,
-}
-
-/// `struct __user_cap_data_struct`: one for each 32 capabilities.
-#[repr(C)]
-struct CapabilityData {
-    effective: u32,
-    permitted: u32,
-    inheritable: u32,
-}
-
-const LINUX_CAPABILITY_VERSION_3: u32 = 0x2008_0522;
-
 impl Sets {
     fn of(process: &Process) -> Self {
         // A process that says nothing has none.
@@ -264,16 +248,13 @@ impl Sets {
     }
 
     fn apply(&self) -> Result<()> {
-        let header = CapabilityHeader { version: LINUX_CAPABILITY_VERSION_3, pid: 0 };
-        let half = |shift: u32| CapabilityData {
-            effective: (self.effective >> shift) as u32,
-            permitted: (self.permitted >> shift) as u32,
-            inheritable: (self.inheritable >> shift) as u32,
+        let set = CapabilitySet::from_bits_retain;
+        let sets = CapabilitySets {
+            effective: set(self.effective),
+            permitted: set(self.permitted),
+            inheritable: set(self.inheritable),
         };
-        let data = [half(0), half(32)];
-        // SAFETY: header and data are what version 3 says, and live through the call.
-        let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
-        Errno::result(result).map_err(Failure::during("set the capabilities"))?;
+        set_capabilities(None, sets).map_err(Failure::during("set the capabilities"))?;
         for capability in (0..64).filter(|capability| self.ambient & 1 << capability != 0) {
             // SAFETY: numbers only.
             let result =

@@ -1,9 +1,10 @@
 //! Mount options, as mount(8) and the OCI runtime specification name them (config.md, "Linux mount options").
 
 use super::control::{Failure, Result};
-use crate::syscalls::{
-    MOUNT_ATTR_ATIME, MOUNT_ATTR_NOATIME, MOUNT_ATTR_NODEV, MOUNT_ATTR_NODIRATIME, MOUNT_ATTR_NOEXEC,
-    MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW, MOUNT_ATTR_RDONLY, MOUNT_ATTR_STRICTATIME, MountAttributes,
+use katana_protocol::mount::MountAttributes;
+use libc::{
+    MOUNT_ATTR__ATIME, MOUNT_ATTR_NOATIME, MOUNT_ATTR_NODEV, MOUNT_ATTR_NODIRATIME, MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID, MOUNT_ATTR_NOSYMFOLLOW, MOUNT_ATTR_RDONLY, MOUNT_ATTR_STRICTATIME,
 };
 
 /// How a bind mount is made.
@@ -125,8 +126,8 @@ impl Options {
             }
             // mount_setattr(2): the mask has to be cleared for any of its values to be set.
             Meaning::AccessTime(value) => {
-                attributes.set = attributes.set & !MOUNT_ATTR_ATIME | value;
-                attributes.clear |= MOUNT_ATTR_ATIME;
+                attributes.set = attributes.set & !MOUNT_ATTR__ATIME | value;
+                attributes.clear |= MOUNT_ATTR__ATIME;
             }
             Meaning::Bind(bind) => self.bind = Some(bind),
             Meaning::Propagation(propagation) => self.propagation.push((propagation, recursive)),
@@ -160,7 +161,7 @@ mod tests {
     fn what_containerd_writes_is_understood() {
         let dev = options("nosuid,strictatime,mode=755,size=65536k");
         assert_eq!(dev.attributes.set, MOUNT_ATTR_NOSUID | MOUNT_ATTR_STRICTATIME);
-        assert_eq!(dev.attributes.clear, MOUNT_ATTR_ATIME);
+        assert_eq!(dev.attributes.clear, MOUNT_ATTR__ATIME);
         assert_eq!(dev.data, ["mode=755", "size=65536k"]);
 
         let volume = options("rbind,rprivate,ro");
@@ -176,7 +177,7 @@ mod tests {
     fn recursive_forms_are_for_all_below() {
         let deep = options("rbind,rro,rnosuid,rnoatime,rexec");
         assert_eq!(deep.recursive.set, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOATIME);
-        assert_eq!(deep.recursive.clear, MOUNT_ATTR_ATIME | MOUNT_ATTR_NOEXEC);
+        assert_eq!(deep.recursive.clear, MOUNT_ATTR__ATIME | MOUNT_ATTR_NOEXEC);
         assert_eq!(deep.attributes, MountAttributes::default());
         assert!(deep.data.is_empty());
     }

@@ -7,6 +7,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 
 use katana_protocol::GUEST_VOLUMES;
+use katana_protocol::mount::{MountAttributes, attach_mount, clone_mount, set_mount};
+use libc::MOUNT_ATTR_RDONLY;
 use nix::fcntl::{OFlag, open};
 use nix::sched::CloneFlags;
 use nix::sys::stat::{Mode, SFlag, fstat};
@@ -18,7 +20,7 @@ use super::control::{Failure, Result, reason};
 use super::mount_options::{Bind, Options, parse};
 use super::namespaces::Wanted;
 use super::rootfs::{MOUNT_POINT, Rootfs};
-use crate::syscalls::{MOUNT_ATTR_RDONLY, MountAttributes, attach_mount, clone_mount, new_mount, set_mount};
+use crate::syscalls::new_mount;
 
 /// File systems that are not on a device: read-only is the mount's business alone.
 const VIRTUAL: &[&str] =

@@ -4,6 +4,8 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use katana_protocol::mount::{MountAttributes, attach_mount, clone_mount, set_mount, set_mount_path};
+use libc::{MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY};
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, fstat, makedev};
@@ -13,10 +15,7 @@ use oci_spec::runtime::Spec;
 use super::confined::{Root, is};
 use super::control::{Failure, Result};
 use super::mount_options;
-use crate::syscalls::{
-    MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, MountAttributes, attach_mount,
-    clone_mount, new_mount, set_mount, set_mount_path,
-};
+use crate::syscalls::new_mount;
 
 /// Where the agent keeps a directory over which each container, in its own mount namespace, mounts its root.
 pub const MOUNT_POINT: &str = "/run/kata-containers/rootfs";

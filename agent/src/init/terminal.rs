@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
+use katana_protocol::mount::{attach_mount, clone_mount};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
@@ -14,7 +15,6 @@ use super::confined::Make;
 use super::control::{Control, Failure, Report, Result};
 use super::mounts::check_proc;
 use super::rootfs::Rootfs;
-use crate::syscalls::{attach_mount, clone_mount};
 
 const MULTIPLEXER: &str = "/dev/pts/ptmx";
 /// linux/magic.h

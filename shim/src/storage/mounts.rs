@@ -10,15 +10,14 @@
 //! ([`AddedFlags`]).
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use katana_protocol::kernel;
+use katana_protocol::mount::{MountAttributes, attach_mount, copy_mount, set_mount};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat, openat2};
 use nix::mount::{MntFlags, umount2};
@@ -48,10 +47,6 @@ impl Access {
     pub fn lets_write(self) -> bool {
         matches!(self, Self::Inherited | Self::RecursivelyWritable)
     }
-}
-
-fn path_of(path: &Path) -> io::Result<CString> {
-    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
 /// Takes the descriptor that a system call has answered with.
@@ -85,14 +80,9 @@ impl From<Detached> for OwnedFd {
 }
 
 impl Detached {
-    /// A copy of the mount at `source`: open_tree(2) with OPEN_TREE_CLONE.
+    /// A copy of the mount at `source`.
     pub fn copy(source: &Path, recursive: bool) -> io::Result<Self> {
-        let path = path_of(source)?;
-        let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
-        let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | u32::try_from(recursive).unwrap_or(0);
-        // SAFETY: a path that outlives the call, and integers.
-        let copy = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
-        owned(copy).map(Self).map_err(|e| kernel::OPEN_TREE.explain(e))
+        copy_mount(source, recursive).map(Self)
     }
 
     /// A copy of `source` for a container. Mounts that the host makes below it later appear if it `follows`; none goes
@@ -109,35 +99,10 @@ impl Detached {
         Ok(tree)
     }
 
-    /// mount_setattr(2): sets and clears attributes, and sets the propagation type.
+    /// Sets and clears attributes, and sets the propagation type.
     pub fn set(&self, set: u64, clear: u64, propagation: u64, recursive: bool) -> io::Result<()> {
-        let attr = libc::mount_attr { attr_set: set, attr_clr: clear, propagation, userns_fd: 0 };
-        let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-        // SAFETY: an empty path, and a structure of the given size that outlives the call.
-        Errno::result(unsafe {
-            libc::syscall(
-                libc::SYS_mount_setattr,
-                self.0.as_raw_fd(),
-                c"".as_ptr(),
-                flags,
-                &raw const attr,
-                size_of::<libc::mount_attr>(),
-            )
-        })
-        .map_err(|e| kernel::MOUNT_SETATTR.explain(e))?;
-        Ok(())
-    }
-
-    /// move_mount(2): attaches it, in this thread's mount namespace, to a directory or file.
-    fn attach(&self, target: &OwnedFd) -> io::Result<()> {
-        let flags = libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH;
-        let (from, to) = (self.0.as_raw_fd(), target.as_raw_fd());
-        // SAFETY: empty paths, and integers.
-        Errno::result(unsafe {
-            libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), to, c"".as_ptr(), flags)
-        })
-        .map_err(|e| kernel::MOVE_MOUNT.explain(e))?;
-        Ok(())
+        let attributes = MountAttributes { set, clear, propagation, user_namespace: 0 };
+        set_mount(self, &attributes, recursive)
     }
 }
 
@@ -307,9 +272,9 @@ impl<'a> Attachments<'a> {
             setns(self.namespace, CloneFlags::CLONE_NEWNS)?;
             for step in &steps {
                 match step {
-                    Step::Mount(target, mount) => mount.attach(&self.find(target)?)?,
+                    Step::Mount(target, mount) => attach_mount(mount, self.find(target)?)?,
                     Step::Try(target, mount) => {
-                        if let Err(e) = self.find(target).and_then(|found| mount.attach(&found)) {
+                        if let Err(e) = self.find(target).and_then(|found| attach_mount(mount, found)) {
                             log::info!("mount {}: {e}", target.display());
                         }
                     }

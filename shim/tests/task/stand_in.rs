@@ -1,7 +1,6 @@
 //! What takes the VMM's place: this test's own binary, started by a script that the configuration names.
 
 use std::collections::HashMap;
-use std::ffi::CString;
 use std::fs;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -186,13 +185,7 @@ fn make_guest_of_namespace(directory: &Path, share: &OwnedFd) {
     let guest_share = run.join(Path::new(GUEST_SHARE).strip_prefix("/run").unwrap());
     fs::create_dir_all(&guest_share).unwrap();
     mount(Some(&run), "/run", none, MsFlags::MS_BIND | MsFlags::MS_REC, none).unwrap();
-    let target = CString::new(GUEST_SHARE).unwrap();
-    // SAFETY: strings that outlive the call, and integers.
-    let moved = unsafe {
-        let (from, flags) = (share.as_raw_fd(), libc::MOVE_MOUNT_F_EMPTY_PATH);
-        libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), libc::AT_FDCWD, target.as_ptr(), flags)
-    };
-    assert_eq!(moved, 0, "{}", std::io::Error::last_os_error());
+    katana_protocol::mount::attach_mount_at(share, Path::new(GUEST_SHARE)).unwrap();
     mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), none).unwrap();
 }
 

@@ -66,7 +66,7 @@ fn outside(share: &Path, mut writer: File, check: Check) -> i32 {
     fs::create_dir(&later).unwrap();
     fs::write(share.join("marker"), "here").unwrap();
 
-    let directory = copy_of_mount(share);
+    let directory = copy_mount(share, false).unwrap();
     stand_alone(&[writer.as_raw_fd(), directory.as_raw_fd()]);
     let (mounted, say_mounted) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let (done, say_done) = pipe2(OFlag::O_CLOEXEC).unwrap();
@@ -86,9 +86,9 @@ fn outside(share: &Path, mut writer: File, check: Check) -> i32 {
             fs::write(later.join("hello"), "from outside").unwrap();
             let pid = *jailed.lock().unwrap();
             fs::copy(format!("/proc/{pid}/status"), later.join("status")).unwrap();
-            let made = copy_of_mount(&later);
+            let made = copy_mount(&later, false).unwrap();
             setns(File::open(format!("/proc/{pid}/ns/mnt")).unwrap(), CloneFlags::CLONE_NEWNS).unwrap();
-            move_mount(&made, c"/later");
+            attach_mount_at(&made, Path::new("/later")).unwrap();
             drop((say_mounted, say_done));
             let _ = read(&done, &mut [0]);
         }
@@ -125,26 +125,6 @@ fn stand_alone(kept: &[c_int]) {
     let (_, errors) = pipe2(OFlag::O_CLOEXEC).unwrap();
     dup2_stderr(&errors).unwrap();
     escape::hand_over();
-}
-
-/// open_tree(2)
-fn copy_of_mount(path: &Path) -> OwnedFd {
-    let path = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
-    // SAFETY: a string that outlives the call, and integers.
-    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
-    // SAFETY: the kernel has just made this descriptor for us.
-    unsafe { OwnedFd::from_raw_fd(Errno::result(fd).unwrap() as c_int) }
-}
-
-/// move_mount(2)
-fn move_mount(mount: &OwnedFd, target: &CStr) {
-    let (from, flags) = (mount.as_raw_fd(), libc::MOVE_MOUNT_F_EMPTY_PATH);
-    // SAFETY: strings that outlive the call, and integers.
-    Errno::result(unsafe {
-        libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), libc::AT_FDCWD, target.as_ptr(), flags)
-    })
-    .unwrap();
 }
 
 /// netdevice(7)

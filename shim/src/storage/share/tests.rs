@@ -10,7 +10,6 @@ use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, fchdir, pivot_root};
 use serde_json::json;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
 /// Runs `test` in a directory and a mount namespace that end with it.
@@ -48,12 +47,7 @@ pub fn namespace_in(root: &OwnedFd) -> OwnedFd {
             mount::<str, _, str, str>(None, "/", None, MsFlags::MS_REC | MsFlags::MS_SLAVE, None).unwrap();
             let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
             let namespace = open("/proc/thread-self/ns/mnt", flags, Mode::empty()).unwrap();
-            // SAFETY: strings that outlive the call, and integers.
-            let moved = unsafe {
-                let (from, flags) = (root.as_raw_fd(), libc::MOVE_MOUNT_F_EMPTY_PATH);
-                libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), libc::AT_FDCWD, c"/".as_ptr(), flags)
-            };
-            assert_eq!(moved, 0, "{}", io::Error::last_os_error());
+            katana_protocol::mount::attach_mount_at(root, Path::new("/")).unwrap();
             fchdir(root).unwrap();
             pivot_root(".", ".").unwrap();
             umount2(".", MntFlags::MNT_DETACH).unwrap();

@@ -70,26 +70,13 @@ const TARGETS: [&CStr; 5] =
 pub fn hand_over() {
     let path = format!("/tmp/katana-escape-{}", std::process::id());
     fs::write(&path, "outside").unwrap();
-    let mount = copy_of_mount(Path::new(&path));
+    let mount = copy_mount(Path::new(&path), false).unwrap();
     let file = File::open(format!("/proc/self/fd/{}", mount.as_raw_fd())).unwrap();
-    let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
+    let attributes = MountAttributes {
+        set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV,
+        ..MountAttributes::default()
     };
-    // SAFETY: an empty path, and a structure of the given size that outlives the call.
-    Errno::result(unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attributes,
-            size_of::<libc::mount_attr>(),
-        )
-    })
-    .unwrap();
+    set_mount(&mount, &attributes, false).unwrap();
     fs::remove_file(&path).unwrap();
     // SAFETY: the number is free.
     Errno::result(unsafe { libc::dup3(file.as_raw_fd(), HANDED, libc::O_CLOEXEC) }).unwrap();
