@@ -4,9 +4,9 @@
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "kata-runtime iptables: the guest's image has no iptables program. Its kernel has packet filters: a container of the \
-         pod that has the program and CAP_NET_ADMIN, such as the init container of a service mesh or one of \
-         kubectl debug --profile=netadmin, reads and sets them"
+        "kata-runtime iptables: the guest has no iptables program, its image has the agent and a busybox. Its kernel has packet \
+         filters: a container of the pod that has the program and CAP_NET_ADMIN, such as the init container of a service \
+         mesh or one of `kubectl debug --profile=netadmin`, reads and sets them"
     )]
     Iptables,
     #[error(

@@ -99,14 +99,13 @@ async fn to_its_end(pod: &Pod, exec: Exec, gone: oneshot::Receiver<()>, place: &
 fn wanted(pod: &Pod, machine: &Machine, exec: Exec) -> Result<Wanted> {
     let container = exec.container.as_deref().map(|id| pod.container(id)).transpose()?;
     if let Some(container) = &container {
-        let state = match container.init.phase() {
-            Phase::Running if container.is_paused() => Some("is paused"),
-            Phase::Running => None,
-            Phase::Created => Some("has not been started"),
-            Phase::Stopped(_) => Some("has ended"),
-        };
-        if let Some(state) = state {
-            return Err(Error::FailedPrecondition(format!("container {} {state}", container.id)));
+        let id = &container.id;
+        let refused = |text: String| Err(Error::FailedPrecondition(text));
+        match container.init.phase() {
+            Phase::Running if !container.is_paused() => {}
+            Phase::Running => return refused(format!("container {id} is paused")),
+            Phase::Created => return refused(format!("container {id} has not been started")),
+            Phase::Stopped(_) => return refused(format!("container {id} has ended")),
         }
     } else if !machine.debug_console {
         return Err(Error::FailedPrecondition(format!(
