@@ -78,6 +78,35 @@ async fn links_of_a_container_lead_nowhere_else() {
     guest.remove("c").await;
 }
 
+/// Of a container with users of its own, root is the one of these.
+#[tokio::test]
+async fn in_a_user_namespace_files_are_of_its_users() {
+    use std::os::unix::fs::MetadataExt;
+    let guest = Guest::new("copies-userns").await;
+    let owner =
+        std::process::Command::new("chown").args(["-R", "-h", "100000:100000"]).arg(guest.rootfs()).status();
+    assert!(owner.unwrap().success());
+    let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    let mut spec = guest.spec(&["sleep", "1000"]);
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+    spec["linux"]["uidMappings"] = map.clone();
+    spec["linux"]["gidMappings"] = map;
+    guest.create("c", &spec, &Default::default()).await.unwrap();
+    guest.start("c").await.unwrap();
+    let file = guest.directory.join("file");
+    fs::write(&file, "text").unwrap();
+    std::os::unix::fs::chown(&file, Some(7), Some(8)).unwrap();
+    let mut stream = Vec::new();
+    pack(&file, false, &mut stream, &mut |_, _| ()).unwrap();
+    let keeping = json!({"in": {"path": "/tmp/kept", "archive": false, "keeps": true}});
+    for (asked, name, owner) in [(into("/tmp"), "file", 100_000), (keeping, "kept", 100_007)] {
+        let copied = guest.copy("c", &asked, Some(&stream)).await;
+        assert_eq!((copied.status, copied.stderr.as_str()), (0, ""));
+        assert_eq!(fs::metadata(guest.rootfs().join("tmp").join(name)).unwrap().uid(), owner);
+    }
+    guest.remove("c").await;
+}
+
 /// Whoever traced it could use its privileges.
 #[tokio::test]
 async fn a_container_does_not_see_who_copies() {

@@ -108,11 +108,19 @@ impl Running {
         let running = Self { process, agent, machine: Arc::clone(machine) };
         let (agent, process) = (&running.agent, &running.process);
         let spec = process.spec_for_guest();
-        let pid = agent.exec_process(&process.name, spec, streams.ports(), copies).await?;
-        if let Err(e) = streams.connected().await {
-            running.end().await;
-            return Err(e);
-        }
+        let pid = match agent.exec_process(&process.name, spec, streams.ports(), copies).await {
+            Ok(pid) => streams.connected().await.map(|()| pid),
+            // The guest may start it still.
+            Err(e @ Error::DeadlineExceeded(_)) => Err(e),
+            Err(e) => return Err(e),
+        };
+        let pid = match pid {
+            Ok(pid) => pid,
+            Err(e) => {
+                running.end().await;
+                return Err(e);
+            }
+        };
         process.exists(pid, streams);
         process.started();
         // What is to be read is at hand: the client has its end of the FIFO open before it asks.
