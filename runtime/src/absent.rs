@@ -6,7 +6,7 @@ pub enum Error {
     #[error(
         "kata-runtime iptables: the guest has no iptables program, its image has the agent and a busybox. Its kernel has packet \
          filters: a container of the pod that has the program and CAP_NET_ADMIN, such as the init container of a service \
-         mesh or one of `kubectl debug --profile=netadmin`, reads and sets them"
+         mesh or one of kubectl debug --profile=netadmin, reads and sets them"
     )]
     Iptables,
     #[error(
