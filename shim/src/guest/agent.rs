@@ -137,7 +137,7 @@ impl Agent {
 
     fn check_missed(&self, name: &str) -> Result<()> {
         if self.missed().is_some_and(|missed| missed.elapsed() < NO_LOOK) {
-            return Err(Error::DeadlineExceeded(format!("{name}: the agent does not answer")));
+            return Err(silent(name));
         }
         Ok(())
     }
@@ -352,8 +352,7 @@ impl Agent {
         let (client, request) = (self.client.clone(), api::Empty::new());
         let call = async move { client.guest_stats(with_duration(limit), &request).await };
         let answer = tokio::time::timeout(limit, self.call("GuestStats", Some(limit), call)).await;
-        let answer =
-            answer.map_err(|_| Error::DeadlineExceeded("GuestStats: the agent does not answer".into()))??;
+        let answer = answer.map_err(|_| silent("GuestStats"))??;
         // What is in them is looked at where they are read: interfaces can have any names.
         if length(&answer.files) > MOST_STATS { Err(nonsense("GuestStats")) } else { Ok(answer) }
     }
@@ -463,6 +462,10 @@ impl Agent {
 
 fn length(files: &HashMap<String, String>) -> usize {
     files.iter().map(|(name, text)| name.len() + text.len()).sum()
+}
+
+fn silent(name: &str) -> Error {
+    Error::DeadlineExceeded(format!("{name}: the agent does not answer"))
 }
 
 fn nonsense(name: &str) -> Error {

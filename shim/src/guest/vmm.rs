@@ -276,7 +276,8 @@ impl Vmm {
     /// Has the VMM make a thread that does nothing.
     pub async fn add_placeholder(&self) -> Result<Thread> {
         let Done::Thread(inner) = self.ask(Request::AddPlaceholder, Vec::new()).await? else {
-            return Err(Error::Host("kata-vmm: no thread".into()));
+            // No other answer comes to it.
+            return Err(Error::Unavailable("the VM is gone".into()));
         };
         let vmm = self.pid();
         // The VMM knows itself by other ids, and none of a process but its own is believed.
