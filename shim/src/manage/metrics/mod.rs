@@ -6,14 +6,13 @@ mod counts;
 mod guest;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use katana_metrics::process::{self, Files, Whose, booted};
 use katana_metrics::text::{Kind, Text};
 use katana_protocol::agent::GuestStatsResponse;
 use katana_protocol::counters::Counter;
-use tokio::sync::Mutex;
 
 use crate::host::durations::{self, Of};
 use crate::machine::Machine;
@@ -24,8 +23,8 @@ const GUEST_LIMIT: Duration = Duration::from_millis(700);
 /// How long the VMM may take.
 const VMM_LIMIT: Duration = Duration::from_millis(300);
 
-/// How often somebody has asked, and what the pod had used the last time: one at a time is answered.
-static ASKED: Mutex<Asked> = Mutex::const_new(Asked { times: 0, used: None });
+/// How often somebody has asked, and what the pod had used the last time.
+static ASKED: Mutex<Asked> = Mutex::new(Asked { times: 0, used: None });
 
 struct Asked {
     times: u64,
@@ -66,9 +65,9 @@ struct Vmm {
 /// The text.
 pub async fn text(pod: &Pod) -> String {
     let machine = pod.launched().borrow().clone();
-    let mut asked = ASKED.lock().await;
-    asked.times += 1;
     let mut seen = see(machine.as_ref()).await;
+    let mut asked = ASKED.lock().unwrap_or_else(PoisonError::into_inner);
+    asked.times += 1;
     seen.asked = asked.times;
     if let Some(used) = seen.used() {
         let before = asked.used.replace(used);
