@@ -1,13 +1,19 @@
 //! What `kata-runtime exec` and `kata-runtime cp` ask of a shim, by the program itself.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::PauseRequest;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{LocalFlags, tcgetattr};
 use nix::unistd::Pid;
 
 use crate::containerd::{Containerd, can_run, ctx, eventually, say_skipped};
@@ -75,6 +81,10 @@ async fn exec_runs_in_the_guest_where_the_configuration_says_so() {
     let script = "echo out; echo err >&2; exit 3";
     let output = parts(&run(&tool, &["exec", "-c", &id, &id, "sh", "-c", script], b"").await);
     assert_eq!(output, (3, "out\n".to_owned(), "err\n".to_owned()));
+    // Who holds its output open does not hold it up.
+    let script = "sleep 1000 & echo hi";
+    let output = parts(&run(&tool, &["exec", "-c", &id, &id, "sh", "-c", script], b"").await);
+    assert_eq!(output, (0, "hi\n".to_owned(), String::new()));
     let pause = PauseRequest { id: id.clone(), ..Default::default() };
     containerd.client.pause(ctx(), &pause).await.unwrap();
     let paused = parts(&run(&tool, &["exec", "-c", &id, &id, "true"], b"").await);
@@ -104,6 +114,72 @@ async fn exec_runs_in_the_guest_where_the_configuration_says_so() {
         state.map(|entry| entry.path()).filter(|path| path.to_string_lossy().contains(&id)).collect();
     let left: Vec<_> = fs::read_dir(&state[0]).unwrap().flatten().map(|entry| entry.file_name()).collect();
     assert!(!left.iter().any(|name| name.to_string_lossy().starts_with("exec-")), "{left:?}");
+    containerd.end().await;
+}
+
+/// The tool on a terminal of its own, which the test holds.
+struct Terminal {
+    master: fs::File,
+    child: Child,
+    seen: Arc<Mutex<String>>,
+}
+
+impl Terminal {
+    fn spawn(tool: &Path, arguments: &[&str], size: Winsize) -> Self {
+        let pair = openpty(&size, None).unwrap();
+        let master = fs::File::from(pair.master);
+        fcntl(&master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+        let mut command = Command::new(tool);
+        let slave = || pair.slave.try_clone().unwrap();
+        command.args(arguments).stdin(slave()).stdout(slave()).stderr(slave());
+        // SAFETY: setsid and ioctl may be called between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                nix::unistd::setsid()?;
+                nix::errno::Errno::result(libc::ioctl(0, libc::TIOCSCTTY, 0)).map(drop).map_err(Into::into)
+            });
+        }
+        let child = command.spawn().unwrap();
+        let (seen, mut reader) = (Arc::new(Mutex::new(String::new())), master.try_clone().unwrap());
+        let shown = Arc::clone(&seen);
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = reader.read(&mut buffer) {
+                shown.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..length]));
+            }
+        });
+        Self { master, child, seen }
+    }
+
+    async fn type_until(&self, keys: &str, text: &str) {
+        (&self.master).write_all(keys.as_bytes()).unwrap();
+        eventually(|| self.seen.lock().unwrap().contains(text)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_shell_on_a_terminal_has_its_size_and_its_keys() {
+    let Some(tool) = tool() else { return };
+    let containerd = Containerd::start_with("tools-tty", "console=on").await;
+    containerd.run("exec sleep 1000").await;
+    let size = |ws_row, ws_col| Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 };
+    let mut terminal = Terminal::spawn(&tool, &["exec", &containerd.id()], size(31, 71));
+    terminal.type_until("stty size\n", "31 71").await;
+    let changed = size(41, 81);
+    // SAFETY: TIOCSWINSZ reads a winsize, which lives through the call.
+    let set = unsafe { libc::ioctl(terminal.master.as_raw_fd(), libc::TIOCSWINSZ, &raw const changed) };
+    assert_eq!(set, 0);
+    let wait = "until [ \"$(stty size)\" = '41 81' ]; do sleep 0.1; done; echo now it $((40 + 2))\n";
+    terminal.type_until(wait, "now it 42").await;
+    // Ctrl-C is the shell's.
+    terminal.type_until("echo begins $((1 + 1)); sleep 1000\n", "begins 2").await;
+    terminal.type_until("\x03echo still $((40 + 3))\n", "still 43").await;
+    let raw = tcgetattr(&terminal.master).unwrap().local_flags;
+    assert!(!raw.contains(LocalFlags::ICANON));
+    (&terminal.master).write_all(b"exit 9\n").unwrap();
+    let status = terminal.child.wait().unwrap();
+    assert_eq!(status.code(), Some(9));
+    assert!(tcgetattr(&terminal.master).unwrap().local_flags.contains(LocalFlags::ICANON), "as it was");
     containerd.end().await;
 }
 
