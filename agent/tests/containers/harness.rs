@@ -348,7 +348,6 @@ impl Drop for Guest {
         for root in [cgroup.to_owned(), cgroup.join("unified")] {
             let of_test = root.join(self.directory.file_name().unwrap());
             let _ = fs::write(of_test.join("cgroup.kill"), "1");
-            let _ = fs::remove_dir(root.join(".guest"));
             // The dead leave in their own time.
             for _ in 0..100 {
                 for container in ["c", "d"] {
