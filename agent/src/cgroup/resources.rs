@@ -1,9 +1,10 @@
 //! OCI resources as values of cgroup v2 files.
 //!
 //! The OCI runtime specification speaks cgroup v1; the conversions are those that every runtime agrees on
-//! (runtime-spec, config-linux.md; Linux, cgroup-v2.rst).
+//! (runtime-spec, config-linux.md; Linux, cgroup-v2.rst). What names CPUs, disks and NICs of the host the shim leaves
+//! out, so it has no conversion here (`shim/src/spec.rs` `resources_for_guest`).
 
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
+use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 
 /// One value for one file.
 #[derive(Debug, PartialEq, Eq)]
@@ -38,9 +39,6 @@ pub fn settings(resources: &LinuxResources, memory_current: Option<i64>) -> Resu
             0 => (),
             limit => settings.push(must("pids.max", max_below_zero(limit))),
         }
-    }
-    if let Some(io) = resources.block_io() {
-        io_settings(io, &mut settings);
     }
     for limit in resources.hugepage_limits().iter().flatten() {
         let size = limit.page_size();
@@ -129,44 +127,11 @@ fn cpu_settings(cpu: &LinuxCpu, settings: &mut Vec<Setting>) {
     };
     settings.extend(max);
     settings.extend(burst);
-    for (file, value) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
-        if let Some(value) = value.as_deref().filter(|value| !value.is_empty()) {
-            settings.push(must(file, value));
-        }
-    }
 }
 
 /// Shares 2..=262144 onto weights 1..=10000.
 fn weight_of_shares(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
-}
-
-/// Weights of v1, 10..=1000, onto those of v2, 1..=10000.
-fn io_weight(weight: u16) -> u64 {
-    1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9999 / 990
-}
-
-/// Best effort: the devices of the host are not those of the guest, and the weight needs a scheduler that has weights.
-fn io_settings(io: &LinuxBlockIo, settings: &mut Vec<Setting>) {
-    if let Some(weight) = io.weight().filter(|weight| *weight != 0) {
-        settings.push(try_to("io.weight", format!("default {}", io_weight(weight))));
-    }
-    for device in io.weight_device().iter().flatten() {
-        if let Some(weight) = device.weight() {
-            let value = format!("{}:{} {}", device.major(), device.minor(), io_weight(weight));
-            settings.push(try_to("io.weight", value));
-        }
-    }
-    let mut throttle = |devices: &Option<Vec<LinuxThrottleDevice>>, key: &str| {
-        for device in devices.iter().flatten() {
-            let value = format!("{}:{} {key}={}", device.major(), device.minor(), device.rate());
-            settings.push(try_to("io.max", value));
-        }
-    };
-    throttle(io.throttle_read_bps_device(), "rbps");
-    throttle(io.throttle_write_bps_device(), "wbps");
-    throttle(io.throttle_read_iops_device(), "riops");
-    throttle(io.throttle_write_iops_device(), "wiops");
 }
 
 #[cfg(test)]
@@ -198,11 +163,9 @@ mod tests {
             (r#"{"cpu":{"quota":50000,"period":100000}}"#, &[("cpu.max", "50000 100000")]),
             (r#"{"cpu":{"quota":-1}}"#, &[("cpu.max", "max 100000")]),
             (r#"{"cpu":{"period":50000}}"#, &[("cpu.max", "max 50000")]),
-            (r#"{"cpu":{"cpus":"0-1","mems":""}}"#, &[("cpuset.cpus", "0-1")]),
             (r#"{"pids":{"limit":64}}"#, &[("pids.max", "64")]),
             (r#"{"pids":{"limit":-1}}"#, &[("pids.max", "max")]),
             (r#"{"pids":{"limit":0}}"#, &[]),
-            (r#"{"blockIO":{"weight":500}}"#, &[("io.weight", "default 4950")]),
             (r#"{"hugepageLimits":[{"pageSize":"2MB","limit":9}]}"#, &[("hugetlb.2MB.max", "9")]),
             (r#"{"unified":{"memory.high":"5"}}"#, &[("memory.high", "5")]),
         ];
