@@ -129,6 +129,8 @@ pub enum Request {
     },
     /// Asks what the VMM has counted. Answered by [`Event::Counts`].
     Counts,
+    /// Asks for the guest's console. Answered by [`Event::Console`].
+    Console,
 }
 
 /// What the VMM reports to the shim.
@@ -162,6 +164,8 @@ pub enum Event {
     },
     /// What the VMM has counted: a number for each of [`crate::counters::Counter::ALL`].
     Counts(Vec<u64>),
+    /// The last lines of the guest's console.
+    Console(String),
     /// The answer to a request to attach or detach, or about a thread or vCPUs: an error text if it failed.
     Done(Option<String>),
     /// The template has been made; or why it cannot be made, or is refused. The VM runs in any case.

@@ -20,9 +20,10 @@ pub enum Error {
     Output(#[from] io::Error),
 }
 
-/// The pod's lines in the shim's log.
-pub fn logs(id: &str, follow: bool, out: &mut dyn Write) -> Result<(), Error> {
-    run("logs", id, follow, &mut |line| writeln!(out, "{}", plain_line(line)))
+/// The pod's lines in the shim's log, or its guest's console.
+pub fn logs(id: &str, console: bool, follow: bool, out: &mut dyn Write) -> Result<(), Error> {
+    let verb = if console { "console" } else { "logs" };
+    run(verb, id, follow, &mut |line| writeln!(out, "{}", plain_line(line)))
 }
 
 /// What the pod has told containerd.

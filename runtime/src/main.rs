@@ -98,6 +98,9 @@ enum Command {
     Logs {
         /// The pod, by its id or the beginning of it
         pod: String,
+        /// Show the last lines of the guest's console instead
+        #[arg(long, conflicts_with = "follow")]
+        console: bool,
         /// Go on until the pod ends
         #[arg(short, long)]
         follow: bool,
@@ -292,7 +295,7 @@ fn run(cli: Cli) -> Result<(), Error> {
         Some(Command::List { json, no_trunc }) => list::run(json, no_trunc, &mut out)?,
         Some(Command::Stats { pod, json }) => stats::run(pod.as_deref(), json, &mut out)?,
         Some(Command::Metrics { pod }) => metrics::run(&pod, &mut out)?,
-        Some(Command::Logs { pod, follow }) => lines::logs(&pod, follow, &mut out)?,
+        Some(Command::Logs { pod, console, follow }) => lines::logs(&pod, console, follow, &mut out)?,
         Some(Command::Events { pod, follow, json }) => lines::events(&pod, follow, json, &mut out)?,
         Some(Command::Cp(_) | Command::Do(_) | Command::Exec(_)) | None => {
             write!(out, "{}", Cli::command().render_help())?;
@@ -352,6 +355,7 @@ mod tests {
             "kata-runtime stats abc",
             "kata-runtime metrics abc",
             "kata-runtime logs -f abc",
+            "kata-runtime logs --console abc",
             "kata-runtime events abc --follow --json",
         ] {
             assert!(Cli::try_parse_from(line.split(' ')).is_ok(), "{line}");

@@ -11,6 +11,7 @@ use katana_protocol::vmm::{CONTROL_FD, Error, Event, Request, receive, send};
 use nix::sys::socket::{setsockopt, sockopt::SendTimeout};
 use nix::sys::time::TimeVal;
 
+use crate::console_ring::ConsoleRing;
 use crate::counters;
 use crate::end::{End, Ended};
 use crate::error;
@@ -119,6 +120,7 @@ enum Refused {
 pub struct ControlService {
     control: Control,
     slots: Slots,
+    console: ConsoleRing,
     end: Arc<End>,
     /// By their ids.
     placeholders: HashMap<i32, Placeholder>,
@@ -126,8 +128,8 @@ pub struct ControlService {
 
 impl ControlService {
     /// A service for these slots, which ends the VM when the shim is gone.
-    pub fn new(control: Control, slots: Slots, end: Arc<End>) -> Self {
-        Self { control, slots, end, placeholders: HashMap::new() }
+    pub fn new(control: Control, slots: Slots, console: ConsoleRing, end: Arc<End>) -> Self {
+        Self { control, slots, console, end, placeholders: HashMap::new() }
     }
 
     fn serve(&mut self, request: &Request, fds: Vec<OwnedFd>) -> Result<(), Error> {
@@ -151,6 +153,7 @@ impl ControlService {
                 Ok(thread) => return self.control.report(&Event::PlaceholderAdded { thread }),
                 Err(error) => Err(error),
             },
+            Request::Console => return self.control.report(&Event::Console(self.console.tail())),
             Request::Counts => return self.control.report(&Event::Counts(counters::all())),
             Request::RemovePlaceholder { thread } => {
                 self.placeholders.remove(&thread).map(Placeholder::end).ok_or(Refused::NoThread(thread))

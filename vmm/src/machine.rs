@@ -201,6 +201,11 @@ impl Machine {
         self.end.clone()
     }
 
+    /// What the guest has written to its console.
+    pub fn console(&self) -> ConsoleRing {
+        self.console.clone()
+    }
+
     /// Serves the devices until the VM ends; answers why, and the last lines of the console.
     pub fn run(mut self) -> (ExitReason, String) {
         let ended = loop {

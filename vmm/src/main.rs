@@ -112,7 +112,7 @@ fn run(control: &Control) -> Result<(), Error> {
         }
     });
     let (mut machine, slots) = Machine::build(&shape, files, jail, incoming, plugged, made)?;
-    machine.subscribe(ControlService::new(control.clone(), slots, machine.end()));
+    machine.subscribe(ControlService::new(control.clone(), slots, machine.console(), machine.end()));
     machine.start()?;
     control.report_running(machine.vm())?;
     let (reason, console) = machine.run();

@@ -64,6 +64,7 @@ enum Kind {
     Plain,
     Thread,
     Counts,
+    Console,
 }
 
 impl Kind {
@@ -71,6 +72,7 @@ impl Kind {
         match request {
             Request::AddPlaceholder => Self::Thread,
             Request::Counts => Self::Counts,
+            Request::Console => Self::Console,
             _ => Self::Plain,
         }
     }
@@ -83,6 +85,7 @@ enum Done {
     /// By its id in the VMM's pid namespace.
     Thread(i32),
     Counts(Vec<u64>),
+    Console(String),
 }
 
 impl Done {
@@ -91,6 +94,7 @@ impl Done {
             Self::Plain => Kind::Plain,
             Self::Thread(_) => Kind::Thread,
             Self::Counts(_) => Kind::Counts,
+            Self::Console(_) => Kind::Console,
         }
     }
 }
@@ -314,6 +318,15 @@ impl Vmm {
                 None
             }
             _ => None,
+        }
+    }
+
+    /// The last lines of the guest's console.
+    pub async fn console(&self) -> Result<String> {
+        match self.ask(Request::Console, Vec::new()).await? {
+            Done::Console(text) => Ok(text),
+            // No other answer comes to it.
+            _ => Err(Error::Unavailable("the VM is gone".into())),
         }
     }
 

@@ -132,6 +132,11 @@ impl Machine {
         self.vmm.counts(limit).await
     }
 
+    /// The last lines of the guest's console.
+    pub async fn console(&self) -> Result<String> {
+        self.vmm.console().await
+    }
+
     /// Where the machine began, in a word: at its boot if the template turned out to be of no use.
     pub fn start(&self) -> &'static str {
         let refused = matches!(&*self.vmm.template().borrow(), Some(Err(_)));

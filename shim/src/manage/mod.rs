@@ -114,6 +114,7 @@ async fn route(pod: &Arc<Pod>, request: Request<Incoming>) -> Result<Answer> {
         (&Method::GET, "/metrics") => Ok(text(CONTENT_TYPE, metrics::text(pod).await)),
         (&Method::GET, "/stats") => json(&describe::stats(pod).await),
         (&Method::GET, "/logs") => Ok(logs::answer(follows(&request))),
+        (&Method::GET, "/console") => logs::console(pod).await,
         (&Method::GET, "/events") => Ok(events::answer(pod, follows(&request))),
         (method, path) => Err(Error::NotFound(format!("{method} {path}"))),
     }

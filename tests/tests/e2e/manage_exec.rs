@@ -52,6 +52,11 @@ fn a_command_runs_in_the_guest_itself() {
     let start = &container.id()[..container.id().len() - 2];
     exec(&[start, "uname", "-s"]).output().ok().expect_text("Linux");
 
+    // What the kernel says on its console, at its most urgent.
+    exec(&[container.id(), "sh", "-c", "echo '<0>said by the guest' > /dev/kmsg"]).output().ok();
+    let shown = || runtime(&["logs", "--console", container.id()]).output().ok().text();
+    assert!(eventually(|| shown().contains("said by the guest")), "{}", shown());
+
     // Standard input, of more than all buffers on the way hold.
     let input = noise(3 << 20, 7);
     let sum = md5(&scratch.file("noise", &input));

@@ -147,6 +147,7 @@ impl Listener {
             }
             Event::Done(outcome) => self.answer(outcome.map_or(Ok(Done::Plain), |why| Err(one_line(&why)))),
             Event::PlaceholderAdded { thread } => self.answer(Ok(Done::Thread(thread))),
+            Event::Console(text) => self.answer(Ok(Done::Console(text))),
             Event::Counts(counts) => self.answer(Ok(Done::Counts(counts))),
             Event::Exit { .. } | Event::Failed(_) => Ok(()),
         }
