@@ -16,6 +16,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use change::Change;
+use katana_protocol::manage;
 use restart::Daemon;
 
 const CONTAINERD: &str = "etc/containerd/config.toml";
@@ -134,7 +135,11 @@ pub(crate) fn uninstall(options: &Options, out: &mut dyn Write) -> Result<(), Er
     if let Some(path) = &targets.crio {
         plan.add(crio::uninstall(path)?, Daemon::CRIO);
     }
-    if targets.all {
+    if targets.all && pods_run(&options.root) {
+        plan.notes.push(
+            "pods run: the links to the programs stay, containerd needs the shim for their end".to_owned(),
+        );
+    } else if targets.all {
         plan.changes.extend(links::uninstall(&options.root, &programs));
     }
     finish(&plan, options, out)
@@ -206,6 +211,11 @@ impl Targets {
     fn is_empty(&self) -> bool {
         self.containerd.is_empty() && self.docker.is_none() && self.crio.is_none()
     }
+}
+
+fn pods_run(root: &Path) -> bool {
+    let pods = std::fs::read_dir(root.join(manage::RUN.trim_start_matches('/')).join(manage::SANDBOXES));
+    pods.is_ok_and(|mut pods| pods.next().is_some())
 }
 
 /// The directory of this program and of those beside it, as the host names it.

@@ -318,6 +318,13 @@ fn a_disabled_plugin_is_left_alone() {
 }
 
 #[test]
+fn links_stay_while_pods_run() {
+    let root = Root::new(&[("run/kata-containers/sandboxes/a/state.json", "{}")]);
+    let said = root.uninstall("").unwrap();
+    assert!(said.starts_with("note: pods run: the links to the programs stay"), "{said}");
+}
+
+#[test]
 fn programs_are_linked() {
     let root = Root::new(&[("opt/kata/bin/kata-runtime", ""), ("opt/kata/bin/containerd-shim-kata-v2", "")]);
     let programs = Path::new("/opt/kata/bin");
