@@ -368,7 +368,7 @@ mod tests {
         for (line, expected) in [
             (
                 "kata-runtime iptables get --sandbox-id a --v6",
-                "kata-runtime iptables: the guest's image has no iptables program",
+                "kata-runtime iptables: the guest has no iptables program",
             ),
             (
                 "kata-runtime direct-volume add --volume-path /a",
