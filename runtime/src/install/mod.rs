@@ -135,12 +135,20 @@ pub(crate) fn uninstall(options: &Options, out: &mut dyn Write) -> Result<(), Er
     if let Some(path) = &targets.crio {
         plan.add(crio::uninstall(path)?, Daemon::CRIO);
     }
-    if targets.all && pods_run(&options.root) {
+    let links = links::uninstall(&options.root, &programs);
+    if links.is_empty() {
+        // There is nothing to say of them.
+    } else if pods_run(&options.root) {
         plan.notes.push(
             "pods run: the links to the programs stay, containerd needs the shim for their end".to_owned(),
         );
     } else if targets.all {
-        plan.changes.extend(links::uninstall(&options.root, &programs));
+        plan.changes.extend(links);
+    } else {
+        plan.notes.push(
+            "the links to the programs stay, others may need them; uninstall without options removes them"
+                .to_owned(),
+        );
     }
     finish(&plan, options, out)
 }

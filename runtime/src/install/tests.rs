@@ -318,10 +318,17 @@ fn a_disabled_plugin_is_left_alone() {
 }
 
 #[test]
-fn links_stay_while_pods_run() {
+fn links_stay_while_somebody_needs_them() {
     let root = Root::new(&[("run/kata-containers/sandboxes/a/state.json", "{}")]);
+    let shim = std::env::current_exe().unwrap().with_file_name("containerd-shim-kata-v2");
+    fs::create_dir_all(root.0.join("usr/local/bin")).unwrap();
+    std::os::unix::fs::symlink(shim, root.0.join("usr/local/bin/containerd-shim-kata-v2")).unwrap();
     let said = root.uninstall("").unwrap();
     assert!(said.starts_with("note: pods run: the links to the programs stay"), "{said}");
+    fs::remove_dir_all(root.0.join("run")).unwrap();
+    let said = root.uninstall("--docker").unwrap();
+    assert!(said.starts_with("note: the links to the programs stay, others may need them"), "{said}");
+    assert!(root.uninstall("").unwrap().starts_with("removed /usr/local/bin/containerd-shim-kata-v2\n"));
 }
 
 #[test]
