@@ -1,5 +1,6 @@
 """Called by scripts/check-charts."""
 import pathlib
+import re
 import sys
 
 import helm_python
@@ -67,6 +68,9 @@ def problems():
         yield "without an image, the values are accepted"
     except helm_python.HelmError:
         pass
+    version = re.search(r'^version = "(.*)"$', (ROOT / "Cargo.toml").read_text(), re.MULTILINE)[1]
+    if yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"] != version:
+        yield f"Chart.yaml: appVersion is not {version}"
     shipped = yaml.safe_load((ROOT / "config/runtimeclass.yaml").read_text())
     ours = next(document for document in documents(render(IMAGE)) if document["kind"] == "RuntimeClass")
     if (shipped["handler"], shipped["overhead"]) != (ours["handler"], ours["overhead"]):
