@@ -84,6 +84,11 @@ impl Docker {
         docker
     }
 
+    /// Its address, as `DOCKER_HOST` has it.
+    pub fn host(&self) -> &str {
+        &self.socket
+    }
+
     /// `docker`, with options that are separated by white space and further words.
     pub fn command(&self, options: &str, words: &[&str]) -> Command {
         let start = ["docker", "--host", &self.socket];

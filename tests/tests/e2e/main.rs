@@ -13,6 +13,7 @@ mod docker;
 mod exec;
 mod failures;
 mod faults;
+mod first_steps;
 mod guest;
 mod host_namespaces;
 mod install;
