@@ -55,10 +55,10 @@ fn list_shows_a_container_of_ctr() {
     let expected = json!({"id": id, "name": null, "image": null, "sandbox": false, "status": "running",
         "pid": container.pid(), "exit_status": null});
     assert_eq!(containers[0], expected);
-    // Memory is the host's own count.
+    // Memory is the host's own count, in which the part of what others have as well changes while these come and go.
     let rollup = |pid| std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
     let memory = |name: &str| pod["memory_kib"][name].as_u64().unwrap_or(0);
-    let near = |one: u64, other: u64| one.abs_diff(other) * 10 <= other;
+    let near = |one: u64, other: u64| one.abs_diff(other) * 4 <= other;
     let whole = field(&rollup(vmm.pid), "Pss:");
     assert!(near(memory("vmm") + memory("guest"), whole), "{pod} {whole}");
     assert!(near(memory("shim"), field(&rollup(shim.pid), "Pss:")), "{pod}");

@@ -34,7 +34,6 @@ fn a_command_has_its_streams_and_its_exit_code() {
     assert_eq!(much.lines().count(), 100_000);
     run(&["-e", "A=b c", "sh", "-c", "echo $A $(hostname)"]).output().ok().expect_text("b c kata");
     run(&["/nothing"]).output().expect_code(125).expect_error_line(&["kata-runtime do: ", "/nothing"]);
-    run(&["sh", "-c", "kill -9 $$"]).output().expect_code(137);
 }
 
 #[test]
