@@ -53,6 +53,8 @@ lint: ## formatting, clippy, licences of dependencies, documents, Helm chart
 unit: ## unit tests
 	scripts/install-build-deps
 	scripts/unpack-busybox target/busybox
+	# The shim's tests run the tool as well.
+	cargo build --locked -p kata-runtime
 	cargo test --locked --no-fail-fast --workspace --exclude katana-tests
 	cargo test --locked -p katana-tests --lib
 
