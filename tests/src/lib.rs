@@ -13,6 +13,7 @@ pub mod events;
 pub mod grpc;
 pub mod host;
 pub mod network;
+pub mod out_of_sight;
 pub mod pages;
 pub mod process;
 #[cfg(test)]

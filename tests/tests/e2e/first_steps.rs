@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use katana_tests::docker::Docker;
+use katana_tests::out_of_sight::OutOfSight;
 use katana_tests::turn::alone;
 use katana_tests::{BUSYBOX, Command, Containerd, Scratch, ctr, environment, pages};
 
@@ -55,6 +56,7 @@ fn the_first_steps_show_what_the_page_says() {
         return;
     }
     let Some(docker) = Docker::get() else { return };
+    let _own = OutOfSight::new();
     let _left = Left(&docker);
     ctr(&["images", "tag", "--force", BUSYBOX, IMAGE]).output().ok();
     docker.run("tag", &[BUSYBOX, IMAGE]);
@@ -71,6 +73,7 @@ fn a_node_of_kata_containers_switches_over_as_the_page_says() {
         return;
     }
     let Some(docker) = Docker::get() else { return };
+    let _own = OutOfSight::new();
     let _left = Left(&docker);
     ctr(&["images", "tag", "--force", BUSYBOX, IMAGE]).output().ok();
     let prefix = environment::bin().parent().map(Path::to_owned).expect("an installation");

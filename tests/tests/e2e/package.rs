@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use katana_tests::command::Output;
+use katana_tests::out_of_sight::OutOfSight;
 use katana_tests::process::Process;
 use katana_tests::turn::alone;
 use katana_tests::{BUSYBOX, Command, Run, Scratch, environment};
@@ -23,14 +24,14 @@ const FILES: [(&str, &str); 6] = [
     ("packaging/deb/postrm", include_str!("../../../packaging/deb/postrm")),
 ];
 
-/// The tests' own installation makes room, and is back when this is dropped.
-pub struct Aside;
+/// The tests' own installation and pods make room, and are back when this is dropped.
+pub struct Aside(OutOfSight);
 
 impl Aside {
     pub fn new() -> Self {
         fs::create_dir_all(ASIDE).expect("directory");
         fs::rename(TREE, ASIDE).expect("the tests' installation is moved");
-        Self
+        Self(OutOfSight::new())
     }
 }
 
